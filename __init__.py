@@ -1,0 +1,13 @@
+"""vidfill: conditional latent video diffusion that fills the holes of a video.
+
+The layers, each a folder; imports point upwards only:
+
+    modeling    autoencoder, blocks, UNet, diffusion process
+    data        videos -> masks -> shards -> a deterministic stream      (uses modeling)
+    sampling    schedules -> batched sampler -> metrics, sweep, report   (uses data, modeling)
+    train       configuration, state, step, loop, checkpoints, demo      (uses all three)
+    launch      Accelerate and DeepSpeed configurations
+    jobs, seeding, cli   what every verb shares, and `vidfill <verb>`
+"""
+
+__version__ = "0.1.0"

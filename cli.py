@@ -1,0 +1,48 @@
+"""`vidfill <verb>`: finds the verb's job and hands over the rest of the command line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "synth": ("data.synth", "make collision videos to try everything on"),
+    "encode": ("data.encode", "videos -> shards of latents"),
+    "train": ("train.loop", "shards -> a model"),
+    "sweep": ("sampling.sweep", "a model + held-out shards -> schedules compared"),
+    "report": ("sampling.report", "a sweep -> a page and figures"),
+    "demo": ("train.demo", "all of it, on synthetic videos, in minutes"),
+}
+
+USAGE = "usage: vidfill VERB …\n\n{verbs}\n\n`vidfill VERB --help` shows a verb's options.\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {verb:8} {summary}" for verb, (_, summary) in VERBS.items()]
+        print(USAGE.format(verbs="\n".join(lines)))
+        return 0
+    if arguments[0] == "--version":
+        from . import __version__
+
+        print(f"vidfill {__version__}")
+        return 0
+    return _run(arguments[0], arguments[1:])
+
+
+def _run(verb: str, rest: list[str]) -> int:
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(VERBS)}"
+        print(f"vidfill: error: no verb {verb!r}; {remedy}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f".{VERBS[verb][0]}", package=__package__)
+    return module.main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

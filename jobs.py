@@ -1,0 +1,262 @@
+"""What every job shares: its command line, its output folder, its progress, its errors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+class BadInput(Exception):
+    """One clear line for the user: the field, the value and the remedy."""
+
+
+def main(
+    config_class: type[Config],
+    job: Callable[[Config], object],
+    argv: Sequence[str] | None,
+    *,
+    verb: str,
+    examples: str,
+) -> int:
+    """Parse `argv` into `config_class`, run `job`, and return the exit status.
+
+    0 is success; 2 is bad input, said in one line; 130 is an interrupt.
+    """
+    config = parse(config_class, argv, verb=verb, examples=examples)
+    try:
+        job(config)
+    except BadInput as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"vidfill {verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vidfill {verb}: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(
+    config_class: type[Config], argv: Sequence[str] | None, *, verb: str, examples: str
+) -> Config:
+    """The command line of a job, read off its configuration.
+
+    Required fields are positional, the others options (dotted where nested); the class's docstring
+    describes the job and each field's docstring is its help. `--config FILE.yaml` and
+    `--print_config` come with every job.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"vidfill {verb}",
+        description=config_class.__doc__,
+        epilog=examples,
+        formatter_class=_HelpFormatter(),
+    )
+    parser.add_argument("--config", action="config", help="A YAML file of the options below.")
+    parser.add_class_arguments(config_class, as_group=False, as_positional=True)
+    namespace = parser.parse_args(None if argv is None else list(argv))
+    fields = parser.instantiate(namespace)
+    return config_class(
+        **{field.name: fields[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    )
+
+
+def _HelpFormatter() -> type:
+    import argparse
+
+    import jsonargparse
+
+    class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the line breaks of the description and the examples."""
+
+    return HelpFormatter
+
+
+def claim(out: Path, verb: str, config: Any, may_change: Collection[str] = ()) -> None:
+    """Take `out` for this job: make it, or find that the same command began there before.
+
+    Args:
+        out: The output folder.
+        verb: The job's verb.
+        config: The job's configuration; recorded in `out/job.json`.
+        may_change: Dotted fields that a continued job may give anew.
+
+    Raises:
+        BadInput: `out` holds anything else; nothing in it is touched.
+    """
+    mark = out / "job.json"
+    job = {"verb": verb, "config": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out} is a file; name a folder")
+    if mark.is_file():
+        _refuse_another_job(out, json.loads(mark.read_text()), job, may_change)
+    elif out.is_dir() and any(out.iterdir()):
+        raise BadInput(f"{out} exists and is not empty: choose another folder or remove it")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(mark, json.dumps(job, indent=2).encode())
+
+
+def _refuse_another_job(
+    out: Path, before: dict[str, Any], now: dict[str, Any], may_change: Collection[str]
+) -> None:
+    if before["verb"] != now["verb"]:
+        raise BadInput(
+            f"{out} was written by `vidfill {before['verb']}`: choose another folder or remove it"
+        )
+    was, wanted = _flatten(before["config"]), _flatten(now["config"])
+    fixed = (was.keys() | wanted.keys()) - set(may_change)
+    changed = sorted(key for key in fixed if was.get(key) != wanted.get(key))
+    if changed:
+        listed = ", ".join(f"{k} was {was.get(k)!r}, now {wanted.get(k)!r}" for k in changed)
+        raise BadInput(
+            f"{out} was begun with another configuration ({listed}): "
+            "choose another folder, or give the same options to continue"
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees all of it or none."""
+    with aside(path) as partial:
+        partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A place to write a file or a folder that appears at `path`, flushed, when all went well."""
+    partial = path.with_name(f".partial-{path.name}")
+    _remove(partial)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    except BaseException:
+        _remove(partial)
+        raise
+    for file in sorted(partial.rglob("*")) if partial.is_dir() else []:
+        _flush(file)
+    _flush(partial)
+    os.replace(partial, path)
+    _flush(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """Show how far a job is and the time left: a bar on a terminal, else a line now and then."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    shown: Progress = _Bar(console) if console.is_terminal else _Lines()
+    with shown.start(description, total, unit, done):
+        yield shown
+
+
+class Progress:
+    """What a job calls while it works; this one is silent."""
+
+    def start(
+        self, description: str, total: int, unit: str, done: int
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Begin to show; what is returned ends it."""
+        return contextlib.nullcontext()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more units as done; `note` is shown beside them (a loss, a file)."""
+
+
+class _Bar(Progress):
+    def __init__(self, console: Any) -> None:
+        from rich import progress as bars
+
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[unit]}"),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def start(
+        self, description: str, total: int, unit: str, done: int
+    ) -> contextlib.AbstractContextManager[Any]:
+        self._task = self._bars.add_task(
+            description, total=total, completed=done, unit=unit, note=""
+        )
+        return self._bars
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._bars.update(self._task, advance=count, note=note)
+
+
+class _Lines(Progress):
+    def start(
+        self, description: str, total: int, unit: str, done: int
+    ) -> contextlib.AbstractContextManager[Any]:
+        self._description, self._total, self._unit = description, total, unit
+        self._first = self._done = done
+        self._began = time.monotonic()
+        self._said = -LOG_EVERY
+        return contextlib.nullcontext()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._said < LOG_EVERY and self._done < self._total:
+            return
+        self._said = now
+        elapsed = now - self._began
+        rate = (self._done - self._first) / max(elapsed, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        print(
+            f"{self._description}: {self._done}/{self._total} {self._unit}, "
+            f"{_clock(elapsed)} elapsed, {_clock(left)} left {note}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,1 @@
+"""Accelerate configurations and Slurm scripts; `vidfill.train` itself needs none of them."""

@@ -1,0 +1,69 @@
+"""The package map: `vidfill` is this folder, its subpackages the folders beside this file."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="vidfill",
+    version=VERSION,
+    description="Conditional latent video diffusion that fills the holes of a video",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"vidfill": "."},
+    packages=[
+        "vidfill",
+        "vidfill.data",
+        "vidfill.launch",
+        "vidfill.modeling",
+        "vidfill.sampling",
+        "vidfill.train",
+    ],
+    package_data={
+        "vidfill.modeling": ["weights/*/*"],
+        "vidfill.launch": ["*.yaml", "*.json", "*.sbatch"],
+        "vidfill.train": ["recipes/*.yaml"],
+    },
+    entry_points={"console_scripts": ["vidfill=vidfill.cli:main"]},
+    install_requires=[
+        "accelerate>=1.10",
+        "av>=14",
+        "deepspeed>=0.18",
+        "diffusers>=0.36",
+        "einops>=0.8",
+        "jaxtyping>=0.3",
+        "jsonargparse[signatures]>=4.40",
+        "matplotlib>=3.9",
+        "numpy>=1.26",
+        "opencv-python-headless>=4.10",
+        "rich>=13",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "torch>=2.7",
+        "torchmetrics>=1.6",
+        "transformers>=4.56",
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        "cuda": ["xformers>=0.0.30"],
+        "bench": [],
+        "test": [
+            "beartype>=0.20",
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.11",
+            "scikit-image>=0.25",
+        ],
+    },
+)

@@ -1,0 +1,190 @@
+"""Training's laws: it learns, it resumes exactly, and it is the same on one process and on two."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from vidfill.jobs import BadInput
+from vidfill.modeling.diffusion import Denoiser, DiffusionConfig
+from vidfill.train.config import PreviewConfig, TrainConfig
+from vidfill.train.loop import main, train
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    *("--steps", "6", "--batch_size", "2", "--log_every", "1", "--checkpoint_every", "3"),
+    *("--model.block_out_channels", "[16,32]", "--model.head_channels", "8"),
+    *("--model.norm_groups", "8", "--preview.every", "0"),
+    *("--optimizer.learning_rate", "2e-3", "--optimizer.warmup", "2"),
+]
+
+Losses = Callable[[Path], list[float]]
+
+
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text()
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = newest(run)
+    return {
+        f"{file}:{name}": tensor
+        for file in ("weights", "moments", "model/unet/diffusion_pytorch_model")
+        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items()
+    }
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    ours, theirs = weights_of(first), weights_of(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def launch(arguments: list[str], processes: int) -> None:
+    """Run the README's command for several processes."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(ROOT / "launch" / "node.yaml")),
+            *("--num_processes", str(processes), "--main_process_port", "0"),
+            *("-m", "vidfill.train", *arguments),
+        ],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+
+
+def test_the_model_overfits_one_clip(tiny_config: TrainConfig, losses: Losses) -> None:
+    """With as many steps as a memory needs, the loss falls to a fraction of predicting nothing."""
+    config = dataclasses.replace(
+        tiny_config,
+        steps=300,
+        diffusion=DiffusionConfig(target="v"),
+        checkpoint_every=300,
+        preview=PreviewConfig(every=300, clips=1, schedule="ddim:2"),
+    )
+    train(config)
+    curve = losses(config.out)
+    first, last = sum(curve[:20]) / 20, sum(curve[-20:]) / 20
+    assert last < 0.4 * first
+    events = EventAccumulator(str(config.out / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss",
+        "train/learning_rate",
+        "train/gradient_norm",
+        "train/clips_per_second",
+    }
+    assert events.Tags()["images"] == ["validation/inpainted"]
+
+
+def test_resumed_run_equals_uninterrupted_run(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    train(tiny_config)
+    halves = dataclasses.replace(tiny_config, out=tmp_path / "halves", steps=3)
+    train(halves)
+    train(dataclasses.replace(halves, steps=6))
+    assert_equal_weights(tiny_config.out, halves.out)
+
+
+def test_killed_run_continues_to_the_same_weights(
+    tiny_config: TrainConfig, shards: Path, tmp_path: Path, losses: Losses
+) -> None:
+    """kill -9 at no special moment, after the first checkpoint."""
+    train(tiny_config)
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "vidfill.train", str(shards), str(run), *TINY]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (run / "checkpoints" / "latest").is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main([str(shards), str(run), *TINY]) == 0
+    assert_equal_weights(tiny_config.out, run)
+
+
+def test_two_processes_train_like_one(
+    tiny_config: TrainConfig, shards: Path, tmp_path: Path, losses: Losses
+) -> None:
+    train(tiny_config)
+    launch([str(shards), str(tmp_path / "two"), *TINY], processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tiny_config.out), rel=1e-4)
+
+
+def test_zero_2_on_two_processes_trains_like_one_and_its_checkpoint_continues_anywhere(
+    tiny_config: TrainConfig, shards: Path, tmp_path: Path, losses: Losses
+) -> None:
+    """Real DeepSpeed over gloo: three steps of ZeRO-2, the next three without DeepSpeed."""
+    train(tiny_config)
+    run = tmp_path / "zero"
+    launch([str(shards), str(run), *TINY, "--zero_stage", "2", "--steps", "3"], processes=2)
+    assert main([str(shards), str(run), *TINY]) == 0
+    assert losses(run) == pytest.approx(losses(tiny_config.out), rel=1e-4)
+    other = tmp_path / "plain"
+    train(dataclasses.replace(tiny_config, out=other, steps=3))
+    launch([str(shards), str(other), *TINY, "--zero_stage", "2"], processes=2)
+    assert losses(other) == pytest.approx(losses(tiny_config.out), rel=1e-4)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tiny_config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_config)
+    expected = tmp_path / "expected"
+    shutil.copytree(tiny_config.out, expected)
+    damaged = newest(tiny_config.out) / "moments.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    train(tiny_config)
+    assert str(damaged) in capsys.readouterr().err
+    assert_equal_weights(tiny_config.out, expected)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(
+    tiny_config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dataclasses.replace(tiny_config, steps=1))
+    before = (newest(tiny_config.out) / "state.json").read_bytes()
+    other = dataclasses.replace(tiny_config, diffusion=DiffusionConfig(target="v"))
+    with pytest.raises(BadInput, match=r"diffusion\.target was 'noise', now 'v'"):
+        train(other)
+    assert (newest(tiny_config.out) / "state.json").read_bytes() == before
+
+
+def test_not_finite_loss_stops_the_run_before_it_reaches_the_weights(
+    tiny_config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [str(tiny_config.shards), str(tiny_config.out), *TINY]
+    assert main([*bad, "--optimizer.learning_rate", "1e30", "--optimizer.warmup", "0"]) == 2
+    assert "loss of step" in capsys.readouterr().err
+    assert not list((tiny_config.out / "checkpoints").glob("step-*"))
+
+
+def test_checkpoints_are_pruned_and_the_averaged_model_loads(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, checkpoint_every=1, keep_checkpoints=2)
+    train(config)
+    kept = sorted(path.name for path in (config.out / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000005", "step-00000006"]
+    denoiser = Denoiser.load(config.out)
+    manifest = json.loads((config.shards / "train" / "manifest.json").read_text())
+    assert denoiser.autoencoder == manifest["autoencoder"]
+
+
+def test_missing_shards_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "nothing"), str(tmp_path / "run")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()

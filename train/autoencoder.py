@@ -1,0 +1,394 @@
+"""The recipe of the package's own small autoencoder: `python -m vidfill.train.autoencoder`."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from jaxtyping import Float, UInt8
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .. import jobs
+from ..data.masks import draw_mask, fill_hole
+from ..data.videos import UnreadableVideo, find_splits, read_video
+from ..modeling.autoencoder import CONFIG, WEIGHTS, load_autoencoder, to_frames, to_pixels
+from ..sampling.metrics import psnr
+from ..seeding import derive_seed, generator
+
+VERB = "train.autoencoder"
+MODULE = f"python -m vidfill.{VERB}"
+CARD, STATE = "README.md", "state.safetensors"
+
+EXAMPLES = f"""examples:
+  vidfill synth videos --clips 300 --size 128 --seed 1000
+  {MODULE} videos autoencoder
+  vidfill encode videos shards --autoencoder autoencoder
+"""
+
+STAGES = 4  # three halvings: 8 pixels to a latent, as in Stable Diffusion
+WARMUP = 100  # steps
+GRADIENT_CLIP = 1.0
+HOLDS_OUT = 10  # where there is no validation split: one video in so many
+HIDES = 4  # one frame in so many has a hole, for the masked videos to be coded as well as others
+
+Network = Any  # diffusers' AutoencoderTiny, whose methods type checkers do not see
+Frames = dict[int, UInt8[np.ndarray, "_ _ _ 3"]]  # frames, height, width; by size
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Train a small autoencoder (diffusers' AutoencoderTiny) on a folder of videos.
+
+    Writes a folder that `--autoencoder` takes: weights in float16, scaled so that the latents'
+    deviation is 1, and a model card with the PSNR on held-out videos. All frames are held in
+    memory. A seed gives the same weights again on the same machine with as many threads.
+    """
+
+    videos: Path
+    """Folder of videos, as `vidfill encode` takes it; without a validation split every tenth video
+    is held out."""
+    out: Path
+    """Folder to write; the same command continues there."""
+    sizes: tuple[int, ...] = (64, 128)
+    """Sides of the squares that frames are scaled to, pixels; steps take turns; multiples of 8."""
+    frames_per_video: int = 24
+    """Evenly spaced frames taken of each video."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    width: int = 64
+    """Channels of every hidden layer."""
+    encoder_blocks: tuple[int, ...] = (0, 1, 3, 3)
+    """Residual blocks of the encoder at 1/1, 1/2, 1/4 and 1/8 of the size."""
+    decoder_blocks: tuple[int, ...] = (3, 3, 1, 0)
+    """Residual blocks of the decoder at 1/8, 1/4, 1/2 and 1/1 of the size."""
+    steps: int = 6000
+    """Optimizer steps."""
+    batch: int = 16
+    """Frames of a step at the smallest size; at the others as many as have as many pixels."""
+    learning_rate: float = 1e-3
+    """Adam's at its highest; it rises over 100 steps and falls to 0 along a cosine."""
+    l1: float = 0.05
+    """Weight of the mean absolute error beside the mean squared error."""
+    latent_noise: float = 0.1
+    """Deviation of the noise added to the latents while training, so that the decoder forgives a
+    diffusion model's errors; 0 adds none."""
+    latent_penalty: float = 1e-4
+    """Weight of the latents' mean square, which keeps them near 1."""
+    seed: int = 0
+    """Of the first weights, the order of the frames, their holes and the noise."""
+    save_every: int = 500
+    """Steps between the states from which an interrupted run continues."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it trains; "auto" is a GPU if there is one."""
+
+
+def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
+    """Train, write the folder, and return the PSNR (dB) on held-out videos by size.
+
+    Raises:
+        jobs.BadInput: a value is out of range, a video is no video, or the loss is not finite.
+    """
+    device = _check(config)
+    jobs.claim(config.out, VERB, config)
+    train_videos, held_out_videos = _split(config.videos)
+    held_out = _read(held_out_videos, config, "reading held-out videos")
+    if (config.out / CARD).is_file():
+        return _say(evaluate(config.out, held_out, config.frames_per_video))
+    network = build_network(config).to(device, memory_format=torch.channels_last)
+    seconds = _train(config, network, _read(train_videos, config, "reading videos"))
+    _save(config.out, network, _latent_deviation(network, held_out))
+    figures = evaluate(config.out, held_out, config.frames_per_video)
+    card = write_card(config, figures, seconds, len(train_videos), len(held_out_videos))
+    jobs.write_atomically(config.out / CARD, card.encode())
+    (config.out / STATE).unlink()
+    return _say(figures)
+
+
+def _check(config: AutoencoderConfig) -> torch.device:
+    factor = 2 ** (STAGES - 1)
+    if not config.sizes or any(size < factor or size % factor for size in config.sizes):
+        raise jobs.BadInput(f"sizes is {config.sizes}; choose one or more multiples of {factor}")
+    for field in ("encoder_blocks", "decoder_blocks"):
+        if len(getattr(config, field)) != STAGES:
+            raise jobs.BadInput(f"{field} is {getattr(config, field)}; give {STAGES} numbers")
+    for field in ("frames_per_video", "latent_channels", "width", "steps", "batch", "save_every"):
+        if getattr(config, field) < 1:
+            raise jobs.BadInput(f"{field} is {getattr(config, field)}; choose 1 or more")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise jobs.BadInput("device is cuda, and torch sees no GPU: set device=cpu")
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _split(videos: Path) -> tuple[list[Path], list[Path]]:
+    splits = find_splits(videos)
+    if "validation" in splits and "train" in splits:
+        return splits["train"], splits["validation"]
+    everything = next(iter(splits.values()))
+    if len(everything) < 2:
+        raise jobs.BadInput(f"{videos} holds one video: give at least two, for one is held out")
+    held_out = everything[::HOLDS_OUT]
+    return [video for video in everything if video not in held_out], held_out
+
+
+def _read(videos: Sequence[Path], config: AutoencoderConfig, description: str) -> Frames:
+    read: dict[int, list[np.ndarray]] = {size: [] for size in config.sizes}
+    with jobs.progress(description, len(videos), "videos") as progress:
+        for video in videos:
+            for size, frames in read.items():
+                frames.append(_read_evenly(video, size, config.frames_per_video))
+            progress.advance(note=video.name)
+    return {size: np.concatenate(frames) for size, frames in read.items()}
+
+
+def _read_evenly(video: Path, size: int, count: int) -> UInt8[np.ndarray, "frames size size 3"]:
+    try:
+        frames, _ = read_video(video, size)
+    except UnreadableVideo as error:
+        raise jobs.BadInput(f"{video} cannot be read ({error}): remove it or mend it") from error
+    return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
+
+
+def build_network(config: AutoencoderConfig) -> Network:
+    """The network at its first weights, which the seed alone decides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "first weights"))
+        return AutoencoderTiny(
+            encoder_block_out_channels=(config.width,) * STAGES,
+            decoder_block_out_channels=(config.width,) * STAGES,
+            num_encoder_blocks=config.encoder_blocks,
+            num_decoder_blocks=config.decoder_blocks,
+            latent_channels=config.latent_channels,
+        )
+
+
+def _train(config: AutoencoderConfig, network: Network, frames: Frames) -> float:
+    """Train to the end, from the newest state if there is one; return the seconds of it all."""
+    optimizer = torch.optim.Adam(network.parameters())
+    done, seconds = _load_state(config.out / STATE, network, optimizer)
+    began = time.monotonic() - seconds
+    with jobs.progress("training", config.steps, "steps", done) as progress:
+        for step in range(done, config.steps):
+            optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+            loss, error = _loss(config, network, draw_batch(config, frames, step), step)
+            if not math.isfinite(loss.item()):
+                raise jobs.BadInput(
+                    f"the loss is {loss.item()} at step {step}: lower learning_rate"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_CLIP)
+            optimizer.step()
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                seconds = time.monotonic() - began
+                _save_state(config.out / STATE, network, optimizer, step + 1, seconds)
+            progress.advance(note=f"PSNR {10 * math.log10(4 / error):.1f} dB")
+    return seconds
+
+
+def learning_rate(config: AutoencoderConfig, step: int) -> float:
+    """The rate of a step: a linear rise, then half a cosine down to 0."""
+    rise = min(1.0, (step + 1) / WARMUP)
+    return config.learning_rate * rise * (1 + math.cos(math.pi * step / config.steps)) / 2
+
+
+def draw_batch(
+    config: AutoencoderConfig, frames: Frames, step: int
+) -> Float[Tensor, "batch 3 height width"]:
+    """The frames of a step, a pure function of the seed and the step; some have a hole."""
+    size = config.sizes[step % len(config.sizes)]
+    count = max(1, config.batch * min(config.sizes) ** 2 // size**2)
+    rng = generator(config.seed, step, "frames")
+    chosen = frames[size][torch.randint(len(frames[size]), (count,), generator=rng).numpy()]
+    for slot in range(0, count, HIDES):
+        one = chosen[slot : slot + 1]
+        mask = draw_mask("stationary", 1, size, size, (config.seed, step, slot))
+        chosen[slot : slot + 1] = fill_hole(one, mask)
+    return to_pixels(chosen)
+
+
+def _loss(
+    config: AutoencoderConfig,
+    network: Network,
+    pixels: Float[Tensor, "batch 3 height width"],
+    step: int,
+) -> tuple[Float[Tensor, ""], float]:
+    """The loss of a step, and the mean squared error within it."""
+    pixels = pixels.to(network.device, memory_format=torch.channels_last)
+    with torch.autocast(network.device.type, dtype=torch.bfloat16):
+        latents = network.encode(pixels).latents.float()
+        rng = generator(config.seed, step, "latent noise")
+        noise = torch.randn(latents.shape, generator=rng).to(latents.device)
+        decoded = network.decode(latents + config.latent_noise * noise).sample.float()
+    squared = (decoded - pixels).square().mean()
+    absolute = (decoded - pixels).abs().mean()
+    loss = squared + config.l1 * absolute + config.latent_penalty * latents.square().mean()
+    return loss, squared.item()
+
+
+def _save_state(
+    path: Path,
+    network: Network,
+    optimizer: torch.optim.Adam,
+    step: int,
+    seconds: float,
+) -> None:
+    moments = optimizer.state_dict()["state"]
+    tensors = {f"network.{name}": value for name, value in network.state_dict().items()} | {
+        f"adam.{index}.{name}": value
+        for index, values in moments.items()
+        for name, value in values.items()
+    }
+    whole = {name: value.contiguous() for name, value in tensors.items()}
+    jobs.write_atomically(path, save(whole, {"step": str(step), "seconds": str(seconds)}))
+
+
+def _load_state(path: Path, network: Network, optimizer: torch.optim.Adam) -> tuple[int, float]:
+    """Restore the state, if there is one; return the steps and seconds that it took."""
+    if not path.is_file():
+        return 0, 0.0
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        metadata = file.metadata()
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "adam":
+            index, _, moment = rest.partition(".")
+            moments.setdefault(int(index), {})[moment] = value
+    weights = {name: tensors[f"network.{name}"] for name in network.state_dict()}
+    network.load_state_dict(weights)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return int(metadata["step"]), float(metadata["seconds"])
+
+
+@torch.no_grad()
+def _latent_deviation(network: Network, frames: Frames) -> float:
+    """The standard deviation of all latents of at most 256 frames of each size."""
+    latents = [
+        network.encode(to_pixels(chosen).to(network.device)).latents.flatten()
+        for every in frames.values()
+        for chosen in [every[:: math.ceil(len(every) / 256)]]
+    ]
+    return torch.cat(latents).std().item()
+
+
+def _save(out: Path, network: Network, latent_deviation: float) -> None:
+    network.register_to_config(scaling_factor=1.0 / latent_deviation)
+    config = json.loads(network.to_json_string())
+    config.pop("block_out_channels", None)  # diffusers derives it, and warns where it finds it
+    weights = {name: value.half().contiguous() for name, value in network.state_dict().items()}
+    jobs.write_atomically(out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    jobs.write_atomically(out / WEIGHTS, save(weights, {"format": "pt"}))
+
+
+def evaluate(folder: Path, held_out: Frames, frames_per_video: int) -> dict[int, float]:
+    """Mean PSNR (dB, `sampling.metrics.psnr`) of what the autoencoder makes of held-out videos."""
+    autoencoder = load_autoencoder(str(folder))
+    figures = {}
+    for size, frames in held_out.items():
+        clips = np.split(frames, len(frames) // frames_per_video)
+        decoded = (autoencoder.decode(autoencoder.encode(to_pixels(clip[None]))) for clip in clips)
+        scores = [psnr(to_frames(d)[0], clip) for d, clip in zip(decoded, clips, strict=True)]
+        figures[size] = float(np.mean(scores))
+    return figures
+
+
+def _say(figures: dict[int, float]) -> dict[int, float]:
+    for size, decibels in figures.items():
+        print(f"PSNR on held-out videos at {size}x{size}: {decibels:.2f} dB")
+    return figures
+
+
+def write_card(
+    config: AutoencoderConfig,
+    figures: dict[int, float],
+    seconds: float,
+    train_videos: int,
+    held_out_videos: int,
+) -> str:
+    """The model card, in Markdown: data, command, hardware, time, figures."""
+    rows = "\n".join(f"| {size}x{size} | {figure:.2f} |" for size, figure in figures.items())
+    return f"""\
+# A small autoencoder
+
+An AutoencoderTiny (diffusers) of {config.latent_channels} latent channels and 8-fold downsampling,
+trained from nothing by vidfill's own recipe. Weights are float16 and are used in float32; latents
+times `scaling_factor` have a deviation of 1.
+
+## Data
+
+{_describe_data(config.videos)}
+{train_videos} videos trained it and {held_out_videos} were held out, {config.frames_per_video}
+evenly spaced frames of each, scaled to {_list(config.sizes)} pixels a side. It is no autoencoder
+for videos of another kind.
+
+## Training
+
+    {_command(config)}
+
+{config.steps} steps of Adam took {seconds / 60:.0f} minutes on {_describe_hardware(config)}.
+Loss: mean squared error + {config.l1:g} mean absolute error + {config.latent_penalty:g} mean
+square of the latents, with noise of deviation {config.latent_noise:g} on the latents, and a 4x4
+grid's cells hidden in a quarter of the frames, as `vidfill encode` hides them.
+
+## Figures
+
+PSNR on the held-out videos, in dB: of each frame as 8-bit RGB, averaged over frames and videos.
+
+| size | PSNR |
+| --- | --- |
+{rows}
+"""
+
+
+def _describe_data(videos: Path) -> str:
+    job = videos / "job.json"
+    if not job.is_file():
+        return f"The videos in `{videos.name}`."
+    record = json.loads(job.read_text())
+    options = ", ".join(f"{name} {value}" for name, value in record["config"].items())
+    return f"Videos made by `vidfill {record['verb']}` ({options})."
+
+
+def _command(config: AutoencoderConfig) -> str:
+    default = asdict(AutoencoderConfig(config.videos, config.out))
+    given = [str(config.videos), str(config.out)]
+    for name, value in asdict(config).items():
+        if value != default[name]:
+            written = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+            given += [f"--{name}", written]
+    return f"{MODULE} {shlex.join(given)}"
+
+
+def _describe_hardware(config: AutoencoderConfig) -> str:
+    if _check(config).type == "cuda":
+        return f"one {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of a CPU ({platform.machine()})"
+
+
+def _list(sizes: Sequence[int]) -> str:
+    return " and ".join(str(size) for size in sizes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return jobs.main(AutoencoderConfig, train_autoencoder, argv, verb=VERB, examples=EXAMPLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Checkpoints: one format, by parameter name, for any number of processes and either ZeRO stage.
+
+checkpoints/latest                     the newest checkpoint's name, written last
+checkpoints/step-00001000/model/       the averaged weights, as `Denoiser.load` reads them
+checkpoints/step-00001000/weights.safetensors
+checkpoints/step-00001000/moments.safetensors
+checkpoints/step-00001000/state.json   the step, and each file's hash
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import jobs
+from ..modeling.diffusion import Denoiser
+from .state import TrainState
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Damaged(Exception):
+    """A checkpoint whose files are not what was written."""
+
+
+def save_checkpoint(
+    folder: Path, state: TrainState, denoiser: Denoiser, accelerator: Accelerator, keep: int
+) -> None:
+    """Write the state; every process calls this, the first one writes."""
+    weights, moments = _gather(state, accelerator)
+    if accelerator.is_main_process:
+        path = folder / f"step-{state.step:08}"
+        with jobs.aside(path) as partial:
+            _write(partial, weights, moments, state, denoiser)
+        jobs.write_atomically(folder / "latest", path.name.encode())
+        for old in _newest_first(folder)[keep:]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def _write(
+    path: Path,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    state: TrainState,
+    denoiser: Denoiser,
+) -> None:
+    path.mkdir()
+    save_file(weights, path / "weights.safetensors")
+    save_file(moments, path / "moments.safetensors")
+    denoiser.with_network(state.average).save(path / "model")
+    files = {str(p.relative_to(path)): _hash(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    (path / "state.json").write_text(json.dumps({"step": state.step, "files": files}, indent=2))
+
+
+def load_checkpoint(folder: Path, state: TrainState, accelerator: Accelerator) -> bool:
+    """Continue from the newest checkpoint that is whole; false where there is none.
+
+    A damaged one is named on stderr and the one before it is used.
+
+    Raises:
+        BadInput: There are checkpoints, but all of them are damaged.
+    """
+    candidates = _newest_first(folder) if folder.is_dir() else []
+    for path in candidates:
+        try:
+            step = _verify(path)
+        except Damaged as damage:
+            if accelerator.is_main_process:
+                print(f"vidfill train: {damage}; trying the one before", file=sys.stderr)
+            continue
+        _restore(path, step, state, accelerator)
+        return True
+    if candidates:
+        raise jobs.BadInput(f"every checkpoint in {folder} is damaged: remove it to start again")
+    return False
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _verify(path: Path) -> int:
+    try:
+        described = json.loads((path / "state.json").read_text())
+        for name, digest in described["files"].items():
+            if _hash(path / name) != digest:
+                raise Damaged(f"{path / name} is damaged: its hash differs from state.json's")
+        return described["step"]
+    except (OSError, ValueError, KeyError) as error:
+        raise Damaged(f"{path} is damaged: {error}") from error
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parameters(
+    state: TrainState, accelerator: Accelerator
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return accelerator.unwrap_model(state.network).named_parameters()
+
+
+def _gather(
+    state: TrainState, accelerator: Accelerator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    weights: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in _parameters(state, accelerator):
+        weights[name] = parameter.detach().float().cpu().contiguous()
+        for moment in MOMENTS:
+            moments[f"{moment}.{name}"] = _moment(parameter, moment, state, accelerator)
+    return weights, moments
+
+
+def _moment(
+    parameter: torch.nn.Parameter, moment: str, state: TrainState, accelerator: Accelerator
+) -> Tensor:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        full = safe_get_full_optimizer_state(parameter, moment)
+    else:
+        full = state.optimizer.state[parameter][moment]
+    return full.detach().float().cpu().contiguous()
+
+
+def _restore(path: Path, step: int, state: TrainState, accelerator: Accelerator) -> None:
+    weights = load_file(path / "weights.safetensors")
+    moments = load_file(path / "moments.safetensors")
+    under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    for name, parameter in _parameters(state, accelerator):
+        values = {moment: moments[f"{moment}.{name}"] for moment in MOMENTS}
+        restore = _restore_deepspeed if under_deepspeed else _restore_plain
+        restore(parameter, weights[name], values, step, state)
+    if under_deepspeed:
+        _set_deepspeed_step(state, step)
+    averages = load_file(path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    state.average.load_state_dict(averages)
+    state.step = step
+
+
+@torch.no_grad()
+def _restore_plain(
+    parameter: torch.nn.Parameter,
+    weights: Tensor,
+    moments: dict[str, Tensor],
+    step: int,
+    state: TrainState,
+) -> None:
+    parameter.copy_(weights)
+    device = {name: value.to(parameter.device) for name, value in moments.items()}
+    state.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **device}
+
+
+def _restore_deepspeed(
+    parameter: torch.nn.Parameter,
+    weights: Tensor,
+    moments: dict[str, Tensor],
+    step: int,
+    state: TrainState,
+) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    with torch.no_grad():
+        parameter.copy_(weights)
+    safe_set_full_fp32_param(parameter, weights)
+    for name, value in moments.items():
+        safe_set_full_optimizer_state(parameter, value, name)
+
+
+def _set_deepspeed_step(state: TrainState, step: int) -> None:
+    for values in state.network.optimizer.optimizer.state.values():
+        values["step"] = torch.tensor(float(step))

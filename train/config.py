@@ -1,0 +1,108 @@
+"""The configuration of a training run: one frozen dataclass a part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..modeling.diffusion import DiffusionConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The size of the network."""
+
+    block_out_channels: tuple[int, ...] = (64, 128, 128)
+    """Width of each level, channels; each level halves height and width."""
+    layers_per_block: int = 1
+    """Residual blocks of a level on the way down."""
+    head_channels: int = 32
+    """Width of an attention head, channels."""
+    norm_groups: int = 16
+    """Groups of the group normalisation; divides every width."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = 2e-4
+    """The full rate."""
+    warmup: int = 200
+    """Optimizer steps of linear rise; 0 starts at the full rate."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a half cosine that ends at 0 with the last step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; 0 is the paper's setting."""
+    clip: float = 1.0
+    """The gradient's largest norm."""
+    ema_decay: float = 0.9995
+    """Decay of the weights' average, a step; lower during the first steps."""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """The inpainted validation frames that TensorBoard shows."""
+
+    every: int = 1000
+    """Optimizer steps between previews; 0 makes none."""
+    clips: int = 2
+    """Validation clips shown."""
+    schedule: str = "ddim:20"
+    """The schedule that they are sampled with."""
+    autoencoder: str = ""
+    """Decodes them; empty takes the one that the shards name."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a conditional video UNet on encoded shards.
+
+    The same command continues a run that was stopped. `steps` and the intervals may change then;
+    nothing else may.
+    """
+
+    shards: Path
+    """A folder that `vidfill encode` wrote."""
+    out: Path
+    """The run's folder: checkpoints and TensorBoard events."""
+    steps: int = 20_000
+    """Optimizer steps in all."""
+    batch_size: int = 8
+    """Clips a step, over all processes together."""
+    seed: int = 0
+    """Seed of the weights, the order of the clips, the timesteps and the noise."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the network's forward pass; weights and averages stay float32."""
+    zero_stage: Literal[0, 2] = 0
+    """DeepSpeed ZeRO stage; 0 is plain data parallel training without DeepSpeed."""
+    log_every: int = 10
+    """Optimizer steps between TensorBoard scalars."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are removed once a newer one is whole."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """The diffusion process."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """The preview."""
+
+
+MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "preview.every",
+    "preview.clips",
+    "preview.schedule",
+    "preview.autoencoder",
+    "zero_stage",
+)
