@@ -11,7 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 Config = TypeVar("Config")
 
@@ -136,6 +139,32 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a name stands for: "auto" is a GPU if there is one, else the CPU.
+
+    Raises:
+        BadInput: the device does not work here.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise BadInput(f"device is {device!r}, which does not work: {first_line}") from None
+
+
+def refuse_launcher(verb: str) -> None:
+    """Raise BadInput where a launcher started several processes of a job that uses one."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise BadInput(
+            f"WORLD_SIZE is {processes}; {verb} runs in one process: start it without a launcher"
+        )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -40,6 +40,7 @@ setup(
         "deepspeed>=0.18",
         "diffusers>=0.36",
         "einops>=0.8",
+        "huggingface-hub>=0.34",
         "jaxtyping>=0.3",
         "jsonargparse[signatures]>=4.40",
         "matplotlib>=3.9",

@@ -6,7 +6,6 @@ import collections
 import dataclasses
 import functools
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -118,7 +117,7 @@ def encode(config: EncodeConfig) -> None:
     splits = _name_sources(config.videos)
     height, width = _survey([s for sources in splits.values() for s in sources], config)
     autoencoder = load_autoencoder(
-        config.autoencoder, _choose_device(config.device), config.precision
+        config.autoencoder, jobs.choose_device(config.device), config.precision
     )
     _check_fit(height, width, autoencoder)
     # Raising the limit is the way to go on after a job that ended for it: it is no other job.
@@ -314,11 +313,7 @@ def _write_manifest(
 
 def _check(config: EncodeConfig) -> masks.Colour | None:
     """The constant fill colour, None for the median; every setting is checked on the way."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise jobs.BadInput(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; encode runs in one process: "
-            "start it without a launcher"
-        )
+    jobs.refuse_launcher("encode")
     for name in ("frames", "stride", "size", "shard_size"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -336,17 +331,6 @@ def _parse_fill(fill: str) -> masks.Colour | None:
         raise jobs.BadInput(f'fill is {fill!r}: give "median" or R,G,B, each 0 to 255')
     red, green, blue = map(int, parts)
     return red, green, blue
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise jobs.BadInput(f"device is {device!r}, which does not work: {first_line}") from None
-    return torch.device(device)
 
 
 def _name_sources(root: Path) -> dict[str, list[Source]]:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..jobs import BadInput
+from .autoencoder import Precision
 from .unet import VideoUNet
 
 Latents = Float[Tensor, "batch frames channels height width"]
@@ -141,6 +142,7 @@ class Denoiser:
         latents_mean: Mean of each latent channel over the training data.
         latents_std: Deviation of each latent channel.
         autoencoder: The identity of the autoencoder whose latents these are.
+        precision: Of the network's layers when it denoises; states stay as they are.
     """
 
     def __init__(
@@ -150,8 +152,10 @@ class Denoiser:
         latents_mean: list[float],
         latents_std: list[float],
         autoencoder: dict[str, Any],
+        precision: Precision = "float32",
     ) -> None:
         self.network = network
+        self.precision = precision
         self.config = config
         self.latents_mean = latents_mean
         self.latents_std = latents_std
@@ -160,7 +164,14 @@ class Denoiser:
 
     def with_network(self, network: VideoUNet) -> Denoiser:
         """The same process around other weights."""
-        return Denoiser(network, self.config, self.latents_mean, self.latents_std, self.autoencoder)
+        return Denoiser(
+            network,
+            self.config,
+            self.latents_mean,
+            self.latents_std,
+            self.autoencoder,
+            self.precision,
+        )
 
     @property
     def timesteps(self) -> int:
@@ -206,7 +217,9 @@ class Denoiser:
         condition: Float[Tensor, "batch frames condition height width"],
     ) -> Latents:
         """Normalised noisy latents → the clean estimate, each example at its own timestep."""
-        prediction = self.network(latents, timestep, condition)
+        reduced = self.precision == "bfloat16"
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=reduced):
+            prediction = self.network(latents, timestep, condition).to(latents.dtype)
         ab = expand(self.alpha_bar(timestep)).to(latents.dtype)
         return clean_of(self.config.target, prediction, latents, ab)
 
@@ -229,7 +242,7 @@ class Denoiser:
         (folder / "denoiser.json").write_text(json.dumps(described, indent=2))
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> Denoiser:
+    def load(cls, folder: Path, device: str = "cpu", precision: Precision = "float32") -> Denoiser:
         """Read what `save` wrote, or the newest model of a training run's folder.
 
         Raises:
@@ -244,6 +257,7 @@ class Denoiser:
             described["latents_mean"],
             described["latents_std"],
             described["autoencoder"],
+            precision,
         )
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ class AutoencoderConfig:
     """Residual blocks of the encoder at 1/1, 1/2, 1/4 and 1/8 of the size."""
     decoder_blocks: tuple[int, ...] = (3, 3, 1, 0)
     """Residual blocks of the decoder at 1/8, 1/4, 1/2 and 1/1 of the size."""
-    steps: int = 6000
+    steps: int = 4500
     """Optimizer steps."""
     batch: int = 16
     """Frames of a step at the smallest size; at the others as many as have as many pixels."""
@@ -89,10 +89,10 @@ class AutoencoderConfig:
     """Weight of the latents' mean square, which keeps them near 1."""
     seed: int = 0
     """Of the first weights, the order of the frames, their holes and the noise."""
-    save_every: int = 500
+    save_every: int = 250
     """Steps between the states from which an interrupted run continues."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where it trains; "auto" is a GPU if there is one."""
+    device: str = "auto"
+    """Where it trains: "cpu", "cuda", "cuda:1"…; "auto" is a GPU if there is one."""
 
 
 def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
@@ -101,9 +101,11 @@ def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
     Raises:
         jobs.BadInput: a value is out of range, a video is no video, or the loss is not finite.
     """
-    device = _check(config)
-    jobs.claim(config.out, VERB, config)
+    _check(config)
+    device = jobs.choose_device(config.device)
+    jobs.refuse_launcher(VERB)
     train_videos, held_out_videos = _split(config.videos)
+    jobs.claim(config.out, VERB, config)
     held_out = _read(held_out_videos, config, "reading held-out videos")
     if (config.out / CARD).is_file():
         return _say(evaluate(config.out, held_out, config.frames_per_video))
@@ -117,7 +119,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
     return _say(figures)
 
 
-def _check(config: AutoencoderConfig) -> torch.device:
+def _check(config: AutoencoderConfig) -> None:
     factor = 2 ** (STAGES - 1)
     if not config.sizes or any(size < factor or size % factor for size in config.sizes):
         raise jobs.BadInput(f"sizes is {config.sizes}; choose one or more multiples of {factor}")
@@ -127,10 +129,6 @@ def _check(config: AutoencoderConfig) -> torch.device:
     for field in ("frames_per_video", "latent_channels", "width", "steps", "batch", "save_every"):
         if getattr(config, field) < 1:
             raise jobs.BadInput(f"{field} is {getattr(config, field)}; choose 1 or more")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise jobs.BadInput("device is cuda, and torch sees no GPU: set device=cpu")
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _split(videos: Path) -> tuple[list[Path], list[Path]]:
@@ -328,23 +326,24 @@ def write_card(
 
 An AutoencoderTiny (diffusers) of {config.latent_channels} latent channels and 8-fold downsampling,
 trained from nothing by vidfill's own recipe. Weights are float16 and are used in float32; latents
-times `scaling_factor` have a deviation of 1.
+times `scaling_factor` have a deviation of 1. It is no autoencoder for videos of another kind.
 
 ## Data
 
-{_describe_data(config.videos)}
-{train_videos} videos trained it and {held_out_videos} were held out, {config.frames_per_video}
-evenly spaced frames of each, scaled to {_list(config.sizes)} pixels a side. It is no autoencoder
-for videos of another kind.
+- {_describe_data(config.videos)}
+- {train_videos} videos trained it, {held_out_videos} were held out.
+- {config.frames_per_video} evenly spaced frames of each, scaled to {_list(config.sizes)} pixels.
+- In a quarter of the training frames cells of a 4x4 grid were hidden, as `vidfill encode` hides
+  them.
 
 ## Training
 
     {_command(config)}
 
-{config.steps} steps of Adam took {seconds / 60:.0f} minutes on {_describe_hardware(config)}.
-Loss: mean squared error + {config.l1:g} mean absolute error + {config.latent_penalty:g} mean
-square of the latents, with noise of deviation {config.latent_noise:g} on the latents, and a 4x4
-grid's cells hidden in a quarter of the frames, as `vidfill encode` hides them.
+- {config.steps} steps of Adam in {seconds / 60:.0f} minutes on {_describe_hardware(config)}.
+- Loss: mean squared error + {config.l1:g} mean absolute error + {config.latent_penalty:g} mean
+  square of the latents.
+- Noise of deviation {config.latent_noise:g} on the latents (before `scaling_factor`).
 
 ## Figures
 
@@ -361,6 +360,7 @@ def _describe_data(videos: Path) -> str:
     if not job.is_file():
         return f"The videos in `{videos.name}`."
     record = json.loads(job.read_text())
+    record["config"].pop("out", None)
     options = ", ".join(f"{name} {value}" for name, value in record["config"].items())
     return f"Videos made by `vidfill {record['verb']}` ({options})."
 
@@ -376,8 +376,9 @@ def _command(config: AutoencoderConfig) -> str:
 
 
 def _describe_hardware(config: AutoencoderConfig) -> str:
-    if _check(config).type == "cuda":
-        return f"one {torch.cuda.get_device_name()}"
+    device = jobs.choose_device(config.device)
+    if device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{threads} thread{'s' if threads > 1 else ''} of a CPU ({platform.machine()})"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..modeling.autoencoder import Precision
 from ..modeling.diffusion import DiffusionConfig
 
 
@@ -75,7 +76,7 @@ class TrainConfig:
     """Clips a step, over all processes together."""
     seed: int = 0
     """Seed of the weights, the order of the clips, the timesteps and the noise."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Precision of the network's forward pass; weights and averages stay float32."""
     zero_stage: Literal[0, 2] = 0
     """DeepSpeed ZeRO stage; 0 is plain data parallel training without DeepSpeed."""

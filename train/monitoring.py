@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import UInt8
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.masks import fill_hole
 from ..data.shards import Example, ShardedDataset
 from ..modeling.autoencoder import Autoencoder, load_autoencoder
 from ..modeling.diffusion import Denoiser
+from ..sampling.baselines import fill
 from ..sampling.sampler import inpaint
 from .config import TrainConfig
 from .step import StepResult
@@ -31,7 +31,7 @@ class Monitor:
     """
 
     def __init__(self, config: TrainConfig, step: int, validation: ShardedDataset | None) -> None:
-        self._writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=step)
+        self._writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1)
         self._preview = config.preview
         self._seed = config.seed
         self._examples = _first(validation, config.preview.clips) if validation else []
@@ -61,7 +61,7 @@ class Monitor:
             return
         if self._autoencoder is None:
             name = self._preview.autoencoder or denoiser.autoencoder["name"]
-            self._autoencoder = load_autoencoder(name, next(denoiser.network.parameters()).device)
+            self._autoencoder = load_autoencoder(name, denoiser.network.device, denoiser.precision)
         results = inpaint(
             denoiser,
             self._autoencoder,
@@ -81,8 +81,8 @@ def preview_rows(
 ) -> UInt8[np.ndarray, "rows columns 3"]:
     """Three film strips under each other: masked, inpainted, truth."""
     assert example.pixels is not None
-    masked = fill_hole(example.pixels, example.mask, None)
-    return np.concatenate([_strip(frames) for frames in (masked, result, example.pixels)])
+    rows = (fill(example), result, example.pixels)
+    return np.concatenate([_strip(frames) for frames in rows])
 
 
 def _strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> np.ndarray:

@@ -83,6 +83,7 @@ def make_denoiser(config: TrainConfig, manifest: Manifest) -> Denoiser:
         list(manifest.latents_mean),
         list(manifest.latents_std),
         dict(manifest.autoencoder),
+        config.precision,
     )
 
 

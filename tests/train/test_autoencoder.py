@@ -111,7 +111,7 @@ def test_the_card_tells_data_command_time_and_figures(videos, tmp_path):
     figures = train_autoencoder(small(videos, tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"python -m vidfill.train.autoencoder {videos} {tmp_path / 'out'} --sizes" in card
-    assert "2 videos trained it and 1 were held out" in card
+    assert "2 videos trained it, 1 were held out" in card
     assert "minutes on" in card
     assert all(f"| {size}x{size} | {figures[size]:.2f} |" in card for size in (16, 32))
 
@@ -124,7 +124,7 @@ def test_the_cards_command_line_gives_the_same_configuration(videos, tmp_path):
 
 
 def test_the_card_tells_how_synthetic_videos_were_made(videos, tmp_path):
-    job = {"verb": "synth", "config": {"clips": 300, "seed": 1000}}
+    job = {"verb": "synth", "config": {"out": "x", "clips": 300, "seed": 1000}}
     (tmp_path / "job.json").write_text(json.dumps(job))
     said = recipe._describe_data(tmp_path)
     assert said == "Videos made by `vidfill synth` (clips 300, seed 1000)."
