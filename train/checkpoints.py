@@ -42,6 +42,8 @@ def save_checkpoint(
         path = folder / f"step-{state.step:08}"
         with jobs.aside(path) as partial:
             _write(partial, weights, moments, state, denoiser)
+            if path.exists():  # a damaged one, which the run did not continue from
+                shutil.rmtree(path)
         jobs.write_atomically(folder / "latest", path.name.encode())
         for old in _newest_first(folder)[keep:]:
             shutil.rmtree(old)
@@ -140,12 +142,12 @@ def _restore(path: Path, step: int, state: TrainState, accelerator: Accelerator)
     weights = load_file(path / "weights.safetensors")
     moments = load_file(path / "moments.safetensors")
     under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if under_deepspeed:
+        _make_deepspeed_moments(state, step)
     for name, parameter in _parameters(state, accelerator):
         values = {moment: moments[f"{moment}.{name}"] for moment in MOMENTS}
         restore = _restore_deepspeed if under_deepspeed else _restore_plain
         restore(parameter, weights[name], values, step, state)
-    if under_deepspeed:
-        _set_deepspeed_step(state, step)
     averages = load_file(path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     state.average.load_state_dict(averages)
     state.step = step
@@ -180,6 +182,11 @@ def _restore_deepspeed(
         safe_set_full_optimizer_state(parameter, value, name)
 
 
-def _set_deepspeed_step(state: TrainState, step: int) -> None:
-    for values in state.network.optimizer.optimizer.state.values():
-        values["step"] = torch.tensor(float(step))
+def _make_deepspeed_moments(state: TrainState, step: int) -> None:
+    """Give the partitioned optimizer its moments, which DeepSpeed makes only at the first step."""
+    zero = state.network.optimizer
+    for group in zero.optimizer.param_groups:
+        for partition in group["params"]:
+            moments = {name: torch.zeros_like(partition) for name in MOMENTS}
+            zero.optimizer.state[partition] = {"step": torch.tensor(float(step)), **moments}
+    zero._lazy_init_hp_params_optimizer_state()
