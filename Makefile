@@ -25,6 +25,7 @@ format: $(INSTALLED)
 $(INSTALLED): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	mkdir -p $(VENV)/src && ln -sfn $(CURDIR) $(VENV)/src/vidfill
 	touch $@
 
 clean:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from jaxtyping import Float, Num
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..jobs import BadInput
 from .blocks import FrameNorm, Level, SpatialConv, timestep_embedding, upsample_to
 
 
-class VideoUNet(ModelMixin, ConfigMixin):
+class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mixins disagree
     """A UNet over frames, rows and columns, conditioned by concatenation on channels.
 
     Convolutions are split into space and time (R(2+1)D, Tran et al. 2018); every level attends
@@ -134,7 +135,7 @@ class VideoUNet(ModelMixin, ConfigMixin):
 
     def _run(self, level: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(level, x, embedding)
+            return checkpoint(level, x, embedding, use_reentrant=False)
         return level(x, embedding)
 
 

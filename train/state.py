@@ -106,5 +106,5 @@ def make_state(config: TrainConfig, accelerator: Accelerator, network: VideoUNet
 def update_average(state: TrainState, weights: VideoUNet, config: OptimizerConfig) -> None:
     """Move the average towards the weights; its decay rises as (1 + step) / (10 + step)."""
     decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
-    averages = list(state.average.parameters())
+    averages: list[torch.Tensor] = list(state.average.parameters())
     torch._foreach_lerp_(averages, list(weights.parameters()), 1 - decay)
