@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.utils import logging as diffusers_logging
 from einops import rearrange
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -141,9 +143,10 @@ def load_autoencoder(
     if not (folder / WEIGHTS).is_file():
         raise BadInput(f"cannot load {name}: {folder} holds no {WEIGHTS}")
     try:
-        network, loaded = KINDS[kind].from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
+        with _quiet_diffusers():
+            network, loaded = KINDS[kind].from_pretrained(
+                folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise BadInput(f"cannot load {name}: {_first_line(error)}") from error
     lacking = sorted(loaded["missing_keys"])
@@ -152,6 +155,17 @@ def load_autoencoder(
     if name == SHIPPED:
         _say_shipped()
     return Autoencoder(network.to(device), name, precision)
+
+
+@contextlib.contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without diffusers' remark on block_out_channels, which its own AutoencoderTiny writes."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 def to_pixels(

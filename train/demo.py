@@ -41,7 +41,7 @@ class DemoConfig:
     """Held-out videos."""
     size: int = 64
     """Width and height of the videos, pixels."""
-    steps: int = 1200
+    steps: int = 500
     """Optimizer steps."""
     schedules: str = "ddim:20 ddim:20+resample(n=4) ddpm:20 ddpm:20+resample(n=4)"
     """Schedules compared, separated by spaces."""
@@ -82,10 +82,10 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
         batch_size=8,
         seed=seed,
         precision="bfloat16",
-        checkpoint_every=500,
+        checkpoint_every=250,
         diffusion=DiffusionConfig(target="v", mask_channel=True),
         optimizer=OptimizerConfig(learning_rate=1e-3, decay="cosine", ema_decay=0.99),
-        preview=PreviewConfig(every=600),
+        preview=PreviewConfig(every=250),
     )
     compared = SweepConfig(
         out / "train",
@@ -94,6 +94,7 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
         schedules=config.schedules,
         clips=2 * config.validation,
         seed=seed,
+        precision="bfloat16",
     )
     page = ReportConfig(out / "sweep", out / "report")
     return [
