@@ -25,8 +25,6 @@ Latents = Float[Tensor, "batch frames channels height width"]
 Target = Literal["noise", "v"]
 Variance = Literal["fixed_small", "fixed_large"]
 
-CLEAN = -1  # the timestep of latents without noise
-
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:

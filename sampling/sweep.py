@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -68,6 +70,8 @@ class SweepConfig:
     ddpm (variance=small or large), ddim. Moves: resample(n=K), the paper's resampling."""
     clips: int = 16
     """Clips to fill: the split's first ones; 0 takes all."""
+    protocol: Literal["all", "stationary", "variable"] = "all"
+    """Take only the clips under this mask protocol."""
     split: str = "validation"
     """Split of the shards; it must keep its clips' pixels."""
     batch_size: int = 16
@@ -93,8 +97,8 @@ class Inputs:
     denoiser: Denoiser
     autoencoder: Autoencoder
     dataset: ShardedDataset
-    keys: Sequence[str]
-    """The clips', in the split's order."""
+    clips: Mapping[str, int]
+    """The clips by their keys, in the split's order, and where each is in the dataset."""
     programs: Mapping[str, Program]
     """By their schedules' canonical texts."""
     device: torch.device
@@ -142,7 +146,7 @@ def open_inputs(config: SweepConfig) -> Inputs:
     denoiser = Denoiser.load(config.model, str(device), config.precision)
     programs = {name: compile_schedule(parse(name), denoiser.timesteps) for name in schedules}
     _check_latents(config, dataset, denoiser)
-    keys = _choose_clips(config, dataset)
+    clips = _choose_clips(config, dataset)
     name = config.autoencoder or denoiser.autoencoder["name"]
     autoencoder = load_autoencoder(name, device, config.precision)
     if autoencoder.sha256 != denoiser.autoencoder["sha256"]:
@@ -150,7 +154,7 @@ def open_inputs(config: SweepConfig) -> Inputs:
             f"autoencoder is {name} (sha256 {autoencoder.sha256[:12]}); the model was trained on "
             f"{_identity(denoiser.autoencoder)}: give that one with --autoencoder"
         )
-    return Inputs(denoiser, autoencoder, dataset, keys, programs, device)
+    return Inputs(denoiser, autoencoder, dataset, clips, programs, device)
 
 
 def _check_settings(config: SweepConfig) -> None:
@@ -194,16 +198,22 @@ def _identity(autoencoder: Mapping[str, str]) -> str:
     return f"{autoencoder['name']} (sha256 {autoencoder['sha256'][:12]})"
 
 
-def _choose_clips(config: SweepConfig, dataset: ShardedDataset) -> list[str]:
-    if not len(dataset):
-        raise jobs.BadInput(f"the split {config.split} of {config.shards} is empty: encode again")
-    if config.clips > len(dataset):
+def _choose_clips(config: SweepConfig, dataset: ShardedDataset) -> dict[str, int]:
+    suffix = "" if config.protocol == "all" else f"_{config.protocol}"
+    found = {key: index for index, key in enumerate(dataset.keys) if key.endswith(suffix)}
+    if not found:
+        raise jobs.BadInput(
+            f"the split {config.split} of {config.shards} holds no clip (protocol is "
+            f"{config.protocol}): encode again"
+        )
+    if config.clips > len(found):
         raise jobs.BadInput(
             f"clips is {config.clips}; the split {config.split} of {config.shards} holds "
-            f"{len(dataset)}: give at most that, or 0 for all"
+            f"{len(found)}: give at most that, or 0 for all"
         )
-    pixels_of(dataset[0])
-    return dataset.keys[: config.clips or len(dataset)]
+    chosen = dict(itertools.islice(found.items(), config.clips or len(found)))
+    pixels_of(dataset[next(iter(chosen.values()))])
+    return chosen
 
 
 # What is planned
@@ -214,7 +224,7 @@ def show_plan(inputs: Inputs, batch_size: int) -> None:
 
     The time is t(C) · max(ΣNFE / C, longest), t(C) that of one evaluation of a full batch of C.
     """
-    clips = len(inputs.keys)
+    clips = len(inputs.clips)
     slots = min(batch_size, clips * len(inputs.sampled))
     seconds = time_evaluation(inputs, slots)
     table = Table("schedule", "NFE", "clips", "evaluations", "network time")
@@ -235,7 +245,7 @@ def show_plan(inputs: Inputs, batch_size: int) -> None:
 
 def time_evaluation(inputs: Inputs, slots: int) -> float:
     """Wall seconds of one network call on `slots` clips, the second of two."""
-    condition = condition_of(inputs.denoiser, inputs.dataset[0])
+    condition = condition_of(inputs.denoiser, inputs.dataset[next(iter(inputs.clips.values()))])
     program = compile_schedule(parse("ddim:2"), inputs.denoiser.timesteps)
     requests = [Request(str(slot), "ddim:2", program, lambda: condition) for slot in range(slots)]
     moments: list[float] = []
@@ -289,13 +299,13 @@ def _book(
 
 
 def _kept(config: SweepConfig, inputs: Inputs) -> Sequence[str]:
-    return inputs.keys[: config.keep]
+    return list(inputs.clips)[: config.keep]
 
 
 def keep_inputs(config: SweepConfig, inputs: Inputs) -> None:
     """Write the true, masked and mask strips of the clips that are kept."""
-    for index, key in enumerate(_kept(config, inputs)):
-        example = inputs.dataset[index]
+    for key in _kept(config, inputs):
+        example = inputs.dataset[inputs.clips[key]]
         mask = np.repeat(example.mask[..., None] * np.uint8(255), 3, axis=-1)
         write_strip(config.out, "truth", key, pixels_of(example))
         write_strip(config.out, "masked", key, baselines.fill(example))
@@ -324,7 +334,7 @@ def run_baselines(inputs: Inputs, ledger: Ledger, book: Book) -> None:
     }
     pending = [
         (index, name)
-        for index, key in enumerate(inputs.keys)
+        for key, index in inputs.clips.items()
         for name in makers
         if (name, key) not in ledger
     ]
@@ -339,18 +349,17 @@ def run_baselines(inputs: Inputs, ledger: Ledger, book: Book) -> None:
 
 def run_schedules(config: SweepConfig, inputs: Inputs, ledger: Ledger, book: Book) -> None:
     """Everything that the sampler runs; a clip is decoded and booked as its trajectory ends."""
-    index_of = {key: index for index, key in enumerate(inputs.keys)}
 
     def condition(key: str) -> Condition:
-        return condition_of(inputs.denoiser, inputs.dataset[index_of[key]])
+        return condition_of(inputs.denoiser, inputs.dataset[inputs.clips[key]])
 
     requests = [
         Request(key, name, program, functools.partial(condition, key))
         for name, program in inputs.sampled.items()
-        for key in inputs.keys
+        for key in inputs.clips
         if (name, key) not in ledger
     ]
-    total = sum(program.nfe for program in inputs.sampled.values()) * len(inputs.keys)
+    total = sum(program.nfe for program in inputs.sampled.values()) * len(inputs.clips)
     pending = sum(request.program.nfe for request in requests)
     with jobs.progress("sweep", total, "evaluations", done=total - pending) as progress:
         for result in sample(
@@ -361,7 +370,7 @@ def run_schedules(config: SweepConfig, inputs: Inputs, ledger: Ledger, book: Boo
             on_evaluations=progress.advance,
         ):
             request = result.request
-            example = inputs.dataset[index_of[request.clip]]
+            example = inputs.dataset[inputs.clips[request.clip]]
             frames = decode_result(inputs.autoencoder, example, result.latents)
             book(request.name, request.program.nfe, result.seconds, example, frames)
 
@@ -382,7 +391,7 @@ def write_results(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> None:
 
 def average(ledger: Ledger, inputs: Inputs, name: str) -> Row:
     """A schedule's row of results.csv: the mean over its clips."""
-    rows = [ledger.rows[name, key] for key in inputs.keys]
+    rows = [ledger.rows[name, key] for key in inputs.clips]
     means = {
         column: f"{np.mean([float(row[column]) for row in rows]):.6g}"
         for column in ("seconds_per_clip", *METRICS)
@@ -397,7 +406,7 @@ def describe(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> dict[str, o
         "model": str(config.model),
         "shards": str(config.shards),
         "autoencoder": inputs.autoencoder.identity(),
-        "protocols": manifest.masks["protocols"],
+        "protocols": manifest.masks["protocols"] if config.protocol == "all" else [config.protocol],
         "clip": manifest.clip,
         "kept": list(_kept(config, inputs)),
         "schedules": [

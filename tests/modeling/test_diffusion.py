@@ -5,7 +5,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from vidfill.jobs import BadInput
 from vidfill.modeling.diffusion import (
-    CLEAN,
     Denoiser,
     DiffusionConfig,
     add_noise,
@@ -84,7 +83,7 @@ def test_ddim_step_equals_that_of_diffusers(timestep: int) -> None:
     ab = torch.cat([alpha_bars(CONFIG), torch.ones(1, dtype=torch.float64)])
     clean = clean_of("noise", predicted, noisy, ab[timestep])
     to = timestep - 50
-    ours = ddim_step(noisy, clean, ab[timestep], ab[to if to >= 0 else CLEAN])
+    ours = ddim_step(noisy, clean, ab[timestep], ab[max(to, -1)])
     theirs = scheduler.step(predicted, timestep, noisy).prev_sample
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

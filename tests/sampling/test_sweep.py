@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -225,6 +226,18 @@ def test_a_finished_sweep_started_again_evaluates_nothing(
     assert (config.out / "results.csv").read_bytes() == before
 
 
+def test_a_sweep_of_one_protocol_takes_its_clips_alone(
+    config: SweepConfig, denoiser: Denoiser, make_example: Callable[[str], Example]
+) -> None:
+    mixed = [make_example(key) for key in ("a_stationary", "a_variable", "b_variable")]
+    shutil.rmtree(config.shards)
+    write_split(config.shards, denoiser.autoencoder, mixed)
+    sweep(dataclasses.replace(config, protocol="variable", schedules="ddim:2"))
+    clips = {row["clip"] for row in read_csv(config.out / "clips.csv")}
+    assert clips == {"a_variable", "b_variable"}
+    assert json.loads((config.out / "sweep.json").read_text())["protocols"] == ["variable"]
+
+
 def test_a_model_that_changed_since_is_refused(config: SweepConfig, denoiser: Denoiser) -> None:
     sweep(config)
     denoiser.network.conv_out.bias.data.add_(1)
@@ -338,7 +351,7 @@ def test_several_processes_are_refused(
     config: SweepConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(jobs.BadInput, match="WORLD_SIZE is 2; a sweep runs in one process"):
+    with pytest.raises(jobs.BadInput, match="WORLD_SIZE is 2; sweep runs in one process"):
         sweep(config)
 
 
