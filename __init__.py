@@ -6,7 +6,7 @@ The layers, each a folder; imports point upwards only:
     data        videos -> masks -> shards -> a deterministic stream      (uses modeling)
     sampling    schedules -> batched sampler -> metrics, sweep, report   (uses data, modeling)
     train       configuration, state, step, loop, checkpoints, demo      (uses all three)
-    launch      Accelerate and DeepSpeed configurations
+    launch      an Accelerate configuration and a Slurm script
     jobs, seeding, cli   what every verb shares, and `vidfill <verb>`
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -18,11 +19,16 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config")
 
+PARTIAL = ".partial-"  # begins the name of what is not yet whole
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
 class BadInput(Exception):
     """One clear line for the user: the field, the value and the remedy."""
+
+
+class BadInputEverywhere(BadInput):
+    """Raised by every process alike: the first one says it."""
 
 
 def main(
@@ -35,19 +41,34 @@ def main(
 ) -> int:
     """Parse `argv` into `config_class`, run `job`, and return the exit status.
 
-    0 is success; 2 is bad input, said in one line; 130 is an interrupt.
+    0 is success; 2 is bad input, or a file that the system refuses, said in one line; 130 is an
+    interrupt.
     """
     config = parse(config_class, argv, verb=verb, examples=examples)
     try:
         job(config)
-    except BadInput as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"vidfill {verb}: error: {error}", file=sys.stderr)
+    except (BadInput, OSError) as error:
+        _say_error(verb, error)
         return 2
     except KeyboardInterrupt:
         print(f"vidfill {verb}: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+def _say_error(verb: str, error: BadInput | OSError) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank and isinstance(error, BadInputEverywhere):
+        return
+    process = f"[rank {rank}] " if rank else ""
+    said = _describe(error) if isinstance(error, OSError) else error
+    print(f"{process}vidfill {verb}: error: {said}", file=sys.stderr)
+
+
+def _describe(error: OSError) -> str:
+    # A full disk comes without the file's name, and a library's own OSError without either.
+    known = [str(part) for part in (error.filename, error.strerror) if part]
+    return ": ".join(known) or str(error).partition("\n")[0] or type(error).__name__
 
 
 def parse(
@@ -91,6 +112,8 @@ def _HelpFormatter() -> type:
 def claim(out: Path, verb: str, config: Any, may_change: Collection[str] = ()) -> None:
     """Take `out` for this job: make it, or find that the same command began there before.
 
+    The configuration's own field `out` is not compared: a folder that was moved continues.
+
     Args:
         out: The output folder.
         verb: The job's verb.
@@ -101,16 +124,35 @@ def claim(out: Path, verb: str, config: Any, may_change: Collection[str] = ()) -
         BadInput: `out` holds anything else; nothing in it is touched.
     """
     mark = out / "job.json"
-    job = {"verb": verb, "config": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
+    job = {"verb": verb, "config": _record(config)}
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; name a folder")
-    if mark.is_file():
-        _refuse_another_job(out, json.loads(mark.read_text()), job, may_change)
-    elif out.is_dir() and any(out.iterdir()):
+    before = _read_job(mark) if mark.is_file() else None
+    if before:
+        _refuse_another_job(out, before, job, {"out", *may_change})
+    elif out.is_dir() and any(not path.name.startswith(PARTIAL) for path in out.iterdir()):
         raise BadInput(f"{out} exists and is not empty: choose another folder or remove it")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
+    if before != job:
         write_atomically(mark, json.dumps(job, indent=2).encode())
+
+
+def _record(config: Any) -> dict[str, Any]:
+    """A configuration as JSON has it; a path reads the same from wherever it was given."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=lambda p: str(p.resolve())))
+
+
+def _read_job(mark: Path) -> dict[str, Any]:
+    try:
+        job = json.loads(mark.read_bytes())
+    except ValueError:
+        job = None
+    if not (
+        isinstance(job, dict)
+        and isinstance(job.get("verb"), str)
+        and isinstance(job.get("config"), dict)
+    ):
+        raise BadInput(f"{mark} was not written by vidfill: choose another folder or remove it")
+    return job
 
 
 def _refuse_another_job(
@@ -167,6 +209,12 @@ def refuse_launcher(verb: str) -> None:
         )
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees all of it or none."""
     with aside(path) as partial:
@@ -176,19 +224,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """A place to write a file or a folder that appears at `path`, flushed, when all went well."""
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(PARTIAL + path.name)
     _remove(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
+        for file in sorted(partial.rglob("*")) if partial.is_dir() else []:
+            _flush(file)
+        _flush(partial)
+        os.replace(partial, path)
+        _flush(path.parent)
     except BaseException:
         _remove(partial)
         raise
-    for file in sorted(partial.rglob("*")) if partial.is_dir() else []:
-        _flush(file)
-    _flush(partial)
-    os.replace(partial, path)
-    _flush(path.parent)
 
 
 def _remove(path: Path) -> None:

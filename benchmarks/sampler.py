@@ -22,7 +22,7 @@ import vidfill
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 from vidfill import jobs, seeding
-from vidfill.modeling.diffusion import Denoiser, DiffusionConfig
+from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, LatentSpace
 from vidfill.modeling.unet import VideoUNet
 from vidfill.sampling.sampler import Request, sample
 from vidfill.sampling.schedules import CLEAN, Schedule, compile_schedule, parse
@@ -30,8 +30,8 @@ from vidfill.sampling.schedules import CLEAN, Schedule, compile_schedule, parse
 EXAMPLES = """examples:
   python -m benchmarks.sampler
       about a minute on one core
-  python -m benchmarks.sampler --clips 5 --capacity 16 --rounds 9
-      emptier batches for the usual way, and more rounds
+  python -m benchmarks.sampler --frames 4 --latent 4 --rounds 9 --processor-time
+      a cheap network, as to a GPU, on a machine that others use too
   python -m benchmarks.sampler --device cuda --clips 20 --capacity 64 --width 64 --latent 16
       a GPU
 """
@@ -54,6 +54,7 @@ class Work:
     capacity: int
     seed: int
     device: torch.device
+    processor_time: bool
 
     @property
     def evaluations(self) -> int:
@@ -83,13 +84,14 @@ def make_work(options: argparse.Namespace) -> Work:
     for weight in network.parameters():  # some begin at 0: let every input matter to every output
         weight.data.add_(torch.randn_like(weight), alpha=0.1)
     config = DiffusionConfig(target="v", normalise=False)
-    denoiser = Denoiser(
-        network.to(device).eval(), config, [0.0] * CHANNELS, [1.0] * CHANNELS, autoencoder={}
-    )
     shape = (options.frames, CHANNELS, options.latent, options.latent)
+    space = LatentSpace(shape, mean=[0.0] * CHANNELS, std=[1.0] * CHANNELS, autoencoder={})
+    denoiser = Denoiser(network.to(device).eval(), config, space)
     clips = [f"clip{index}" for index in range(options.clips)]
     conditions = {clip: torch.randn(shape).to(device) for clip in clips}
-    return Work(denoiser, conditions, options.capacity, options.seed, device)
+    return Work(
+        denoiser, conditions, options.capacity, options.seed, device, options.processor_time
+    )
 
 
 # The ways
@@ -209,7 +211,7 @@ def count_calls(work: Work) -> tuple[dict[str, int], float]:
 
 
 def time_rounds(work: Work, rounds: int) -> list[dict[str, float]]:
-    """Wall seconds of each way in each round; another way begins each round."""
+    """Seconds of each way in each round; another way begins each round."""
     names, measured = list(WAYS), []
     for index in range(rounds):
         first = index % len(names)
@@ -219,15 +221,15 @@ def time_rounds(work: Work, rounds: int) -> list[dict[str, float]]:
 
 
 def time_way(work: Work, way: Callable[[Work], Samples]) -> float:
-    began = clock(work.device)
+    began = clock(work)
     way(work)
-    return clock(work.device) - began
+    return clock(work) - began
 
 
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def clock(work: Work) -> float:
+    if work.device.type == "cuda":
+        torch.cuda.synchronize(work.device)
+    return time.process_time() if work.processor_time else time.perf_counter()
 
 
 # What is printed
@@ -295,6 +297,12 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
             f"--{name}", type=int, default=default, help=f"{text} (default: {default})"
         )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1…; auto (default: cpu)")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="measure this process's seconds on the processor, which leave out most of what other "
+        "work on the machine costs, instead of wall seconds; wants one thread and no GPU",
+    )
     options = parser.parse_args(argv)
     for name in numbers:
         if getattr(options, name) < (name != "seed"):
@@ -313,7 +321,10 @@ def main(argv: Sequence[str]) -> int:
         calls, difference = count_calls(work)
         measured = time_rounds(work, options.rounds)
     print(table(work, calls, measured), end="\n\n")
-    print(f"median (least–most) of {options.rounds} round(s); the ratio is taken within a round")
+    kind = "processor" if options.processor_time else "wall"
+    print(
+        f"{kind} seconds, median (least–most) of {options.rounds} round(s), ratios within a round"
+    )
     print(f"ddim: results of diffusers and vidfill differ by at most {difference:.0e}")
     print(describe(work.device))
     print(shlex.join(["python", "-m", "benchmarks.sampler", *argv]))

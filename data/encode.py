@@ -17,19 +17,17 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float16, UInt8
 
 from .. import jobs
-from ..modeling.autoencoder import Autoencoder, Precision, load_autoencoder
+from ..modeling.autoencoder import PAPERS, Autoencoder, Precision, load_autoencoder, to_pixels
 from . import masks, shards, videos
 
 EXAMPLES = """examples:
-  vidfill encode runs/videos runs/shards
-      20-frame clips, stationary masks, the package's own small autoencoder
-  vidfill encode CLEVRER runs/clevrer --size 128 --protocol both \\
-      --autoencoder stabilityai/sd-vae-ft-mse
+  vidfill encode CLEVRER runs/clevrer --size 128 --protocol both
       CLEVRER with the paper's autoencoder, each clip under both mask protocols
+  vidfill encode runs/videos runs/shards --autoencoder shipped
+      synthetic videos: the package's own small autoencoder, which needs no download
   vidfill encode runs/videos runs/grey --fill 128,128,128 --max_skipped 10
       a constant colour in the hole; up to ten videos may be unusable
 """
@@ -54,8 +52,9 @@ class EncodeConfig:
     """Folder of video files, searched to the bottom."""
     out: Path
     """Folder for the shards: new, empty, or begun by this same command."""
-    autoencoder: str = "shipped"
-    """A local folder, a name on the hub, or "shipped": the package's own small one."""
+    autoencoder: str = PAPERS
+    """A name on the hub, a local folder, or "shipped": the package's own small one, for synthetic
+    videos."""
     frames: int = 20
     """Frames of a clip."""
     stride: int | None = None
@@ -121,7 +120,7 @@ def encode(config: EncodeConfig) -> None:
     )
     _check_fit(height, width, autoencoder)
     # Raising the limit is the way to go on after a job that ended for it: it is no other job.
-    jobs.claim(config.out, "encode", dataclasses.replace(config, max_skipped=0))
+    jobs.claim(config.out, "encode", config, may_change=("max_skipped",))
     how = Encoding(config, colour, height, width, autoencoder)
     indexes = _write_shards(_plan(splits, config), how)
     for split in splits:
@@ -260,10 +259,9 @@ def _encode_clip(
 def _encode_views(
     views: UInt8[np.ndarray, "views frames height width 3"], autoencoder: Autoencoder
 ) -> Float16[np.ndarray, "views frames channels h w"]:
-    pixels = rearrange(torch.from_numpy(views), "b f h w c -> b f c h w").float() / 127.5 - 1.0
     # Without TF32, so that a GPU's latents are float32's.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        return autoencoder.encode(pixels).half().cpu().numpy()
+        return autoencoder.encode(to_pixels(views)).half().cpu().numpy()
 
 
 def _protocols(config: EncodeConfig) -> list[masks.Protocol]:
@@ -339,6 +337,12 @@ def _name_sources(root: Path) -> dict[str, list[Source]]:
     Names are unique over all splits, since masks and noise are drawn by a clip's key.
     """
     found = videos.find_splits(root)
+    if outside := videos.find_outside(root, found):
+        print(
+            f"vidfill encode: left out {len(outside)} video(s) of {root} that lie outside its "
+            f"splits' folders, the first is {outside[0]}",
+            file=sys.stderr,
+        )
     paths = [path for listed in found.values() for path in listed]
     stems = collections.Counter(_key_part(path.stem) for path in paths)
 

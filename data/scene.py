@@ -63,7 +63,6 @@ class Collision:
     """Two bodies touched."""
 
     time: float
-    pair: tuple[int, int]
     place: tuple[float, float]
 
 
@@ -191,7 +190,7 @@ def simulate(
             paths = paths + wait * np.linalg.norm(velocities, axis=1)
             velocities = collide(positions, velocities, masses, i, j)
             x, y = (radii[j] * positions[i] + radii[i] * positions[j]) / (radii[i] + radii[j])
-            collisions.append(Collision(float(now), (i, j), (float(x), float(y))))
+            collisions.append(Collision(float(now), (float(x), float(y))))
         positions = positions + (time - now) * velocities
         paths = paths + (time - now) * np.linalg.norm(velocities, axis=1)
         now = time

@@ -16,13 +16,11 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import hashlib
 import io
 import itertools
 import json
 import math
 import tarfile
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +32,8 @@ from .. import jobs
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of reading JSON that is not ours
 
 Members = Mapping[str, tuple[int, int]]  # a member's offset and size in its tar, bytes
 
@@ -121,7 +121,7 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, path: Path) -> Manifest:
+    def from_json(cls, text: str | bytes, path: Path) -> Manifest:
         """Read a manifest and check it.
 
         Raises:
@@ -129,7 +129,7 @@ class Manifest:
         """
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise jobs.BadInput(f"{path} is no JSON ({error}): encode again") from None
         _check_manifest(fields, path)
         for name in ("latent_shape", "latents_mean", "latents_std"):
@@ -157,7 +157,7 @@ _MANIFEST_KEYS = {
     "clip": {"frames", "height", "width"},
     "masks": {"protocols", "grid", "coverage", "seed"},
 }
-_ENTRY_KEYS = {field.name for field in dataclasses.fields(ShardEntry)}
+_ENTRY_TYPES = {"name": str, "examples": int, "bytes": int, "sha256": str}
 
 
 def _check_manifest(fields: Any, path: Path) -> None:
@@ -183,8 +183,11 @@ def _check_manifest(fields: Any, path: Path) -> None:
         if len(fields[name]) != channels:
             raise refuse(f"{name} has {len(fields[name])} values for {channels} channels")
     for entry in fields["shards"]:
-        if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
-            raise refuse(f"shards has the entry {entry!r}, which needs {sorted(_ENTRY_KEYS)}")
+        if not isinstance(entry, dict) or entry.keys() != _ENTRY_TYPES.keys():
+            raise refuse(f"shards has the entry {entry!r}, which needs {sorted(_ENTRY_TYPES)}")
+        for name, wanted in _ENTRY_TYPES.items():
+            if not isinstance(entry[name], wanted):
+                raise refuse(f"shards has {name} {entry[name]!r}, which is of the wrong type")
     if fields["examples"] < 1:
         raise refuse(f"examples is {fields['examples']}: it holds none")
     if fields["examples"] != sum(entry["examples"] for entry in fields["shards"]):
@@ -217,7 +220,7 @@ def write_shard(
                 else:
                     examples[outcome.key] = _add_example(tar, outcome)
                     moments.add(outcome.latents)
-        size, sha256 = partial.stat().st_size, _hash_file(partial)
+        size, sha256 = partial.stat().st_size, jobs.hash_file(partial)
     index = ShardIndex(
         sources=tuple(sources),
         examples=examples,
@@ -233,11 +236,14 @@ def write_shard(
 
 
 def read_index(shard: Path) -> ShardIndex | None:
-    """The index of a shard that was written whole, else None."""
+    """The index of a shard, where both were written whole and neither is damaged, else None."""
     path = index_path(shard)
     if not path.is_file() or not shard.is_file():
         return None
-    index = ShardIndex.from_json(path.read_text())
+    try:
+        index = ShardIndex.from_json(path.read_text())
+    except _MALFORMED:
+        return None
     return index if shard.stat().st_size == index.bytes else None
 
 
@@ -308,14 +314,6 @@ def _npz(mask: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class ShardedDataset:
     """Random access to the examples of one split of an encoded folder."""
 
@@ -351,7 +349,7 @@ class ShardedDataset:
             with shard.open("rb") as file:
                 example = _read_example(file, key, self._indexes[number].examples[key])
             _check_example(example, self.manifest)
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # of damaged bytes numpy and zipfile raise a dozen kinds
             raise jobs.BadInput(
                 f"{shard} is damaged at example {key} ({error}): copy it or encode it again"
             ) from error
@@ -373,7 +371,7 @@ def _read_manifest(root: Path, split: str) -> Manifest:
         there = sorted(found.parent.name for found in root.glob(f"*/{MANIFEST}"))
         remedy = f"it has {', '.join(there)}" if there else "make it with `vidfill encode`"
         raise jobs.BadInput(f"{root} holds no encoded split {split!r}: {remedy}")
-    return Manifest.from_json(path.read_text(), path)
+    return Manifest.from_json(path.read_bytes(), path)
 
 
 def _check_size(shard: Path, expected: int) -> None:
@@ -390,7 +388,7 @@ def _read_listed_index(folder: Path, entry: ShardEntry) -> ShardIndex:
     path = index_path(folder / entry.name)
     try:
         index = ShardIndex.from_json(path.read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *_MALFORMED) as error:
         raise jobs.BadInput(f"{path} is missing or damaged ({error}): encode it again") from error
     if index.sha256 != entry.sha256 or len(index.examples) != entry.examples:
         raise jobs.BadInput(f"{path} is of another shard than the manifest: encode it again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -51,13 +51,23 @@ def find_splits(root: Path) -> dict[str, list[Path]]:
     return {split: _list_videos(folder) for split, folder in (folders or {"train": root}).items()}
 
 
-def _list_videos(folder: Path) -> list[Path]:
-    found = sorted(
+def find_outside(root: Path, splits: Mapping[str, Sequence[Path]]) -> list[Path]:
+    """The videos under `root` that are in none of its `splits`, sorted."""
+    inside = {path for listed in splits.values() for path in listed}
+    return [path for path in _walk(root) if path not in inside]
+
+
+def _walk(folder: Path) -> list[Path]:
+    return sorted(
         Path(parent) / name
         for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
         if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
     )
+
+
+def _list_videos(folder: Path) -> list[Path]:
+    found = _walk(folder)
     if not found:
         raise jobs.BadInput(
             f"{folder} holds no video (looked for {', '.join(sorted(SUFFIXES))}): "

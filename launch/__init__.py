@@ -1,1 +1,1 @@
-"""Accelerate configurations and Slurm scripts; `vidfill.train` itself needs none of them."""
+"""An Accelerate configuration and a Slurm script; `vidfill.train` itself needs neither."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..jobs import BadInput
 
 SHIPPED = "shipped"  # the name of the package's own small autoencoder
+PAPERS = "stabilityai/sd-vae-ft-mse"  # on the hub: the one that the paper uses
 SHIPPED_FOLDER = Path(__file__).parent / "weights" / "collisions"
 
 Precision = Literal["float32", "bfloat16"]  # of the autoencoder's convolutions
@@ -199,9 +200,12 @@ def hash_weights(network: nn.Module) -> str:
 def _say_shipped() -> None:
     print(
         "vidfill: using the package's own small autoencoder (trained on synthetic clips; "
-        "for real video give --autoencoder stabilityai/sd-vae-ft-mse)",
+        f"for real video give --autoencoder {PAPERS})",
         file=sys.stderr,
     )
+
+
+_REMEDY = f"give a local folder, or `--autoencoder {SHIPPED}`"
 
 
 def _find_folder(name: str) -> Path:
@@ -230,13 +234,14 @@ def _find_cached(name: str) -> Path | None:
 def _download(name: str) -> Path:
     if not _reaches_hub():
         raise BadInput(
-            f"cannot load {name}: not a local folder, and the hub cannot be reached; "
-            f"give a local folder or {SHIPPED!r}"
+            f"cannot load {name}: not a local folder, and the hub cannot be reached; {_REMEDY}"
         )
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot load {name} from the hub: {_first_line(error)}") from error
+        raise BadInput(
+            f"cannot load {name} from the hub: {_first_line(error)}; {_REMEDY}"
+        ) from error
 
 
 def _reaches_hub() -> bool:

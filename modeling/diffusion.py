@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..jobs import BadInput
@@ -129,6 +131,16 @@ def renoise(
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
+@dataclasses.dataclass(frozen=True)
+class LatentSpace:
+    """The latents that a network was trained on."""
+
+    shape: Sequence[int]  # frames, channels, height, width
+    mean: Sequence[float]  # of each channel over the training data
+    std: Sequence[float]  # deviation of each channel
+    autoencoder: Mapping[str, Any]  # the identity of the autoencoder
+
+
 class Denoiser:
     """A network with its noise schedule, target and latent scale: one convention for all samplers.
 
@@ -137,9 +149,7 @@ class Denoiser:
     Args:
         network: Predicts the target of `config`.
         config: The process that the network was trained for.
-        latents_mean: Mean of each latent channel over the training data.
-        latents_std: Deviation of each latent channel.
-        autoencoder: The identity of the autoencoder whose latents these are.
+        space: The latents that it was trained on.
         precision: Of the network's layers when it denoises; states stay as they are.
     """
 
@@ -147,29 +157,23 @@ class Denoiser:
         self,
         network: VideoUNet,
         config: DiffusionConfig,
-        latents_mean: list[float],
-        latents_std: list[float],
-        autoencoder: dict[str, Any],
+        space: LatentSpace,
         precision: Precision = "float32",
     ) -> None:
         self.network = network
-        self.precision = precision
         self.config = config
-        self.latents_mean = latents_mean
-        self.latents_std = latents_std
-        self.autoencoder = autoencoder
+        self.space = space
+        self.precision = precision
         self._alpha_bars = torch.cat([alpha_bars(config), torch.ones(1, dtype=torch.float64)])
 
     def with_network(self, network: VideoUNet) -> Denoiser:
         """The same process around other weights."""
-        return Denoiser(
-            network,
-            self.config,
-            self.latents_mean,
-            self.latents_std,
-            self.autoencoder,
-            self.precision,
-        )
+        return Denoiser(network, self.config, self.space, self.precision)
+
+    @property
+    def autoencoder(self) -> Mapping[str, Any]:
+        """The identity of the autoencoder whose latents these are."""
+        return self.space.autoencoder
 
     @property
     def timesteps(self) -> int:
@@ -224,7 +228,7 @@ class Denoiser:
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (
             rearrange(torch.tensor(values, dtype=like.dtype, device=like.device), "c -> c 1 1")
-            for values in (self.latents_mean, self.latents_std)
+            for values in (self.space.mean, self.space.std)
         )
         return mean, std
 
@@ -233,9 +237,7 @@ class Denoiser:
         self.network.save_pretrained(folder / "unet")
         described = {
             "diffusion": dataclasses.asdict(self.config),
-            "latents_mean": self.latents_mean,
-            "latents_std": self.latents_std,
-            "autoencoder": self.autoencoder,
+            "latents": dataclasses.asdict(self.space),
         }
         (folder / "denoiser.json").write_text(json.dumps(described, indent=2))
 
@@ -244,19 +246,20 @@ class Denoiser:
         """Read what `save` wrote, or the newest model of a training run's folder.
 
         Raises:
-            BadInput: `folder` is neither.
+            BadInput: `folder` is neither, or its files are damaged.
         """
         folder = _model_folder(folder)
-        described = json.loads((folder / "denoiser.json").read_text())
-        network = VideoUNet.from_pretrained(folder / "unet").eval().requires_grad_(False)
-        return cls(
-            network.to(device),
-            DiffusionConfig(**described["diffusion"]),
-            described["latents_mean"],
-            described["latents_std"],
-            described["autoencoder"],
-            precision,
-        )
+        try:
+            described = json.loads((folder / "denoiser.json").read_text())
+            config = DiffusionConfig(**described["diffusion"])
+            space = LatentSpace(**described["latents"])
+            network, loaded = VideoUNet.from_pretrained(folder / "unet", output_loading_info=True)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            first_line = str(error).splitlines()[0]
+            raise BadInput(f"the model in {folder} is damaged: {first_line}") from error
+        if loaded["missing_keys"]:  # diffusers leaves such weights at random values
+            raise BadInput(f"the model in {folder} lacks weights ({loaded['missing_keys'][0]})")
+        return cls(network.eval().requires_grad_(False).to(device), config, space, precision)
 
 
 def _model_folder(folder: Path) -> Path:

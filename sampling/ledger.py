@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .. import jobs
+from .results import MEASURES
 
-METRICS = ("psnr", "psnr_hole", "ssim", "colour_error", "temporal_error")
-COLUMNS = ("schedule", "clip", "nfe", "seconds_per_clip", *METRICS)
+COLUMNS = ("schedule", "clip", *(m.column for m in MEASURES if m.column != "clips"))
 
 Row = dict[str, str]
 

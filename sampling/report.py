@@ -56,7 +56,7 @@ def report(config: ReportConfig) -> Path:
     sweep = read_sweep(config.sweep)
     drawings = plan_drawings(sweep, config.clip)
     out = config.out or config.sweep / "report"
-    jobs.claim(out, "report", config)
+    jobs.claim(out, "report", config, may_change=("clip", "sweep"))
     with jobs.progress("drawing", len(drawings), "figures") as shown:
         pictures = []
         for drawing in drawings:

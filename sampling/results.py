@@ -39,7 +39,9 @@ MEASURES = (
     Measure("nfe", "NFE", "per clip", 0, -1, "network evaluations that one clip costs"),
     Measure(
         *("seconds_per_clip", "Time", "s per clip", 2, -1),
-        "wall time; that of an evaluation shared by several clips is split evenly among them",
+        "for the schedules, and for mean: the network's share of the wall time of sampling, an "
+        "evaluation shared by several clips split evenly among them, without decoding; for the "
+        "other baselines: the wall time of computing the clip",
     ),
     Measure(
         *("psnr", "PSNR", "dB", 2, 1),

@@ -120,7 +120,7 @@ class _Slots:
 
     def _allocate(self, condition: Condition) -> None:
         frames, _, height, width = condition.shape
-        capacity, channels = len(self.free), len(self.denoiser.latents_mean)
+        capacity, channels = len(self.free), len(self.denoiser.space.mean)
         self.conditions = condition.new_empty(capacity, *condition.shape)
         self.latents = condition.new_empty(capacity, frames, channels, height, width)
 

@@ -23,7 +23,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from enum import Enum
+from enum import StrEnum
 from fractions import Fraction
 
 from ..jobs import BadInput
@@ -104,7 +104,7 @@ class Schedule:
         return "+".join([solver, *map(str, self.moves)])
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What a move does to the state."""
 
     DOWN = "down"  # evaluate the network, then a solver's step to a less noisy level

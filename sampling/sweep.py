@@ -26,8 +26,9 @@ from ..data.shards import MANIFEST, Example, ShardedDataset
 from ..modeling.autoencoder import Autoencoder, Precision, hash_weights, load_autoencoder
 from ..modeling.diffusion import Denoiser
 from . import baselines
-from .ledger import METRICS, Ledger, Row, csv_line
+from .ledger import Ledger, Row, csv_line
 from .metrics import Frames, measure
+from .results import MEASURES
 from .sampler import Condition, Request, condition_of, decode_result, pixels_of, sample
 from .schedules import Program, compile_schedule, parse
 
@@ -43,7 +44,8 @@ DEFAULT_SCHEDULES = (
     "ddim:50 ddpm:50 ddpm:50+resample(n=4) ddpm:50+resample(n=6) ddpm:50+resample(n=10)"
 )
 
-RESULT_COLUMNS = ("schedule", "nfe", "seconds_per_clip", *METRICS, "clips")
+RESULT_COLUMNS = ("schedule", *(m.column for m in MEASURES))
+AVERAGED = RESULT_COLUMNS[2:-1]  # all but the schedule, its NFE and the number of clips
 BASELINES = ("fill", "classic", "mean", "autoencoder")
 TABLE_WIDTH = 120  # characters, where there is no terminal to ask
 
@@ -186,11 +188,12 @@ def _check_latents(config: SweepConfig, dataset: ShardedDataset, denoiser: Denoi
             f"the shards in {config.shards} were encoded with {_identity(theirs)}, the model in "
             f"{config.model} was trained on {_identity(ours)}: encode with the model's"
         )
-    channels, trained = dataset.manifest.latent_shape[1], len(denoiser.latents_mean)
-    if channels != trained:
+    shape, trained = list(dataset.manifest.latent_shape), list(denoiser.space.shape)
+    if shape != trained:
         raise jobs.BadInput(
-            f"the shards in {config.shards} hold latents of {channels} channels, the model in "
-            f"{config.model} takes {trained}: encode with the model's autoencoder"
+            f"the shards in {config.shards} hold latents of the shape {shape} (frames, channels, "
+            f"height, width), the model in {config.model} was trained on {trained}: encode with "
+            "the training clips' length and size"
         )
 
 
@@ -392,10 +395,7 @@ def write_results(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> None:
 def average(ledger: Ledger, inputs: Inputs, name: str) -> Row:
     """A schedule's row of results.csv: the mean over its clips."""
     rows = [ledger.rows[name, key] for key in inputs.clips]
-    means = {
-        column: f"{np.mean([float(row[column]) for row in rows]):.6g}"
-        for column in ("seconds_per_clip", *METRICS)
-    }
+    means = {column: f"{np.mean([float(row[column]) for row in rows]):.6g}" for column in AVERAGED}
     return {"schedule": name, "nfe": rows[0]["nfe"], **means, "clips": str(len(rows))}
 
 
@@ -432,7 +432,7 @@ def show_results(rows: Sequence[Row]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        numbers = [f"{float(row[column]):.4g}" for column in RESULT_COLUMNS[2:-1]]
+        numbers = [f"{float(row[column]):.4g}" for column in AVERAGED]
         table.add_row(row["schedule"], row["nfe"], *numbers, row["clips"])
         if row["schedule"] == BASELINES[-1]:
             table.add_section()

@@ -9,12 +9,13 @@ checkpoints/step-00001000/state.json   the step, and each file's hash
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import jobs
+from ..jobs import hash_file
 from ..modeling.diffusion import Denoiser
 from .state import TrainState
 
@@ -61,51 +63,59 @@ def _write(
     save_file(weights, path / "weights.safetensors")
     save_file(moments, path / "moments.safetensors")
     denoiser.with_network(state.average).save(path / "model")
-    files = {str(p.relative_to(path)): _hash(p) for p in sorted(path.rglob("*")) if p.is_file()}
-    (path / "state.json").write_text(json.dumps({"step": state.step, "files": files}, indent=2))
+    files = {str(p.relative_to(path)): hash_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    described = {"step": state.step, "files": files, "latents": _latents_of(denoiser)}
+    (path / "state.json").write_text(json.dumps(described, indent=2))
 
 
-def load_checkpoint(folder: Path, state: TrainState, accelerator: Accelerator) -> bool:
-    """Continue from the newest checkpoint that is whole; false where there is none.
+def _latents_of(denoiser: Denoiser) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(denoiser.space)))
+
+
+def load_checkpoint(
+    folder: Path, state: TrainState, denoiser: Denoiser, accelerator: Accelerator
+) -> None:
+    """Continue from the newest checkpoint that is whole, where there is one.
 
     A damaged one is named on stderr and the one before it is used.
 
     Raises:
-        BadInput: There are checkpoints, but all of them are damaged.
+        BadInput: There are checkpoints, but all of them are damaged, or they are of other shards.
     """
     candidates = _newest_first(folder) if folder.is_dir() else []
     for path in candidates:
         try:
-            step = _verify(path)
+            described = _verify(path)
         except Damaged as damage:
             if accelerator.is_main_process:
                 print(f"vidfill train: {damage}; trying the one before", file=sys.stderr)
             continue
-        _restore(path, step, state, accelerator)
-        return True
+        if described["latents"] != _latents_of(denoiser):
+            raise jobs.BadInputEverywhere(
+                f"{path} was trained on other latents (shape, scale or autoencoder) than these "
+                "shards hold: name the shards that it was begun with, or another out"
+            )
+        _restore(path, described["step"], state, accelerator)
+        return
     if candidates:
-        raise jobs.BadInput(f"every checkpoint in {folder} is damaged: remove it to start again")
-    return False
+        raise jobs.BadInputEverywhere(
+            f"every checkpoint in {folder} is damaged: remove it to start again"
+        )
 
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def _verify(path: Path) -> int:
+def _verify(path: Path) -> dict[str, Any]:
     try:
         described = json.loads((path / "state.json").read_text())
         for name, digest in described["files"].items():
-            if _hash(path / name) != digest:
+            if hash_file(path / name) != digest:
                 raise Damaged(f"{path / name} is damaged: its hash differs from state.json's")
-        return described["step"]
+        return described
     except (OSError, ValueError, KeyError) as error:
         raise Damaged(f"{path} is damaged: {error}") from error
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parameters(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..jobs import BadInputEverywhere
 from ..modeling.autoencoder import Precision
 from ..modeling.diffusion import DiffusionConfig
 
@@ -107,3 +108,26 @@ MAY_CHANGE = (
     "preview.autoencoder",
     "zero_stage",
 )
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse numbers that no run can have.
+
+    Raises:
+        BadInputEverywhere: Naming the first of them.
+    """
+    at_least_one = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "log_every": config.log_every,
+        "checkpoint_every": config.checkpoint_every,
+        "keep_checkpoints": config.keep_checkpoints,
+        "diffusion.timesteps": config.diffusion.timesteps,
+        "model.block_out_channels": len(config.model.block_out_channels),
+        "model.layers_per_block": config.model.layers_per_block,
+        "model.head_channels": config.model.head_channels,
+        "model.norm_groups": config.model.norm_groups,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise BadInputEverywhere(f"{name} is {value}: give 1 or more")

@@ -12,6 +12,7 @@ from pathlib import Path
 from .. import jobs
 from ..data.encode import EncodeConfig, encode
 from ..data.synth import SynthConfig, synth
+from ..modeling.autoencoder import SHIPPED
 from ..modeling.diffusion import DiffusionConfig
 from ..sampling.report import ReportConfig, report
 from ..sampling.sweep import SweepConfig, sweep
@@ -74,7 +75,9 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
         size=config.size,
         seed=seed,
     )
-    shards = EncodeConfig(out / "videos", out / "shards", protocol="both", seed=seed)
+    shards = EncodeConfig(
+        out / "videos", out / "shards", autoencoder=SHIPPED, protocol="both", seed=seed
+    )
     training = TrainConfig(
         out / "shards",
         out / "train",

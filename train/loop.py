@@ -13,39 +13,42 @@ from accelerate.utils import broadcast_object_list
 from .. import jobs
 from ..data.shards import ShardedDataset
 from ..data.stream import Stream
+from ..modeling.diffusion import Denoiser
 from .checkpoints import load_checkpoint, save_checkpoint
-from .config import MAY_CHANGE, TrainConfig
-from .monitoring import Monitor, tensorboard_command
+from .config import MAY_CHANGE, TrainConfig, check
+from .monitoring import Monitor, Preview, open_preview, tensorboard_command
 from .state import TrainState, make_accelerator, make_denoiser, make_state
-from .step import NotFinite, train_step
+from .step import train_step
 
 EXAMPLES = """\
 examples:
   vidfill train shards runs/first --steps 5000
   vidfill train shards runs/paper --diffusion.normalise false --optimizer.learning_rate 2e-5
-  accelerate launch --num_processes 2 --cpu -m vidfill.train shards runs/two
-  accelerate launch --num_processes 8 -m vidfill.train shards runs/zero --zero_stage 2
+  accelerate launch --config_file launch/node.yaml --num_processes 2 \\
+      -m vidfill.train shards runs/two
+  accelerate launch --config_file launch/node.yaml -m vidfill.train shards runs/zero --zero_stage 2
   tensorboard --logdir runs/first/tensorboard
 """
 
 
 def train(config: TrainConfig) -> None:
-    """Train until `config.steps`, from the newest checkpoint where there is one."""
+    """Train until `config.steps`, from the newest checkpoint where there is one.
+
+    Raises:
+        BadInput: A setting is wrong, the shards cannot be used, or the loss is not finite.
+    """
+    check(config)
     dataset = ShardedDataset(config.shards, "train")
     accelerator = make_accelerator(config)
-    _claim_together(config, accelerator)
-    stream = Stream(
-        dataset,
-        config.batch_size,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    process, processes = accelerator.process_index, accelerator.num_processes
+    stream = Stream(dataset, config.batch_size, config.seed, process, processes)
     denoiser = make_denoiser(config, dataset.manifest)
+    preview = _open_and_claim(config, denoiser, accelerator)
     state = make_state(config, accelerator, denoiser.network)
-    load_checkpoint(config.out / "checkpoints", state, accelerator)
+    checkpoints = config.out / "checkpoints"
+    load_checkpoint(checkpoints, state, denoiser, accelerator)
     with (
-        _monitor(config, state, accelerator) as monitor,
+        _monitor(config, state, preview, accelerator) as monitor,
         _progress(config, state, accelerator) as progress,
     ):
         while state.step < config.steps:
@@ -56,13 +59,7 @@ def train(config: TrainConfig) -> None:
             if monitor and _is_due(state.step, config.log_every, config.steps):
                 monitor.scalars(state.step, result, speed)
             if _is_due(state.step, config.checkpoint_every, config.steps):
-                save_checkpoint(
-                    config.out / "checkpoints",
-                    state,
-                    denoiser,
-                    accelerator,
-                    config.keep_checkpoints,
-                )
+                save_checkpoint(checkpoints, state, denoiser, accelerator, config.keep_checkpoints)
             if monitor and _is_due(state.step, config.preview.every, config.steps):
                 monitor.preview(state.step, denoiser.with_network(state.average))
     accelerator.end_training()
@@ -72,21 +69,26 @@ def _is_due(step: int, every: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
-def _claim_together(config: TrainConfig, accelerator: Accelerator) -> None:
-    """The first process takes the folder; all of them learn whether it could."""
+def _open_and_claim(
+    config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator
+) -> Preview | None:
+    """The first process opens the preview and takes the folder; all learn whether it could."""
+    preview: Preview | None = None
     refusal: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
+            preview = open_preview(config, denoiser)
             jobs.claim(config.out, "train", config, MAY_CHANGE)
-        except jobs.BadInput as error:
+        except (jobs.BadInput, OSError) as error:  # the others wait to hear of either
             refusal = [str(error)]
     broadcast_object_list(refusal)
     if refusal[0] is not None:
-        raise jobs.BadInput(refusal[0])
+        raise jobs.BadInputEverywhere(refusal[0])
+    return preview
 
 
 def _monitor(
-    config: TrainConfig, state: TrainState, accelerator: Accelerator
+    config: TrainConfig, state: TrainState, preview: Preview | None, accelerator: Accelerator
 ) -> contextlib.AbstractContextManager[Monitor | None]:
     if not accelerator.is_main_process:
         return contextlib.nullcontext()
@@ -97,10 +99,7 @@ def _monitor(
         f"  {tensorboard_command(config.out)}",
         file=sys.stderr,
     )
-    validation = None
-    if config.preview.every and config.preview.clips:
-        validation = ShardedDataset(config.shards, "validation")
-    return Monitor(config, state.step, validation)
+    return Monitor(config.out, state.step, preview)
 
 
 def _progress(
@@ -114,11 +113,4 @@ def _progress(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of `vidfill train`."""
-    return jobs.main(TrainConfig, _train_or_stop, argv, verb="train", examples=EXAMPLES)
-
-
-def _train_or_stop(config: TrainConfig) -> None:
-    try:
-        train(config)
-    except NotFinite as error:
-        raise jobs.BadInput(f"{error}; the last checkpoint in {config.out} is good") from error
+    return jobs.main(TrainConfig, train, argv, verb="train", examples=EXAMPLES)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -10,32 +12,75 @@ import numpy as np
 from jaxtyping import UInt8
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.shards import Example, ShardedDataset
+from ..data.shards import MANIFEST, Example, ShardedDataset
 from ..modeling.autoencoder import Autoencoder, load_autoencoder
 from ..modeling.diffusion import Denoiser
 from ..sampling.baselines import fill
 from ..sampling.sampler import inpaint
+from ..sampling.schedules import compile_schedule, parse
 from .config import TrainConfig
 from .step import StepResult
 
 COLUMNS = 8  # frames of a clip that a preview shows
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What a look at the model needs: some held-out clips, their autoencoder, a schedule."""
+
+    examples: Sequence[Example]
+    autoencoder: Autoencoder
+    schedule: str
+    seed: int
+
+    def draw(self, denoiser: Denoiser) -> UInt8[np.ndarray, "rows columns 3"]:
+        """Masked, inpainted and true frames of each clip, as one picture."""
+        results = inpaint(
+            denoiser,
+            self.autoencoder,
+            self.examples,
+            self.schedule,
+            seed=self.seed,
+            capacity=len(self.examples),
+        )
+        return np.concatenate([preview_rows(example, frames) for example, frames in results])
+
+
+def open_preview(config: TrainConfig, denoiser: Denoiser) -> Preview | None:
+    """Load what previews need; None, said on stderr, where the shards have nothing to show.
+
+    Raises:
+        BadInput: The schedule or the autoencoder cannot be used.
+    """
+    wanted = config.preview
+    if not wanted.every or not wanted.clips:
+        return None
+    compile_schedule(parse(wanted.schedule), denoiser.timesteps)
+    if not (config.shards / "validation" / MANIFEST).is_file():
+        print(f"{config.shards} has no validation split: no previews", file=sys.stderr)
+        return None
+    validation = ShardedDataset(config.shards, "validation")
+    examples = [validation[index] for index in range(min(wanted.clips, len(validation)))]
+    if any(example.pixels is None for example in examples):
+        print(f"{config.shards}/validation keeps no pixels: no previews", file=sys.stderr)
+        return None
+    name = wanted.autoencoder or denoiser.autoencoder["name"]
+    autoencoder = load_autoencoder(name, denoiser.network.device, denoiser.precision)
+    return Preview(examples, autoencoder, wanted.schedule, config.seed)
+
+
 class Monitor:
     """Writes a run's TensorBoard events; only the first process has one.
 
     Args:
-        config: The run's configuration.
+        out: The run's folder.
         step: The step that the run continues from: later events of an earlier life are dropped.
-        validation: Clips to preview, or none.
+        preview: What to show of the model, or nothing.
     """
 
-    def __init__(self, config: TrainConfig, step: int, validation: ShardedDataset | None) -> None:
-        self._writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1)
-        self._preview = config.preview
-        self._seed = config.seed
-        self._examples = _first(validation, config.preview.clips) if validation else []
-        self._autoencoder: Autoencoder | None = None
+    def __init__(self, out: Path, step: int, preview: Preview | None) -> None:
+        self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self._preview = preview
 
     def __enter__(self) -> Monitor:
         return self
@@ -57,23 +102,9 @@ class Monitor:
 
     def preview(self, step: int, denoiser: Denoiser) -> None:
         """Log a grid: masked, inpainted and true frames of some validation clips."""
-        if not self._examples:
-            return
-        if self._autoencoder is None:
-            name = self._preview.autoencoder or denoiser.autoencoder["name"]
-            self._autoencoder = load_autoencoder(name, denoiser.network.device, denoiser.precision)
-        results = inpaint(
-            denoiser,
-            self._autoencoder,
-            self._examples,
-            self._preview.schedule,
-            seed=self._seed,
-            capacity=len(self._examples),
-        )
-        rows = [preview_rows(example, frames) for example, frames in results]
-        self._writer.add_image(
-            "validation/inpainted", np.concatenate(rows), step, dataformats="HWC"
-        )
+        if self._preview:
+            picture = self._preview.draw(denoiser)
+            self._writer.add_image("validation/inpainted", picture, step, dataformats="HWC")
 
 
 def preview_rows(
@@ -88,11 +119,6 @@ def preview_rows(
 def _strip(frames: UInt8[np.ndarray, "frames height width 3"]) -> np.ndarray:
     chosen = np.linspace(0, len(frames) - 1, min(COLUMNS, len(frames))).round().astype(int)
     return np.concatenate(list(frames[chosen]), axis=1)
-
-
-def _first(validation: ShardedDataset, clips: int) -> Sequence[Example]:
-    examples = (validation[index] for index in range(min(clips, len(validation))))
-    return [example for example in examples if example.pixels is not None]
 
 
 def tensorboard_command(out: Path) -> str:

@@ -12,7 +12,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..data.shards import Manifest
-from ..modeling.diffusion import Denoiser
+from ..modeling.diffusion import Denoiser, LatentSpace
 from ..modeling.unet import VideoUNet
 from .config import OptimizerConfig, TrainConfig
 
@@ -37,11 +37,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if config.zero_stage == 0:
-        return Accelerator(cpu=on_cpu)
+        # Explicitly "no", or a default of the user's own Accelerate configuration would win.
+        return Accelerator(cpu=on_cpu, mixed_precision="no")
     # Without this, and with `cpu=True`, a process under DeepSpeed believes that it is alone.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     backend = "gloo" if on_cpu else "nccl"
     return Accelerator(
+        mixed_precision="no",
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(config)),
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
         step_scheduler_with_optimizer=False,
@@ -77,13 +79,16 @@ def make_denoiser(config: TrainConfig, manifest: Manifest) -> Denoiser:
             head_channels=config.model.head_channels,
             norm_groups=config.model.norm_groups,
         )
-    return Denoiser(
-        network,
-        config.diffusion,
+    return Denoiser(network, config.diffusion, space_of(manifest), config.precision)
+
+
+def space_of(manifest: Manifest) -> LatentSpace:
+    """The latents that a dataset holds."""
+    return LatentSpace(
+        list(manifest.latent_shape),
         list(manifest.latents_mean),
         list(manifest.latents_std),
         dict(manifest.autoencoder),
-        config.precision,
     )
 
 

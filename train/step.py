@@ -11,14 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..data.stream import Batch
+from ..jobs import BadInput
 from ..modeling.diffusion import Denoiser, add_noise, expand, target_of
 from ..seeding import generator
 from .config import OptimizerConfig, TrainConfig
 from .state import TrainState, update_average
 
 
-class NotFinite(RuntimeError):
-    """The loss or the gradient is NaN or infinite; the weights were not touched by it."""
+class NotFinite(BadInput):
+    """The loss or the gradient is NaN or infinite; no later step was taken."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def train_step(
     """Advance `state` by one optimizer step.
 
     Raises:
-        NotFinite: On every process alike, before the weights are touched by a bad loss.
+        NotFinite: On every process alike. A bad loss never reaches the weights; a bad gradient
+            does only under DeepSpeed, whose backward pass ends with the update.
     """
     rate = learning_rate(state.step, config.steps, config.optimizer)
     for group in state.optimizer.param_groups:
@@ -127,5 +129,5 @@ def _stop_unless_finite(value: float, name: str, step: int, batch: Batch) -> Non
     if not math.isfinite(value):
         raise NotFinite(
             f"the {name} of step {step} is {value}; this process held the clips "
-            f"{', '.join(batch.keys)}"
+            f"{', '.join(batch.keys)}: lower optimizer.learning_rate, or look at those clips"
         )

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SMALLEST = ["--rounds", "1", "--clips", "2", "--capacity", "3", "--frames", "2", "--latent", "2"]
+DOCUMENTED = re.findall(
+    r"^ {4}python -m benchmarks\.sampler(.*)$",
+    (ROOT / "docs" / "benchmarks.md").read_text(),
+    flags=re.MULTILINE,
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -13,8 +22,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_every_way_does_the_same_evaluations_and_stands_beside_the_limit() -> None:
-    done = run(*SMALLEST)
+@pytest.mark.parametrize("options", DOCUMENTED)
+def test_every_way_does_the_same_evaluations_and_stands_beside_the_limit(options: str) -> None:
+    done = run(*shlex.split(options), *SMALLEST)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line]
     rows = {cells[0]: cells[1:] for cells in lines[2:]}

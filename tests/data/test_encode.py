@@ -145,8 +145,9 @@ def test_a_resumed_job_writes_what_an_uninterrupted_one_does(
     whole = read_bytes(config.out)
     for lost in ("train/manifest.json", "train/shard-00001.tar", "validation/shard-00000.tar"):
         (config.out / lost).unlink()
-    truncated = config.out / "train" / "shard-00002.tar"
-    truncated.write_bytes(truncated.read_bytes()[:1000])
+    for damaged in ("train/shard-00002.tar", "validation/shard-00000.index.json"):
+        content = (config.out / damaged).read_bytes()
+        (config.out / damaged).write_bytes(content[: len(content) // 2])
     kept = config.out / "train" / "shard-00000.tar"
     before = kept.stat().st_mtime_ns
     encode(config)
@@ -228,6 +229,7 @@ def test_a_video_damaged_inside_leaves_whole_shards_and_raising_the_limit_goes_o
     assert names == ["job.json", "train/shard-00000.index.json", "train/shard-00000.tar"]
     resumed = dataclasses.replace(config, max_skipped=1)
     encode(resumed)
+    assert json.loads((config.out / "job.json").read_text())["config"]["max_skipped"] == 1
     assert ShardedDataset(config.out, "train").manifest.skipped == 1
 
 
@@ -268,6 +270,26 @@ def test_videos_of_several_sizes_need_a_size(copy: Path, configure: Configure) -
     config = configure(copy, size=16)
     encode(config)
     assert ShardedDataset(config.out, "train").manifest.latent_shape == (FRAMES, 4, 2, 2)
+
+
+def test_videos_outside_the_splits_are_counted(
+    copy: Path, configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_video(copy / "extra" / "a.mp4", 0)
+    write_video(copy / "b.mp4", 0)
+    config = configure(copy)
+    encode(config)
+    assert f"left out 2 video(s) of {copy} that lie outside" in capsys.readouterr().err
+    assert ShardedDataset(config.out, "train").manifest.skipped == 0
+
+
+def test_the_default_autoencoder_is_the_papers_and_its_absence_names_the_remedy(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(folder), str(tmp_path / "out"), "--frames", str(FRAMES)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot load stabilityai/sd-vae-ft-mse" in said
+    assert "give a local folder, or `--autoencoder shipped`" in said
 
 
 def test_encode_refuses_to_run_on_many_processes(

@@ -112,14 +112,34 @@ def test_a_truncated_shard_is_named(tmp_path: Path, write_dataset: WriteDataset)
         ShardedDataset(tmp_path, "train")
 
 
-def test_a_damaged_example_is_named(tmp_path: Path, write_dataset: WriteDataset) -> None:
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe\x00", b'{"sources": 1}'])
+def test_a_damaged_index_or_manifest_is_no_traceback(
+    tmp_path: Path, write_dataset: WriteDataset, content: bytes
+) -> None:
+    write_dataset(tmp_path)
+    shard = tmp_path / "train" / shards.shard_name(0)
+    shards.index_path(shard).write_bytes(content)
+    assert shards.read_index(shard) is None
+    with pytest.raises(BadInput, match="missing or damaged"):
+        ShardedDataset(tmp_path, "train")[0]
+    (tmp_path / "train" / shards.MANIFEST).write_bytes(content)
+    with pytest.raises(BadInput, match=r"manifest\.json.*encode again"):
+        ShardedDataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize("member", ["latents.npy", "mask.npz", "json"])
+@pytest.mark.parametrize("part", [0.0, 0.2, 0.4])
+def test_a_damaged_example_is_named(
+    tmp_path: Path, write_dataset: WriteDataset, member: str, part: float
+) -> None:
     examples = write_dataset(tmp_path)
     shard = tmp_path / "train" / shards.shard_name(0)
     index = shards.read_index(shard)
     assert index is not None
-    offset, size = index.examples[examples[1].key]["latents.npy"]
+    offset, size = index.examples[examples[1].key][member]
     content = bytearray(shard.read_bytes())
-    content[offset : offset + size] = bytes(size)
+    first = round(part * size)
+    content[offset + first : offset + size] = b"\xff" * (size - first)
     shard.write_bytes(content)
     dataset = ShardedDataset(tmp_path, "train")
     assert_same(dataset[0], examples[0])
@@ -169,6 +189,8 @@ def test_a_missing_split_says_which_there_are(tmp_path: Path, write_dataset: Wri
         (lambda m: m["latents_mean"].pop(), "latents_mean has 1 values for 2 channels"),
         (lambda m: m.update(examples=6), "examples is 6"),
         (lambda m: m["shards"][0].pop("sha256"), "shards has the entry"),
+        (lambda m: m["shards"][0].update(examples="2"), "shards has examples '2'"),
+        (lambda m: m["shards"][1].update(name=None), "shards has name None"),
         (lambda m: m.update(latent_shape=[1, 2]), "latent_shape is"),
     ],
 )

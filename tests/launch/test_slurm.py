@@ -58,7 +58,7 @@ def submit(tmp_path: Path) -> Submit:
         log.unlink(missing_ok=True)
         done = subprocess.run(
             [
-                *("sbatch", "--wait", "--nodes", "2", "--time", "5", "--output", str(log)),
+                *("sbatch", "--wait", "--nodes", "2", "--time", "10", "--output", str(log)),
                 *(*options, str(SCRIPT), *arguments),
             ],
             env=environment,

@@ -247,7 +247,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 
 def test_a_hub_name_without_a_network_is_refused_with_the_remedy():
     message = refusal("stabilityai/no-such-autoencoder")
-    assert "the hub cannot be reached; give a local folder or 'shipped'" in message
+    assert "hub cannot be reached; give a local folder, or `--autoencoder shipped`" in message
 
 
 def test_a_hub_name_in_the_local_cache_opens_without_a_network(tiny_folder, tmp_path, monkeypatch):

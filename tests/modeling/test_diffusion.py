@@ -7,6 +7,7 @@ from vidfill.jobs import BadInput
 from vidfill.modeling.diffusion import (
     Denoiser,
     DiffusionConfig,
+    LatentSpace,
     add_noise,
     alpha_bars,
     clean_of,
@@ -42,7 +43,8 @@ def small_denoiser(**changes: object) -> Denoiser:
         norm_groups=8,
         condition_channels=5 if config.mask_channel else 4,
     )
-    return Denoiser(network, config, [0.5, -1.0, 0.0, 2.0], [1.0, 2.0, 0.5, 3.0], {"name": "x"})
+    space = LatentSpace([3, 4, 4, 4], [0.5, -1.0, 0.0, 2.0], [1.0, 2.0, 0.5, 3.0], {"name": "x"})
+    return Denoiser(network, config, space)
 
 
 def diffusers_float64(scheduler: DDPMScheduler | DDIMScheduler) -> DDPMScheduler | DDIMScheduler:

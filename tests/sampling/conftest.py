@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny
 from vidfill.data.shards import Example
 from vidfill.modeling.autoencoder import Autoencoder
-from vidfill.modeling.diffusion import Denoiser, DiffusionConfig
+from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, LatentSpace
 from vidfill.modeling.unet import VideoUNet
 
 FRAMES, SIZE, CHANNELS = 3, 16, 4  # of the smallest clips; their latents are 4x4
@@ -44,7 +44,8 @@ def denoiser(autoencoder: Autoencoder) -> Denoiser:
             weight.add_(torch.randn(weight.shape, generator=source), alpha=0.1)
     config = DiffusionConfig(timesteps=40, target="v", mask_channel=True)
     mean, std = [0.1, 0.2, 0.3, 0.4], [1.0, 1.1, 1.2, 1.3]
-    return Denoiser(network.eval(), config, mean, std, autoencoder.identity())
+    space = LatentSpace([FRAMES, CHANNELS, 4, 4], mean, std, autoencoder.identity())
+    return Denoiser(network.eval(), config, space)
 
 
 @pytest.fixture

@@ -227,6 +227,23 @@ def test_clip_shown_is_the_one_whose_hole_hides_the_most_or_the_one_asked_for(
         report.plan_drawings(sweep, asked="nonsense")
 
 
+def test_report_is_written_again_of_another_clip_or_of_a_moved_sweep(tmp_path: Path) -> None:
+    write_sweep(tmp_path / "sweep", schedules=["ddim:5"], kept=KEPT)
+    first = report.ReportConfig(tmp_path / "sweep", clip=KEPT[0])
+    assert KEPT[0] in report.report(first).read_text()
+    (tmp_path / "sweep").rename(tmp_path / "moved")
+    page = report.report(report.ReportConfig(tmp_path / "moved", clip=KEPT[1]))
+    assert page == tmp_path / "moved" / "report" / "index.html"
+
+
+def test_page_says_that_the_time_is_the_networks_without_decoding(
+    page: ElementTree.Element,
+) -> None:
+    said = text_of(page)
+    assert "the network's share of the wall time of sampling" in said
+    assert "without decoding" in said
+
+
 def test_printed_frames_are_the_frames_own_pixels() -> None:
     random = np.random.default_rng(0)
     frames = random.integers(0, 256, (2, 6, 8, 3), dtype=np.uint8)

@@ -14,10 +14,10 @@ from vidfill import seeding
 from vidfill.data.shards import Example
 from vidfill.jobs import BadInput
 from vidfill.modeling.autoencoder import Autoencoder
-from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, alpha_bars, expand
+from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, LatentSpace, alpha_bars, expand
 from vidfill.modeling.unet import VideoUNet
 from vidfill.sampling.sampler import Request, Result, condition_of, inpaint, sample
-from vidfill.sampling.schedules import compile_schedule, parse
+from vidfill.sampling.schedules import CLEAN, compile_schedule, parse
 
 MakeExample = Callable[[str], Example]
 MIXED = ["ddpm:5+resample(n=2)", "ddim:7", "ddpm:3(variance=large)", "ddim:2+resample(n=1)"]
@@ -187,8 +187,9 @@ SAMPLES = math.prod(SHAPE)
 
 class GaussianDenoiser(Denoiser):
     def __init__(self, std: float) -> None:
+        space = LatentSpace(shape=[], mean=[0.0] * 4, std=[], autoencoder={})
         super().__init__(
-            VideoUNet(block_out_channels=(32,)), DiffusionConfig(normalise=False), [0.0] * 4, [], {}
+            VideoUNet(block_out_channels=(32,)), DiffusionConfig(normalise=False), space
         )
         self.std = std
 
@@ -203,6 +204,10 @@ def sample_gaussian(schedule: str, std: float) -> Tensor:
     request = Request("clip", schedule, program, lambda: torch.zeros(SHAPE, dtype=torch.float64))
     (result,) = sample(GaussianDenoiser(std), [request], capacity=1, seed=0)
     return result.latents
+
+
+def test_the_programs_last_level_has_no_noise() -> None:
+    assert GaussianDenoiser(std=1.0).alpha_bar(torch.tensor([CLEAN])) == 1
 
 
 def assert_gaussian(values: Tensor, std: float, slack: float = 0.0) -> None:

@@ -7,7 +7,6 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from vidfill.jobs import BadInput
-from vidfill.modeling import diffusion
 from vidfill.sampling.schedules import (
     CLEAN,
     Kind,
@@ -125,7 +124,3 @@ def test_spacing_is_diffusers_trailing(steps: int) -> None:
     theirs = DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing")
     theirs.set_timesteps(steps)
     assert spaced_timesteps(steps, 1000) == theirs.timesteps.tolist()
-
-
-def test_clean_is_the_diffusion_process_clean() -> None:
-    assert CLEAN == diffusion.CLEAN

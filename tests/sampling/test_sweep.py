@@ -308,7 +308,10 @@ def no_pixels(
     ("make", "message"),
     [
         (other_autoencoder, "were encoded with theirs .*the model in .* was trained on "),
-        (other_channels, "hold latents of 8 channels, the model in .* takes 4"),
+        (
+            other_channels,
+            r"hold latents of the shape \[.*, 8, .*the model in .* was trained on \[.*, 4, ",
+        ),
         (no_pixels, "shard without pixels: encode again with --pixels all"),
         ({"schedules": "ddim:2 ddin:3"}, "did you mean ddim"),
         ({"schedules": ""}, "schedules is empty: give some"),
