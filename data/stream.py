@@ -80,7 +80,10 @@ class Stream:
         self._order = functools.lru_cache(maxsize=2)(self._sort_epoch)
 
     def batch(self, k: int) -> Batch:
-        """This process's part of global batch `k`: a pure function of `k`, in constant time."""
+        """This process's part of global batch `k`: a pure function of `k`.
+
+        In constant time, but for the first batch of an epoch, which sorts the epoch's keys.
+        """
         first = k * self.batch_size + self._first_slot
         positions = list(range(first, first + self._share))
         examples = [self.dataset[self._index(position)] for position in positions]

@@ -29,7 +29,7 @@ SHIPPED = "shipped"  # the name of the package's own small autoencoder
 PAPERS = "stabilityai/sd-vae-ft-mse"  # on the hub: the one that the paper uses
 SHIPPED_FOLDER = Path(__file__).parent / "weights" / "collisions"
 
-Precision = Literal["float32", "bfloat16"]  # of the autoencoder's convolutions
+Precision = Literal["float32", "bfloat16"]  # of a network's layers; float32 goes in and comes out
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"

@@ -222,8 +222,8 @@ class Denoiser:
         reduced = self.precision == "bfloat16"
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=reduced):
             prediction = self.network(latents, timestep, condition).to(latents.dtype)
-        ab = expand(self.alpha_bar(timestep)).to(latents.dtype)
-        return clean_of(self.config.target, prediction, latents, ab)
+        ab = expand(self.alpha_bar(timestep))
+        return clean_of(self.config.target, prediction, latents, ab).to(latents.dtype)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (

@@ -113,8 +113,11 @@ class Inputs:
         )
 
 
-def sweep(config: SweepConfig) -> None:
+def sweep(config: SweepConfig) -> list[Row]:
     """Run every schedule and baseline that has no row yet, and write the tables.
+
+    Returns:
+        The lines of results.csv; none where only the plan was asked for.
 
     Raises:
         BadInput: a setting is wrong, or model, shards and autoencoder do not fit together.
@@ -122,14 +125,14 @@ def sweep(config: SweepConfig) -> None:
     inputs = open_inputs(config)
     if config.plan:
         show_plan(inputs, config.batch_size)
-        return
+        return []
     jobs.claim(config.out, "sweep", config)
     ledger = Ledger(config.out, fingerprint(inputs))
     book = functools.partial(_book, config, inputs, ledger)
     keep_inputs(config, inputs)
     run_baselines(inputs, ledger, book)
     run_schedules(config, inputs, ledger, book)
-    write_results(config, inputs, ledger)
+    return write_results(config, inputs, ledger)
 
 
 # What goes in
@@ -381,15 +384,15 @@ def run_schedules(config: SweepConfig, inputs: Inputs, ledger: Ledger, book: Boo
 # What comes out
 
 
-def write_results(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> None:
-    """Write results.csv and sweep.json, and print the table."""
+def write_results(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> list[Row]:
+    """Write results.csv and sweep.json; return the lines of the first."""
     rows = [average(ledger, inputs, name) for name in (*BASELINES, *inputs.programs)]
     lines = [csv_line(RESULT_COLUMNS)]
     lines += [csv_line([row[column] for column in RESULT_COLUMNS]) for row in rows]
     jobs.write_atomically(config.out / "results.csv", b"".join(lines))
     about = describe(config, inputs, ledger)
     jobs.write_atomically(config.out / "sweep.json", json.dumps(about, indent=2).encode())
-    show_results(rows)
+    return rows
 
 
 def average(ledger: Ledger, inputs: Inputs, name: str) -> Row:
@@ -426,8 +429,10 @@ def _device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
-def show_results(rows: Sequence[Row]) -> None:
-    """Print the results as a table."""
+def show_results(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print the results as a table, where there are any."""
+    if not rows:
+        return
     table = Table(*(column.replace("_", " ") for column in RESULT_COLUMNS))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -445,7 +450,14 @@ def _console() -> Console:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return jobs.main(SweepConfig, sweep, argv, verb="sweep", examples=EXAMPLES)
+    """The command line of `vidfill sweep`."""
+    return jobs.main(
+        SweepConfig,
+        lambda config: show_results(sweep(config)),
+        argv,
+        verb="sweep",
+        examples=EXAMPLES,
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,8 @@ from ..data.synth import SynthConfig, synth
 from ..modeling.autoencoder import SHIPPED
 from ..modeling.diffusion import DiffusionConfig
 from ..sampling.report import ReportConfig, report
-from ..sampling.sweep import SweepConfig, sweep
+from ..sampling.results import Sweep, read_sweep
+from ..sampling.sweep import SweepConfig, show_results, sweep
 from .config import OptimizerConfig, PreviewConfig, TrainConfig
 from .loop import train
 from .monitoring import tensorboard_command
@@ -57,8 +57,10 @@ def demo(config: DemoConfig) -> None:
     for number, (name, run) in enumerate(stages, start=1):
         print(f"\n[{number}/{len(stages)}] vidfill {name}", file=sys.stderr, flush=True)
         run()
-    _say_the_gain(config.out / "sweep" / "results.csv")
+    swept = read_sweep(config.out / "sweep")
+    show_results([row.texts for row in (*swept.baselines, *swept.schedules)])
     print(
+        f"{_describe_gain(swept)}\n"
         f"report:      {config.out / 'report' / 'index.html'}\n"
         f"tensorboard: {tensorboard_command(config.out / 'train')}\n"
         f"took:        {time.monotonic() - began:.0f} s"
@@ -109,15 +111,12 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
     ]
 
 
-def _say_the_gain(results: Path) -> None:
-    with results.open(newline="") as file:
-        rows = {row["schedule"]: row for row in csv.DictReader(file)}
-    fill = float(rows["fill"]["psnr_hole"])
-    schedules = [row for row in rows.values() if ":" in row["schedule"]]
-    best = max(schedules, key=lambda row: float(row["psnr_hole"]))
-    gain = float(best["psnr_hole"]) - fill
-    print(
-        f"\nbest schedule: {best['schedule']}, {float(best['psnr_hole']):.2f} dB in the hole, "
+def _describe_gain(swept: Sweep) -> str:
+    (fill,) = (row for row in swept.baselines if row.name == "fill")
+    best = swept.best
+    gain = best["psnr_hole"] - fill["psnr_hole"]
+    return (
+        f"best schedule: {best.name}, {best['psnr_hole']:.2f} dB in the hole, "
         f"{gain:+.2f} dB against the masked input"
     )
 

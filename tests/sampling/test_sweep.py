@@ -26,7 +26,14 @@ from vidfill.sampling import sweep as sweep_module
 from vidfill.sampling.ledger import COLUMNS, Ledger
 from vidfill.sampling.metrics import measure
 from vidfill.sampling.sampler import inpaint
-from vidfill.sampling.sweep import SweepConfig, main, read_schedules, slug, sweep
+from vidfill.sampling.sweep import (
+    SweepConfig,
+    main,
+    read_schedules,
+    show_results,
+    slug,
+    sweep,
+)
 
 Row = dict[str, str]
 SCHEDULES = ["ddim:2", "ddpm:3+resample(n=1)"]
@@ -95,7 +102,7 @@ def untimed(rows: list[Row]) -> list[Row]:
 def test_results_have_the_baselines_then_the_schedules_with_their_costs(
     config: SweepConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep(config)
+    show_results(sweep(config))
     rows = read_csv(config.out / "results.csv")
     assert ",".join(rows[0]) == (
         "schedule,nfe,seconds_per_clip,psnr,psnr_hole,ssim,colour_error,temporal_error,clips"
