@@ -6,7 +6,10 @@ import csv
 from pathlib import Path
 
 import pytest
+from vidfill import cli
 from vidfill.train.demo import main
+
+SHARED = Path(__file__).parents[3] / "shared"
 
 SMALLEST = [
     *("--clips", "2", "--validation", "1", "--steps", "2"),
@@ -43,3 +46,28 @@ def test_demo_refuses_a_folder_of_something_else(
     assert main(["--out", str(tmp_path), *SMALLEST]) == 2
     assert "choose another folder" in capsys.readouterr().err
     assert (tmp_path / "videos" / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real videos in ../shared")
+def test_the_path_runs_on_real_videos(tmp_path: Path) -> None:
+    """Rendered H.264 clips and TAESD, by the commands of docs/results.md."""
+    for split, name in (("train", "video_00000.mp4"), ("val", "video_00900.mp4")):
+        (tmp_path / "videos" / split).mkdir(parents=True)
+        source = SHARED / "videos" / "collisions" / split / name
+        (tmp_path / "videos" / split / name).symlink_to(source)
+    shards, run, swept = (str(tmp_path / name) for name in ("shards", "run", "sweep"))
+    taesd = str(SHARED / "weights" / "taesd")
+    fast = ["--precision", "bfloat16"]
+    steps = ["--steps", "1", "--batch_size", "2", "--preview.every", "0"]
+    videos = str(tmp_path / "videos")
+    assert not cli.main(
+        ["encode", videos, shards, "--autoencoder", taesd, "--protocol", "both", *fast]
+    )
+    assert not cli.main(["train", shards, run, *steps, *fast])
+    assert not cli.main(
+        ["sweep", run, shards, swept, "--clips", "2", "--schedules", "ddim:1", *fast]
+    )
+    assert not cli.main(["report", swept])
+    with (tmp_path / "sweep" / "results.csv").open(newline="") as file:
+        psnr = {row["schedule"]: float(row["psnr_hole"]) for row in csv.DictReader(file)}
+    assert psnr["autoencoder"] > 30 > psnr["fill"]
