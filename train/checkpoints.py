@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import jobs
-from ..jobs import hash_file
 from ..modeling.diffusion import Denoiser
 from .state import TrainState
 
@@ -63,13 +62,13 @@ def _write(
     save_file(weights, path / "weights.safetensors")
     save_file(moments, path / "moments.safetensors")
     denoiser.with_network(state.average).save(path / "model")
-    files = {str(p.relative_to(path)): hash_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
-    described = {"step": state.step, "files": files, "latents": _latents_of(denoiser)}
+    written = sorted(file for file in path.rglob("*") if file.is_file())
+    described = {
+        "step": state.step,
+        "files": {str(file.relative_to(path)): jobs.hash_file(file) for file in written},
+        "latents": dataclasses.asdict(denoiser.space),
+    }
     (path / "state.json").write_text(json.dumps(described, indent=2))
-
-
-def _latents_of(denoiser: Denoiser) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(denoiser.space)))
 
 
 def load_checkpoint(
@@ -85,17 +84,17 @@ def load_checkpoint(
     candidates = _newest_first(folder) if folder.is_dir() else []
     for path in candidates:
         try:
-            described = _verify(path)
+            step, latents = _verify(path)
         except Damaged as damage:
             if accelerator.is_main_process:
                 print(f"vidfill train: {damage}; trying the one before", file=sys.stderr)
             continue
-        if described["latents"] != _latents_of(denoiser):
+        if latents != dataclasses.asdict(denoiser.space):
             raise jobs.BadInputEverywhere(
                 f"{path} was trained on other latents (shape, scale or autoencoder) than these "
                 "shards hold: name the shards that it was begun with, or another out"
             )
-        _restore(path, described["step"], state, accelerator)
+        _restore(path, step, state, accelerator)
         return
     if candidates:
         raise jobs.BadInputEverywhere(
@@ -107,13 +106,14 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def _verify(path: Path) -> dict[str, Any]:
+def _verify(path: Path) -> tuple[int, dict[str, Any]]:
+    """The step of a checkpoint that is whole, and the latents that it was trained on."""
     try:
         described = json.loads((path / "state.json").read_text())
         for name, digest in described["files"].items():
-            if hash_file(path / name) != digest:
+            if jobs.hash_file(path / name) != digest:
                 raise Damaged(f"{path / name} is damaged: its hash differs from state.json's")
-        return described
+        return described["step"], described["latents"]
     except (OSError, ValueError, KeyError) as error:
         raise Damaged(f"{path} is damaged: {error}") from error
 
