@@ -136,6 +136,11 @@ def claim(out: Path, verb: str, config: Any, may_change: Collection[str] = ()) -
         write_atomically(mark, json.dumps(job, indent=2).encode())
 
 
+def locate(root: str) -> str:
+    """A URL as it is; a folder by its whole path, the same from wherever it was given."""
+    return root if "://" in root else str(Path(root).resolve())
+
+
 def _record(config: Any) -> dict[str, Any]:
     """A configuration as JSON has it; a path reads the same from wherever it was given."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=lambda p: str(p.resolve())))

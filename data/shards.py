@@ -1,56 +1,96 @@
 """Shards: plain WebDataset tars of encoded clips, with an index to reach each and a manifest.
 
-A split is a folder:
+A split is a folder, on a disk or behind a URL:
 
-    manifest.json            what its latents are and where; written last
-    shard-00000.tar          per clip KEY.latents.npy, KEY.masked_latents.npy, KEY.mask.npz,
-                             KEY.json and, where pixels are kept, KEY.pixels.npy
-    shard-00000.index.json   where each member lies, and what the shard adds to the manifest
-    skipped.jsonl            the videos that gave no clip, and why
+    manifest.json             what its latents are, and every shard's size; written last
+    shard-000000.tar          the members of its examples, one example after the other
+    shard-000000.index.json   where each member lies, its checksum, and the shard's moments
+    skipped.jsonl             the videos that gave no clip, and why
 
-Nothing in it is ever unpickled.
+The members of an example, in this order:
+
+    KEY.latents.npy           float16 [frames, channels, h, w], scaled, never clamped
+    KEY.masked_latents.npy    float16, the same of the masked clip
+    KEY.latent_mask.npy       float16 [frames, 1, h, w], the hidden share of each latent's pixels
+    KEY.log_variance.npy      float16, of the latents; only where the posterior is "moments"
+    KEY.mask.npz              uint8 [frames, height, width], 1 in the hole
+    KEY.json                  where the clip is from, and its mask
+    KEY.pixels.npy            uint8 [frames, height, width, 3]; only where pixels are kept
+
+The first three or four are what training reads. Their sizes are the same in every example, so that
+one read of one span of bytes brings all of them. Names follow from numbers and keys: nothing here
+names a path. Nothing is ever unpickled. docs/data.md is the format's specification.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import math
+import os
+import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import xxhash
+from jaxtyping import Float, Float16, UInt8
+from torch import Tensor
 
 from .. import jobs
+from .cache import CacheConfig, LocalStore, NodeCache, open_store
+from .layout import INDEX_SUFFIX, MANIFEST, SKIPPED, index_name, shard_name  # noqa: F401
+from .masks import latent_mask
+from .remote import WrongFile
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
+TRAINING = ("latents", "masked_latents", "latent_mask", "log_variance")  # arrays, in their order
+OPEN_SHARDS = 512  # that a dataset holds open at a time; each takes a file descriptor
 
+_KEY = re.compile(r"[\w-]+", re.ASCII)  # a dot would end the key, a slash would leave the folder
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of reading JSON that is not ours
 
-Members = Mapping[str, tuple[int, int]]  # a member's offset and size in its tar, bytes
+Text = str | bytes
+Latents = Float16[np.ndarray, "frames channels h w"]
+
+
+class DamagedShard(jobs.BadInput):
+    """A shard, or one example of it, is not what was written."""
+
+    def __init__(self, where: str | Path, reason: str, number: int, key: str = "") -> None:
+        place = f" at example {key}" if key else ""
+        super().__init__(
+            f"{where} is damaged{place} ({reason}): `vidfill verify` tells and repairs"
+        )
+        self.number = number
+        self.key = key  # "" is the whole shard
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Example:
     """One clip as the shards hold it.
 
-    Latents are float16, scaled and never clamped; `mask` is 1 in the hole.
+    Latents are those of the posterior's mean; `mask` is 1 in the hole.
     """
 
     key: str
-    latents: np.ndarray  # [frames, channels, h, w]
-    masked_latents: np.ndarray  # [frames, channels, h, w]
-    mask: np.ndarray  # uint8 [frames, height, width]
+    latents: Latents
+    masked_latents: Latents
+    mask: UInt8[np.ndarray, "frames height width"]
     record: dict[str, Any]
-    pixels: np.ndarray | None = None  # uint8 [frames, height, width, 3]
+    pixels: UInt8[np.ndarray, "frames height width 3"] | None = None
+    log_variance: Latents | None = None
 
 
 @dataclass(frozen=True)
@@ -62,42 +102,70 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Column:
+    """One member of every example of a shard, by row: where it lies, and XXH3's 64 bits in hex."""
+
+    offsets: tuple[int, ...]  # bytes from the tar's start
+    sizes: tuple[int, ...]  # bytes
+    checksums: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """What is known of one shard: its sources, where its members lie, and its latents' moments."""
 
     sources: tuple[str, ...]
-    examples: dict[str, Members]
+    keys: tuple[str, ...]
+    members: dict[str, Column]  # by the name behind the key: "latents.npy"
     skipped: tuple[Skipped, ...]
     bytes: int
     sha256: str
     values: int  # latent values per channel
     sums: tuple[float, ...]  # per channel, float64
-    squares: tuple[float, ...]  # per channel, float64
+    squares: tuple[float, ...]  # per channel, float64; of draws where there is a log-variance
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> ShardIndex:
+    def from_json(cls, text: Text) -> ShardIndex:
+        """Read an index; one of `_MALFORMED` is raised where it is none, or its parts disagree."""
         fields: dict[str, Any] = json.loads(text)
-        for name in ("sources", "sums", "squares"):
+        for name in ("sources", "keys", "sums", "squares"):
             fields[name] = tuple(fields[name])
         fields["skipped"] = tuple(Skipped(**skip) for skip in fields["skipped"])
-        fields["examples"] = {
-            key: {name: (offset, size) for name, (offset, size) in members.items()}
-            for key, members in fields["examples"].items()
+        fields["members"] = {
+            name: Column(*(tuple(column[part]) for part in ("offsets", "sizes", "checksums")))
+            for name, column in fields["members"].items()
         }
-        return cls(**fields)
+        index = cls(**fields)
+        index._check()
+        return index
+
+    def _check(self) -> None:
+        if bad := [key for key in self.keys if not _KEY.fullmatch(key)]:
+            raise ValueError(f"the key {bad[0]!r} is no name of a member")
+        for name, column in self.members.items():
+            lengths = {len(column.offsets), len(column.sizes), len(column.checksums)}
+            if lengths != {len(self.keys)}:
+                raise ValueError(f"{name} has not one place for each of {len(self.keys)} examples")
 
 
 @dataclass(frozen=True)
-class ShardEntry:
-    """A shard as the manifest lists it."""
+class ShardTable:
+    """What a manifest says of its shards, by their numbers."""
 
-    name: str
-    examples: int
-    bytes: int
-    sha256: str
+    examples: tuple[int, ...]
+    bytes: tuple[int, ...]
+    sha256: tuple[str, ...]
+
+    @classmethod
+    def of(cls, indexes: Sequence[ShardIndex]) -> ShardTable:
+        return cls(
+            tuple(len(index.keys) for index in indexes),
+            tuple(index.bytes for index in indexes),
+            tuple(index.sha256 for index in indexes),
+        )
 
 
 @dataclass(frozen=True)
@@ -105,36 +173,42 @@ class Manifest:
     """What a split's shards hold."""
 
     split: str
-    autoencoder: dict[str, Any]  # name, kind, sha256, scaling_factor, downsampling, channels
+    autoencoder: dict[str, Any]  # Autoencoder.identity()
+    posterior: str  # "mean", or "moments": shards hold the log-variance too
+    pixels: bool  # shards hold the clips' pixels too
     clip: dict[str, int]  # frames, height, width
     latent_shape: tuple[int, int, int, int]  # frames, channels, h, w
-    masks: dict[str, Any]  # protocols, grid, coverage, seed
+    masks: dict[str, Any]  # families with their weights, per_clip, seed
     fill: str | list[int]  # "median", or one colour for all clips
     latents_mean: tuple[float, ...]  # per channel, over `latents`
     latents_std: tuple[float, ...]
     examples: int
-    shards: tuple[ShardEntry, ...]
+    shards: ShardTable
+    lanes: int  # of the stream's order
+    block: int  # examples that a lane permutes at a time
     skipped: int  # videos
     format: int = FORMAT
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, path: Path) -> Manifest:
+    def from_json(cls, text: Text, where: str | Path) -> Manifest:
         """Read a manifest and check it.
 
         Raises:
-            jobs.BadInput: naming the field of `path` that is missing or wrong.
+            jobs.BadInput: naming the field of `where` that is missing or wrong.
         """
         try:
             fields = json.loads(text)
         except ValueError as error:
-            raise jobs.BadInput(f"{path} is no JSON ({error}): encode again") from None
-        _check_manifest(fields, path)
+            raise jobs.BadInput(f"{where} is no JSON ({error}): encode again") from None
+        _check_manifest(fields, where)
         for name in ("latent_shape", "latents_mean", "latents_std"):
             fields[name] = tuple(fields[name])
-        fields["shards"] = tuple(ShardEntry(**entry) for entry in fields["shards"])
+        fields["shards"] = ShardTable(
+            **{name: tuple(column) for name, column in fields["shards"].items()}
+        )
         return cls(**fields)
 
 
@@ -142,6 +216,8 @@ _MANIFEST_TYPES: dict[str, type | tuple[type, ...]] = {
     "format": int,
     "split": str,
     "autoencoder": dict,
+    "posterior": str,
+    "pixels": bool,
     "clip": dict,
     "latent_shape": list,
     "masks": dict,
@@ -149,20 +225,22 @@ _MANIFEST_TYPES: dict[str, type | tuple[type, ...]] = {
     "latents_mean": list,
     "latents_std": list,
     "examples": int,
-    "shards": list,
+    "shards": dict,
+    "lanes": int,
+    "block": int,
     "skipped": int,
 }
 _MANIFEST_KEYS = {
     "autoencoder": {"name", "kind", "sha256", "scaling_factor", "downsampling", "channels"},
     "clip": {"frames", "height", "width"},
-    "masks": {"protocols", "grid", "coverage", "seed"},
+    "masks": {"families", "per_clip", "seed"},
+    "shards": {"examples", "bytes", "sha256"},
 }
-_ENTRY_TYPES = {"name": str, "examples": int, "bytes": int, "sha256": str}
 
 
-def _check_manifest(fields: Any, path: Path) -> None:
+def _check_manifest(fields: Any, where: str | Path) -> None:
     def refuse(what: str) -> jobs.BadInput:
-        return jobs.BadInput(f"{path}: {what}; encode again")
+        return jobs.BadInput(f"{where}: {what}; encode again")
 
     if not isinstance(fields, dict) or "format" not in fields:
         raise refuse("no field format: this is no manifest")
@@ -172,58 +250,81 @@ def _check_manifest(fields: Any, path: Path) -> None:
         raise refuse(f"field {unknown[0]} is {'unknown' if unknown[0] in fields else 'missing'}")
     for name, types in _MANIFEST_TYPES.items():
         if not isinstance(fields[name], types):
-            raise refuse(f"{name} is {fields[name]!r}, which is of the wrong type")
+            raise refuse(f"{name} is {fields[name]!r:.80}, which is of the wrong type")
     for name, keys in _MANIFEST_KEYS.items():
         if missing := sorted(keys - fields[name].keys()):
             raise refuse(f"{name}.{missing[0]} is missing")
-    if len(fields["latent_shape"]) != 4:
-        raise refuse(f"latent_shape is {fields['latent_shape']!r}, not four numbers")
-    channels = fields["latent_shape"][1]
+    if fields["posterior"] not in ("mean", "moments"):
+        raise refuse(f"posterior is {fields['posterior']!r}")
+    shape = fields["latent_shape"]
+    if len(shape) != 4 or not all(_is_count(length) and length for length in shape):
+        raise refuse(f"latent_shape is {shape!r}, not four numbers")
     for name in ("latents_mean", "latents_std"):
-        if len(fields[name]) != channels:
-            raise refuse(f"{name} has {len(fields[name])} values for {channels} channels")
-    for entry in fields["shards"]:
-        if not isinstance(entry, dict) or entry.keys() != _ENTRY_TYPES.keys():
-            raise refuse(f"shards has the entry {entry!r}, which needs {sorted(_ENTRY_TYPES)}")
-        for name, wanted in _ENTRY_TYPES.items():
-            if not isinstance(entry[name], wanted):
-                raise refuse(f"shards has {name} {entry[name]!r}, which is of the wrong type")
-    if fields["examples"] < 1:
-        raise refuse(f"examples is {fields['examples']}: it holds none")
-    if fields["examples"] != sum(entry["examples"] for entry in fields["shards"]):
+        if len(fields[name]) != shape[1]:
+            raise refuse(f"{name} has {len(fields[name])} values for {shape[1]} channels")
+    if wrong := _find_wrong_table(fields["shards"]):
+        raise refuse(wrong)
+    for name in ("examples", "lanes", "block"):
+        if fields[name] < 1:
+            raise refuse(f"{name} is {fields[name]}: it must be 1 or more")
+    if fields["examples"] != sum(fields["shards"]["examples"]):
         raise refuse(f"examples is {fields['examples']}, not the sum of its shards'")
 
 
-def shard_name(number: int) -> str:
-    return f"shard-{number:05}.tar"
+def _find_wrong_table(table: dict[str, Any]) -> str | None:
+    if unknown := sorted(table.keys() - _MANIFEST_KEYS["shards"]):
+        return f"shards.{unknown[0]} is unknown"
+    if not all(isinstance(column, list) for column in table.values()):
+        return "shards has something else than lists"
+    if len({len(column) for column in table.values()}) != 1:
+        return "shards has lists of different lengths"
+    for name in ("examples", "bytes"):
+        if bad := [value for value in table[name] if not _is_count(value)]:
+            return f"shards.{name} has {bad[0]!r}, which is no count"
+    for value in table["sha256"]:
+        if not isinstance(value, str) or not _DIGEST.fullmatch(value):
+            return f"shards.sha256 has {value!r}, which is no SHA-256"
+    return None
 
 
-def index_path(shard: Path) -> Path:
-    return shard.with_name(f"{shard.stem}.index.json")
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def family_of(key: str) -> str:
+    """The mask's family, which ends an example's key: FAMILY, or FAMILY-2 for its second mask."""
+    return key.rpartition("_")[2].partition("-")[0]
+
+
+# Writing
 
 
 def write_shard(
-    shard: Path, sources: Sequence[str], outcomes: Iterable[Example | Skipped]
+    folder: Path, number: int, sources: Sequence[str], outcomes: Iterable[Example | Skipped]
 ) -> ShardIndex:
     """Write the outcomes of encoding `sources` as one tar, then its index.
 
     Both appear whole or not at all, the index last. The same outcomes give the same bytes.
     """
-    examples: dict[str, Members] = {}
+    members: dict[str, list[tuple[int, int, str]]] = {}
+    keys: list[str] = []
     skipped: list[Skipped] = []
-    moments = _Moments()
-    with jobs.aside(shard) as partial:
+    moments = Moments()
+    with jobs.aside(folder / shard_name(number)) as partial:
         with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as tar:
             for outcome in outcomes:
                 if isinstance(outcome, Skipped):
                     skipped.append(outcome)
-                else:
-                    examples[outcome.key] = _add_example(tar, outcome)
-                    moments.add(outcome.latents)
+                    continue
+                keys.append(outcome.key)
+                moments.add(outcome)
+                for name, place in _add_example(tar, outcome).items():
+                    members.setdefault(name, []).append(place)
         size, sha256 = partial.stat().st_size, jobs.hash_file(partial)
     index = ShardIndex(
         sources=tuple(sources),
-        examples=examples,
+        keys=tuple(keys),
+        members={name: Column(*zip(*places, strict=True)) for name, places in members.items()},
         skipped=tuple(skipped),
         bytes=size,
         sha256=sha256,
@@ -231,26 +332,24 @@ def write_shard(
         sums=tuple(moments.sums),
         squares=tuple(moments.squares),
     )
-    jobs.write_atomically(index_path(shard), index.to_json().encode())
+    jobs.write_atomically(folder / index_name(number), index.to_json().encode())
     return index
 
 
-def read_index(shard: Path) -> ShardIndex | None:
+def read_index(folder: Path, number: int) -> ShardIndex | None:
     """The index of a shard, where both were written whole and neither is damaged, else None."""
-    path = index_path(shard)
-    if not path.is_file() or not shard.is_file():
-        return None
+    shard = folder / shard_name(number)
     try:
-        index = ShardIndex.from_json(path.read_text())
-    except _MALFORMED:
+        index = ShardIndex.from_json((folder / index_name(number)).read_bytes())
+        return index if shard.stat().st_size == index.bytes else None
+    except (FileNotFoundError, *_MALFORMED):
         return None
-    return index if shard.stat().st_size == index.bytes else None
 
 
 def latent_moments(indexes: Sequence[ShardIndex]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel over the latents of all `indexes`."""
-    values = sum(index.values for index in indexes)
     filled = [index for index in indexes if index.values]
+    values = sum(index.values for index in filled)
     means, deviations = [], []
     for channel in range(len(filled[0].sums)):
         mean = math.fsum(index.sums[channel] for index in filled) / values
@@ -260,46 +359,57 @@ def latent_moments(indexes: Sequence[ShardIndex]) -> tuple[list[float], list[flo
     return means, deviations
 
 
-class _Moments:
-    """Sums over latents, per channel, in float64."""
+class Moments:
+    """Sums over latents and their squares, per channel, in float64."""
 
     def __init__(self) -> None:
         self.values = 0
         self.sums: list[float] = []
         self.squares: list[float] = []
 
-    def add(self, latents: np.ndarray) -> None:
-        precise = latents.astype(np.float64)
-        sums = precise.sum(axis=(0, 2, 3)).tolist()
-        squares = np.square(precise).sum(axis=(0, 2, 3)).tolist()
+    def add(self, example: Example) -> None:
+        mean = example.latents.astype(np.float64)
+        square = np.square(mean)
+        if example.log_variance is not None:
+            square += np.exp(example.log_variance.astype(np.float64))
+        sums, squares = mean.sum(axis=(0, 2, 3)).tolist(), square.sum(axis=(0, 2, 3)).tolist()
         self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(sums), sums, strict=True)]
         self.squares = [
             a + b for a, b in zip(self.squares or [0.0] * len(sums), squares, strict=True)
         ]
-        self.values += latents.size // len(sums)
+        self.values += mean.size // len(sums)
 
 
-def _add_example(tar: tarfile.TarFile, example: Example) -> Members:
-    if "." in example.key:
-        raise ValueError(f"key {example.key!r} has a dot: readers would split it there")
+def _add_example(tar: tarfile.TarFile, example: Example) -> dict[str, tuple[int, int, str]]:
+    if not _KEY.fullmatch(example.key):
+        raise ValueError(f"key {example.key!r} has more than letters, digits, _ and -")
+    shrunk = latent_mask(example.mask, *example.latents.shape[-2:]).numpy().astype(np.float16)
     members = {
         "latents.npy": _npy(example.latents),
         "masked_latents.npy": _npy(example.masked_latents),
-        "mask.npz": _npz(example.mask),
-        "json": json.dumps(example.record, sort_keys=True).encode(),
+        "latent_mask.npy": _npy(shrunk),
     }
+    if example.log_variance is not None:
+        members["log_variance.npy"] = _npy(example.log_variance)
+    members["mask.npz"] = _npz(example.mask)
+    members["json"] = json.dumps(example.record, sort_keys=True).encode()
     if example.pixels is not None:
         members["pixels.npy"] = _npy(example.pixels)
     return {name: _add_member(tar, f"{example.key}.{name}", members[name]) for name in members}
 
 
-def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> tuple[int, int]:
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> tuple[int, int, str]:
     # TarInfo's defaults are constants (time 0, owner 0, mode 0644): the bytes depend on no clock.
     info = tarfile.TarInfo(name)
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
-    blocks = -(-len(content) // tarfile.BLOCKSIZE)
-    return tar.offset - blocks * tarfile.BLOCKSIZE, len(content)
+    offset = tar.offset - _in_blocks(len(content))
+    return offset, len(content), xxhash.xxh3_64_hexdigest(content)
+
+
+def _in_blocks(size: int) -> int:
+    """Bytes that a member's content takes in a tar, which is written in blocks."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -314,120 +424,304 @@ def _npz(mask: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-class ShardedDataset:
-    """Random access to the examples of one split of an encoded folder."""
+# Reading
 
-    def __init__(self, root: Path, split: str) -> None:
-        """Open `root`/`split`: its manifest is read, its shards' sizes are checked.
+
+class Field(NamedTuple):
+    """One array of a span: where its .npy lies, and what it must begin with."""
+
+    offset: int  # bytes from the span's start to the .npy's header
+    header: bytes
+    shape: tuple[int, int, int, int]
+
+    @property
+    def data(self) -> int:
+        """Bytes from the span's start to the array's first value."""
+        return self.offset + len(self.header)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole .npy."""
+        return len(self.header) + math.prod(self.shape) * 2
+
+
+@dataclass(frozen=True)
+class Span:
+    """The training arrays of one example as they lie in a shard: the same for all examples."""
+
+    bytes: int
+    fields: dict[str, Field]  # by the array's name: "latents"
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Span:
+        frames, channels, h, w = manifest.latent_shape
+        names = TRAINING if manifest.posterior == "moments" else TRAINING[:-1]
+        fields, offset = {}, 0
+        for name in names:
+            shape = (frames, 1 if name == "latent_mask" else channels, h, w)
+            field = Field(offset, _npy_header(shape), shape)
+            fields[name] = field
+            end = offset + _in_blocks(field.size)
+            offset = end + tarfile.BLOCKSIZE  # the next member's own header
+        return cls(end, fields)
+
+    def views(
+        self, raw: UInt8[Tensor, "batch span"]
+    ) -> dict[str, Float[Tensor, "batch frames _ h w"]]:
+        """The arrays inside a batch of spans, by their names: float16, not copied."""
+        values = raw.view(torch.float16)
+        return {
+            name: values[:, field.data // 2 : (field.offset + field.size) // 2].unflatten(
+                1, field.shape
+            )
+            for name, field in self.fields.items()
+        }
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    empty = np.broadcast_to(np.float16(0), shape)
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(empty))
+    return buffer.getvalue()
+
+
+class Shard:
+    """One shard, opened to read examples from, by any number of threads."""
+
+    def __init__(self, path: Path, number: int, manifest: Manifest) -> None:
+        """Open the shard at `path`, whose index lies beside it.
 
         Raises:
-            jobs.BadInput: there is no such split, or one of its files is missing or damaged.
+            DamagedShard: it is missing, of another size, or its index is not of the manifest.
         """
-        self.folder = Path(root) / split
-        self.manifest = _read_manifest(Path(root), split)
-        entries = self.manifest.shards
-        for entry in entries:
-            _check_size(self.folder / entry.name, entry.bytes)
-        self._ends = list(itertools.accumulate(entry.examples for entry in entries))
+        self.path, self.number = path, number
+        self._manifest, self._span = manifest, Span.of(manifest)
+        try:
+            index = ShardIndex.from_json(path.with_name(index_name(number)).read_bytes())
+            self._check_index(index)
+        except FileNotFoundError:
+            raise DamagedShard(path, "its index is missing", number) from None
+        except _MALFORMED as error:
+            reason = f"its index is damaged: {error}"
+            raise DamagedShard(path, reason, number) from error
+        self.index = index
+        self._descriptor = self._open()
+        weakref.finalize(self, os.close, self._descriptor)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.index.keys
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has no name any more: a cache gave its place to another shard."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
+    def read_span(self, row: int, into: UInt8[np.ndarray, " span"]) -> None:
+        """Copy the training arrays of example `row` into a buffer of `Span.bytes` bytes.
+
+        Raises:
+            DamagedShard: the bytes are not those that were written.
+        """
+        start = self.index.members["latents.npy"].offsets[row]
+        view = into.data
+        if os.preadv(self._descriptor, [view], start) != self._span.bytes:
+            raise DamagedShard(self.path, "it ends too early", self.number, self.keys[row])
+        for name, field in self._span.fields.items():
+            member = view[field.offset : field.offset + field.size]
+            self._check_sum(row, f"{name}.npy", member)
+            if member[: len(field.header)] != field.header:
+                reason = f"{name} is no array of the manifest's shape {list(field.shape)}"
+                raise DamagedShard(self.path, reason, self.number, self.keys[row])
+
+    def read(self, row: int) -> Example:
+        """Example `row` with all its members.
+
+        Raises:
+            DamagedShard: the bytes are not those that were written.
+        """
+        try:
+            example = self._parse(row)
+            _check_example(example, self._manifest)
+        except DamagedShard:
+            raise
+        except Exception as error:  # of damaged bytes numpy and zipfile raise a dozen kinds
+            raise DamagedShard(self.path, str(error), self.number, self.keys[row]) from error
+        return example
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DamagedShard(self.path, "it is missing", self.number) from None
+        size, expected = os.fstat(descriptor).st_size, self._manifest.shards.bytes[self.number]
+        if size != expected:
+            os.close(descriptor)
+            reason = f"it has {size} bytes where its manifest says {expected}"
+            raise DamagedShard(self.path, reason, self.number)
+        return descriptor
+
+    def _check_index(self, index: ShardIndex) -> None:
+        table = self._manifest.shards
+        if index.sha256 != table.sha256[self.number] or (
+            len(index.keys) != table.examples[self.number]
+        ):
+            raise ValueError("it is of another shard than the manifest's")
+        wanted = {f"{name}.npy" for name in self._span.fields} | {"mask.npz", "json"}
+        if index.keys and not wanted <= index.members.keys():
+            raise ValueError(f"it lacks {sorted(wanted - index.members.keys())[0]}")
+        if index.keys:
+            self._check_places(index)
+
+    def _check_places(self, index: ShardIndex) -> None:
+        starts = np.array(index.members["latents.npy"].offsets, dtype=np.int64)
+        for name, field in self._span.fields.items():
+            column = index.members[f"{name}.npy"]
+            if not (
+                np.array_equal(column.offsets, starts + field.offset)
+                and set(column.sizes) == {field.size}
+            ):
+                raise ValueError(f"{name} does not lie where the manifest's shapes put it")
+
+    def _check_sum(self, row: int, name: str, content: memoryview | bytes) -> None:
+        if xxhash.xxh3_64_hexdigest(content) != self.index.members[name].checksums[row]:
+            reason = f"{name} has another checksum than its index says"
+            raise DamagedShard(self.path, reason, self.number, self.keys[row])
+
+    def _parse(self, row: int) -> Example:
+        contents = {name: self._read_member(row, name) for name in self.index.members}
+
+        def array(name: str) -> np.ndarray:
+            return np.load(io.BytesIO(contents[name]), allow_pickle=False)
+
+        with np.load(io.BytesIO(contents["mask.npz"]), allow_pickle=False) as arrays:
+            mask = arrays["mask"]
+        return Example(
+            key=self.keys[row],
+            latents=array("latents.npy"),
+            masked_latents=array("masked_latents.npy"),
+            mask=mask,
+            record=json.loads(contents["json"]),
+            pixels=array("pixels.npy") if "pixels.npy" in contents else None,
+            log_variance=array("log_variance.npy") if "log_variance.npy" in contents else None,
+        )
+
+    def _read_member(self, row: int, name: str) -> bytes:
+        column = self.index.members[name]
+        content = os.pread(self._descriptor, column.sizes[row], column.offsets[row])
+        self._check_sum(row, name, content)
+        return content
+
+
+def _check_example(example: Example, manifest: Manifest) -> None:
+    clip = (manifest.clip["frames"], manifest.clip["height"], manifest.clip["width"])
+    expected: list[tuple[str, np.ndarray | None, tuple[int, ...], type]] = [
+        ("latents", example.latents, manifest.latent_shape, np.float16),
+        ("masked_latents", example.masked_latents, manifest.latent_shape, np.float16),
+        ("mask", example.mask, clip, np.uint8),
+        ("pixels", example.pixels, (*clip, 3), np.uint8),
+        ("log_variance", example.log_variance, manifest.latent_shape, np.float16),
+    ]
+    for name, array, shape, dtype in expected:
+        if array is not None and (array.shape != shape or array.dtype != dtype):
+            raise ValueError(
+                f"{name} is {array.dtype} {list(array.shape)}, "
+                f"the manifest says {np.dtype(dtype)} {list(shape)}"
+            )
+
+
+class ShardedDataset:
+    """Random access to the examples of one split of an encoded folder, or of one behind a URL."""
+
+    def __init__(self, root: str | Path, split: str, cache: CacheConfig | None = None) -> None:
+        """Open `root`/`split`: its manifest is read, its shards are not looked at.
+
+        Args:
+            root: A folder, or a URL that fsspec opens.
+            split: Its name.
+            cache: Where the shards behind a URL are kept while they are in use.
+
+        Raises:
+            jobs.BadInput: there is no such split, or its manifest is damaged.
+        """
+        self.store = open_store(root, split, cache or CacheConfig())
+        self.manifest = _read_manifest(self.store, root, split)
+        self.store.expect(self.manifest.shards)
+        self._ends = np.cumsum(self.manifest.shards.examples)
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.manifest.examples
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index`, its arrays' shapes and types checked against the manifest.
+        """Example `index` in the shards' order.
 
         Raises:
             IndexError: `index` is not in 0 to len - 1.
-            jobs.BadInput: the example is damaged.
+            DamagedShard: it is not what was written.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        number = bisect.bisect_right(self._ends, index)
-        key = self.keys[index]
-        shard = self.folder / self.manifest.shards[number].name
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[number]) - self.manifest.shards.examples[number]
+        return self.shard(number).read(index - first)
+
+    def shard(self, number: int) -> Shard:
+        """Shard `number`, opened; behind a URL this waits until it is in the cache.
+
+        Raises:
+            DamagedShard: it is missing, of another size, or its index is not of the manifest.
+            jobs.BadInput: it cannot be fetched.
+        """
+        with self._lock:
+            if number in self._open:
+                self._open.move_to_end(number)
+                return self._open[number]
+        shard = Shard(self._bring(number), number, self.manifest)
+        with self._lock:
+            self._open[number] = shard
+            for old in [n for n, opened in self._open.items() if opened.is_removed]:
+                del self._open[old]
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard
+
+    def _bring(self, number: int) -> Path:
         try:
-            with shard.open("rb") as file:
-                example = _read_example(file, key, self._indexes[number].examples[key])
-            _check_example(example, self.manifest)
-        except Exception as error:  # of damaged bytes numpy and zipfile raise a dozen kinds
-            raise jobs.BadInput(
-                f"{shard} is damaged at example {key} ({error}): copy it or encode it again"
-            ) from error
-        return example
+            return self.store.path(number)
+        except WrongFile as error:
+            where = self.store.describe(shard_name(number))
+            raise DamagedShard(where, error.reason, number) from None
 
     @functools.cached_property
     def keys(self) -> list[str]:
-        """The examples' keys in the shards' order."""
-        return [key for index in self._indexes for key in index.examples]
+        """The examples' keys in the shards' order; every shard's index is read for them."""
+        filled = [number for number, count in enumerate(self.manifest.shards.examples) if count]
+        return [key for number in filled for key in self._read_index(number).keys]
 
-    @functools.cached_property
-    def _indexes(self) -> list[ShardIndex]:
-        return [_read_listed_index(self.folder, entry) for entry in self.manifest.shards]
-
-
-def _read_manifest(root: Path, split: str) -> Manifest:
-    path = root / split / MANIFEST
-    if not path.is_file():
-        there = sorted(found.parent.name for found in root.glob(f"*/{MANIFEST}"))
-        remedy = f"it has {', '.join(there)}" if there else "make it with `vidfill encode`"
-        raise jobs.BadInput(f"{root} holds no encoded split {split!r}: {remedy}")
-    return Manifest.from_json(path.read_bytes(), path)
+    def _read_index(self, number: int) -> ShardIndex:
+        name = index_name(number)
+        try:
+            return ShardIndex.from_json(self.store.read(name))
+        except (FileNotFoundError, *_MALFORMED) as error:
+            raise DamagedShard(self.store.describe(name), str(error), number) from error
 
 
-def _check_size(shard: Path, expected: int) -> None:
-    if not shard.is_file():
-        raise jobs.BadInput(f"{shard} is missing: copy it or encode it again")
-    if shard.stat().st_size != expected:
-        raise jobs.BadInput(
-            f"{shard} has {shard.stat().st_size} bytes where its manifest says {expected}: "
-            "copy it or encode it again"
-        )
-
-
-def _read_listed_index(folder: Path, entry: ShardEntry) -> ShardIndex:
-    path = index_path(folder / entry.name)
+def has_split(root: str | Path, split: str) -> bool:
+    """Whether `root` holds an encoded split of that name."""
     try:
-        index = ShardIndex.from_json(path.read_text())
-    except (OSError, *_MALFORMED) as error:
-        raise jobs.BadInput(f"{path} is missing or damaged ({error}): encode it again") from error
-    if index.sha256 != entry.sha256 or len(index.examples) != entry.examples:
-        raise jobs.BadInput(f"{path} is of another shard than the manifest: encode it again")
-    return index
+        open_store(root, split, CacheConfig()).read(MANIFEST)
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def _read_example(file: BinaryIO, key: str, members: Members) -> Example:
-    def read(name: str) -> io.BytesIO:
-        offset, size = members[name]
-        file.seek(offset)
-        return io.BytesIO(file.read(size))
-
-    def array(name: str) -> np.ndarray:
-        return np.load(read(name), allow_pickle=False)
-
-    with np.load(read("mask.npz"), allow_pickle=False) as arrays:
-        mask = arrays["mask"]
-    return Example(
-        key=key,
-        latents=array("latents.npy"),
-        masked_latents=array("masked_latents.npy"),
-        mask=mask,
-        record=json.load(read("json")),
-        pixels=array("pixels.npy") if "pixels.npy" in members else None,
-    )
-
-
-def _check_example(example: Example, manifest: Manifest) -> None:
-    clip = (manifest.clip["frames"], manifest.clip["height"], manifest.clip["width"])
-    expected = [
-        ("latents", example.latents, manifest.latent_shape, np.float16),
-        ("masked_latents", example.masked_latents, manifest.latent_shape, np.float16),
-        ("mask", example.mask, clip, np.uint8),
-    ]
-    if example.pixels is not None:
-        expected.append(("pixels", example.pixels, (*clip, 3), np.uint8))
-    for name, array, shape, dtype in expected:
-        if array.shape != shape or array.dtype != dtype:
-            raise ValueError(
-                f"{name} is {array.dtype} {list(array.shape)}, "
-                f"the manifest says {np.dtype(dtype)} {list(shape)}"
-            )
+def _read_manifest(store: LocalStore | NodeCache, root: str | Path, split: str) -> Manifest:
+    try:
+        content = store.read(MANIFEST)
+    except FileNotFoundError:
+        there = store.splits()
+        remedy = f"it has {', '.join(there)}" if there else "make it with `vidfill encode`"
+        raise jobs.BadInput(f"{root} holds no encoded split {split!r}: {remedy}") from None
+    return Manifest.from_json(content, store.describe(MANIFEST))

@@ -1,103 +1,112 @@
-"""Video files: found, read, cut into clips and written."""
+"""Videos: files that FFmpeg reads and folders of images, frame by frame, and cut into clips."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
+from PIL import Image, ImageOps
 
 from .. import jobs
 
 SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
-SPLITS = {
-    "train": ("video_train", "train"),
-    "validation": ("video_validation", "validation", "val"),
-}
+IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
+
+Fit = Literal["crop", "resize"]
+Pixels = UInt8[np.ndarray, "height width 3"]
 
 
 class UnreadableVideo(Exception):
-    """Why a file gives no frames, in one line without the file's name."""
+    """Why a video gives no frames, in one line without its name."""
 
 
-def find_splits(root: Path) -> dict[str, list[Path]]:
-    """The videos under `root`, sorted, by split.
+@dataclass(frozen=True)
+class FrameSize:
+    """What frames are brought to, in pixels."""
 
-    "train" is the folder `video_train` or `train`, "validation" is `video_validation`,
-    `validation` or `val` (CLEVRER's names first). Where neither exists, every video under `root`
-    belongs to the one split "train". Hidden files are left out, folders are searched to the bottom.
+    width: int
+    height: int
 
-    Raises:
-        jobs.BadInput: `root` is no folder, one split has two folders, or a folder has no video.
-    """
-    if not root.is_dir():
-        raise jobs.BadInput(f"videos is {root}, which is no folder: name a folder of videos")
-    folders = {}
-    for split, names in SPLITS.items():
-        present = [name for name in names if (root / name).is_dir()]
-        if len(present) > 1:
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @classmethod
+    def parse(cls, text: str) -> FrameSize | None:
+        """Of "128", a square; of "432x240", width by height; of "", which keeps frames as they are.
+
+        Raises:
+            jobs.BadInput: `text` is none of these.
+        """
+        if not text:
+            return None
+        match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text, re.ASCII)
+        if not match:
             raise jobs.BadInput(
-                f"{root} has both {' and '.join(present)} for the split {split}: keep one of them"
+                f'size is {text!r}: give "128" for a square, or "432x240", width by height'
             )
-        if present:
-            folders[split] = root / present[0]
-    return {split: _list_videos(folder) for split, folder in (folders or {"train": root}).items()}
-
-
-def find_outside(root: Path, splits: Mapping[str, Sequence[Path]]) -> list[Path]:
-    """The videos under `root` that are in none of its `splits`, sorted."""
-    inside = {path for listed in splits.values() for path in listed}
-    return [path for path in _walk(root) if path not in inside]
-
-
-def _walk(folder: Path) -> list[Path]:
-    return sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-    )
-
-
-def _list_videos(folder: Path) -> list[Path]:
-    found = _walk(folder)
-    if not found:
-        raise jobs.BadInput(
-            f"{folder} holds no video (looked for {', '.join(sorted(SUFFIXES))}): "
-            "name a folder that does"
-        )
-    return found
+        width, height = match[1], match[2] or match[1]
+        return cls(int(width), int(height))
 
 
 class Header(NamedTuple):
-    """What a file says of its video, before anything is decoded."""
+    """What a video is, with no more than its first frame decoded."""
 
-    frames: int | None  # None where the container does not say
-    height: int
+    frames: int
+    height: int  # upright, as the frames are read
     width: int
+    fps: Fraction
 
 
-def read_header(path: Path) -> Header:
-    """A video's length and size, read in constant time.
+def read_header(path: Path, frame_rate: Fraction | float = 24.0) -> Header:
+    """A video's length, size and rate.
+
+    A container that does not say its length has its packets counted, which reads the whole file
+    but decodes nothing.
+
+    Args:
+        path: a file, or a folder of images.
+        frame_rate: frames per second of a folder of images.
 
     Raises:
-        UnreadableVideo: the file is no video.
+        UnreadableVideo: it is no video, or its first frame is damaged.
     """
-    with _open(path) as (_, stream):
-        return Header(stream.frames or None, stream.height, stream.width)
+    if path.is_dir():
+        images = list_frames(path)
+        with open_image(images[0]) as image:
+            fps = Fraction(frame_rate).limit_denominator(1001)
+            return Header(len(images), image.height, image.width, fps)
+    with _open(path) as (container, stream):
+        rate = stream.average_rate or stream.guessed_rate
+        if not rate:
+            raise UnreadableVideo("it has no frame rate")
+        counted, first = 0, None
+        for packet in container.demux(stream):
+            counted += packet.size > 0
+            for frame in packet.decode() if first is None else ():
+                first = frame
+            if first and stream.frames:
+                break
+        if first is None:
+            raise UnreadableVideo("it has no frame")
+        height, width = _upright_size(first)
+        return Header(stream.frames or counted, height, width, Fraction(rate))
 
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        with av.open(str(path)) as container:
+        # A title in some old encoding is no reason to refuse the pictures.
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise UnreadableVideo("it has no video stream")
             yield container, container.streams.video[0]
@@ -105,47 +114,198 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
         raise UnreadableVideo(f"FFmpeg says: {error.strerror or error}") from error
 
 
-def read_video(
-    path: Path, size: int | None = None
-) -> tuple[UInt8[np.ndarray, "frames height width 3"], Fraction]:
-    """All frames of a video, RGB, and its frames per second.
-
-    Args:
-        path: any file that FFmpeg reads; its first video stream is taken.
-        size: pixels of the square that each frame becomes: its middle square, resized (area
-            average where it shrinks). None keeps the frames as they are.
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """An image, turned upright as its EXIF data tell; its mode is the file's.
 
     Raises:
-        UnreadableVideo: the file is no video, is damaged, or changes its size on the way.
+        UnreadableVideo: it is no image, or is damaged.
     """
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UnreadableVideo(f"{path.name} is no whole image ({reason})") from error
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The images that lie directly in `folder`, by name; numbers in names count as numbers."""
+    found = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+    return sorted(found, key=lambda path: (_split_numbers(path.name), path.name))
+
+
+def _split_numbers(name: str) -> list[str | int]:
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def list_frames(folder: Path) -> list[Path]:
+    """The images of a folder that is a video: one or more, one for each name.
+
+    Raises:
+        UnreadableVideo: there are none, or two of one name.
+    """
+    images = list_images(folder)
+    if not images:
+        raise UnreadableVideo("its folder holds no image")
+    stems = {image.stem: image for image in images}
+    if twice := [image for image in images if stems[image.stem] != image]:
+        raise UnreadableVideo(
+            f"its folder holds both {twice[0].name} and {stems[twice[0].stem].name}"
+        )
+    return images
+
+
+def read_frames(
+    path: Path, size: FrameSize | None = None, fit: Fit = "crop", first: int = 0
+) -> Generator[Pixels, None, None]:
+    """A video's frames, RGB and upright, from frame `first` on, one in memory at a time.
+
+    Args:
+        path: any file that FFmpeg reads, whose first video stream is taken, or a folder of images,
+            which are taken by name.
+        size: what each frame becomes; None keeps the frames as they are.
+        fit: "crop" takes the middle of a frame in `size`'s proportions, "resize" all of it. What
+            is taken is shrunk by area average and grown by cubic interpolation.
+        first: frames before it are decoded and dropped.
+
+    Raises:
+        UnreadableVideo: it is no video, is damaged, or changes its size on the way.
+    """
+    read = _read_images if path.is_dir() else _read_file
+    for pixels in read(path, first):
+        yield pixels if size is None else fit_frame(pixels, size, fit)
+
+
+def _read_images(folder: Path, first: int) -> Iterator[Pixels]:
+    shape = None
+    for path in list_frames(folder)[first:]:
+        with open_image(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        shape = shape or pixels.shape
+        if pixels.shape != shape:
+            raise UnreadableVideo("its frames change their size")
+        yield pixels
+
+
+def _read_file(path: Path, first: int) -> Iterator[Pixels]:
+    for index, frame in enumerate(_decode(path)):
+        if index >= first:
+            turned = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame))
+            yield np.ascontiguousarray(turned)
+
+
+def _decode(path: Path) -> Iterator[av.VideoFrame]:
+    size, index = None, 0
     with _open(path) as (container, stream):
-        fps = stream.average_rate or stream.guessed_rate
-        frames = [_to_square(frame, size) for frame in container.decode(stream)]
-    if not fps:
-        raise UnreadableVideo("it has no frame rate")
-    if not frames:
-        raise UnreadableVideo("it has no frame")
-    if len({frame.shape for frame in frames}) > 1:
-        raise UnreadableVideo("its frames change their size")
-    return np.stack(frames), Fraction(fps)
-
-
-def _to_square(frame: av.VideoFrame, size: int | None) -> UInt8[np.ndarray, "height width 3"]:
-    pixels = frame.to_ndarray(format="rgb24")
+        for packet in container.demux(stream):
+            for frame in packet.decode():
+                size = size or _upright_size(frame)
+                if frame.is_corrupt or packet.is_corrupt:
+                    raise UnreadableVideo(f"it is damaged at about frame {index}")
+                if _upright_size(frame) != size:
+                    raise UnreadableVideo("its frames change their size")
+                yield frame
+                index += 1
     if size is None:
-        return pixels
+        raise UnreadableVideo("it has no frame")
+
+
+def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """Height and width of a frame once it is turned as the file asks."""
+    lies = _quarter_turns(frame) % 2
+    return (frame.width, frame.height) if lies else (frame.height, frame.width)
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+    """Counterclockwise; a phone held upright writes frames that lie, and how to turn them."""
+    turns, rest = divmod(frame.rotation, 90)
+    if rest:
+        raise UnreadableVideo(f"its frames are turned by {frame.rotation} degrees")
+    return turns
+
+
+def read_video(
+    path: Path, size: FrameSize | None = None, fit: Fit = "crop"
+) -> tuple[UInt8[np.ndarray, "frames height width 3"], Fraction]:
+    """All frames of a video at once, as `read_frames` gives them, and its frames per second.
+
+    Raises:
+        UnreadableVideo: it is no video, is damaged, or changes its size on the way.
+    """
+    return np.stack(list(read_frames(path, size, fit))), read_header(path).fps
+
+
+def fit_frame(
+    pixels: Pixels, size: FrameSize, fit: Fit
+) -> UInt8[np.ndarray, "{size.height} {size.width} 3"]:
+    """One frame brought to `size`: see `read_frames`."""
     import cv2
 
-    side = min(pixels.shape[:2])
-    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    square = pixels[top : top + side, left : left + side]
-    shrinks = cv2.INTER_AREA if size < side else cv2.INTER_CUBIC
-    return cv2.resize(square, (size, size), interpolation=shrinks)
+    taken = _crop(pixels, size) if fit == "crop" else pixels
+    height, width = taken.shape[:2]
+    # One side may shrink while the other grows.
+    least = (min(width, size.width), min(height, size.height))
+    shrunk = cv2.resize(taken, least, interpolation=cv2.INTER_AREA)
+    return cv2.resize(shrunk, (size.width, size.height), interpolation=cv2.INTER_CUBIC)
+
+
+def fit_mask(
+    mask: UInt8[np.ndarray, "height width"], size: FrameSize, fit: Fit
+) -> UInt8[np.ndarray, "{size.height} {size.width}"]:
+    """A mask of a frame, brought to `size` as `fit_frame` brings the frame; the nearest value."""
+    import cv2
+
+    taken = _crop(mask, size) if fit == "crop" else mask
+    return cv2.resize(taken, (size.width, size.height), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def _crop(pixels: np.ndarray, size: FrameSize) -> np.ndarray:
+    """The largest middle part in `size`'s proportions."""
+    height, width = pixels.shape[:2]
+    if width * size.height > height * size.width:
+        kept = max(1, round(Fraction(height * size.width, size.height)))
+        left = (width - kept) // 2
+        return pixels[:, left : left + kept]
+    kept = max(1, round(Fraction(width * size.height, size.width)))
+    top = (height - kept) // 2
+    return pixels[top : top + kept]
 
 
 def cut_clips(video_frames: int, frames: int, stride: int) -> range:
     """First frames of the whole clips in a video: one every `stride` frames, none past its end."""
     return range(0, video_frames - frames + 1, stride)
+
+
+def clips_of(
+    frames: Iterable[UInt8[np.ndarray, "..."]], length: int, stride: int, clips: int | None = None
+) -> Iterator[tuple[int, UInt8[np.ndarray, "frames ..."]]]:
+    """The clips that `cut_clips` names, each with its first frame's number.
+
+    Between two clips no more than `length` frames are held, and no frame past the last clip is
+    asked for.
+
+    Args:
+        frames: pixels or masks, all of one size.
+        length: frames of a clip.
+        stride: frames from one clip's start to the next's; it may exceed `length`.
+        clips: how many at most; None is all.
+    """
+    window: collections.deque[np.ndarray] = collections.deque(maxlen=length)
+    made = 0
+    for last, frame in enumerate(frames):
+        window.append(frame)
+        first = last + 1 - length
+        if first >= 0 and first % stride == 0:
+            yield first, np.stack(window)
+            made += 1
+            if made == clips:
+                return
 
 
 def write_video(

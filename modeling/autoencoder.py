@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,16 +61,42 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(
-        self, pixels: Float[Tensor, "batch frames 3 height width"]
+        self, pixels: Float[Tensor, "batch frames 3 height width"], per_call: int | None = None
     ) -> Float[Tensor, "batch frames channels h w"]:
         """Pixels in [-1, 1] to scaled latents, on the autoencoder's device.
+
+        Args:
+            pixels: of any number of frames.
+            per_call: frames of one call of the network; None bounds its memory.
 
         Raises:
             BadInput: the height or width is no multiple of `downsampling`.
         """
         self._check_size(*pixels.shape[-2:])
-        latents = self._framewise(self._encode_frames, pixels, PIXELS_PER_CALL)
+        latents = self._framewise(self._encode_frames, pixels, PIXELS_PER_CALL, per_call)
         return (latents - self._shift) * self.scaling_factor
+
+    @torch.no_grad()
+    def encode_moments(
+        self, pixels: Float[Tensor, "batch frames 3 height width"], per_call: int | None = None
+    ) -> tuple[
+        Float[Tensor, "batch frames channels h w"], Float[Tensor, "batch frames channels h w"]
+    ]:
+        """Mean and log-variance of the scaled latents' posterior, a Gaussian for every value.
+
+        Source: Kingma & Welling, "Auto-Encoding Variational Bayes", Section 3; a scaling by s adds
+        2 log s to the log-variance.
+
+        Raises:
+            BadInput: the autoencoder has no posterior, or the size does not fit.
+        """
+        if self.kind != "AutoencoderKL":
+            raise BadInput(f"{self.name} is an {self.kind}, which has no posterior to draw from")
+        self._check_size(*pixels.shape[-2:])
+        moments = self._framewise(self._encode_posterior, pixels, PIXELS_PER_CALL, per_call)
+        mean, log_variance = moments.chunk(2, dim=2)
+        mean = (mean - self._shift) * self.scaling_factor
+        return mean, log_variance + 2 * math.log(self.scaling_factor)
 
     @torch.no_grad()
     def decode(
@@ -102,15 +129,22 @@ class Autoencoder:
         encoded = self.network.encode(frames)
         return encoded.latents if self.kind == "AutoencoderTiny" else encoded.latent_dist.mode()
 
+    def _encode_posterior(
+        self, frames: Float[Tensor, "frames 3 height width"]
+    ) -> Float[Tensor, "frames moments h w"]:
+        posterior = self.network.encode(frames).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
     def _framewise(
         self,
         function: Callable[[Tensor], Tensor],
         video: Float[Tensor, "batch frames _ _ _"],
         points_per_call: int,
+        per_call: int | None = None,
     ) -> Float[Tensor, "batch frames _ _ _"]:
         device = next(self.network.parameters()).device
         frames = rearrange(video, "b f c h w -> (b f) c h w")
-        per_call = max(1, points_per_call // (video.shape[-2] * video.shape[-1]))
+        per_call = per_call or max(1, points_per_call // (video.shape[-2] * video.shape[-1]))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             done = [function(_prepare(chunk, device)).float() for chunk in frames.split(per_call)]
         return rearrange(torch.cat(done), "(b f) c h w -> b f c h w", b=video.shape[0])

@@ -3,6 +3,11 @@
 Notation: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (Ho et al. 2020, Eq. 4; the video inpainting paper's
 Eq. 2 prints the second factor without its root). `ab` is ᾱ, broadcastable to the latents; clean
 latents have ᾱ = 1 and the timestep −1.
+
+A rectified flow's state (1 − t) · x_0 + t · ε is one of these, times a number that its level fixes
+(Kingma et al. 2021, section 5.1). So a flow is a table of ᾱ (`noise.flow_alpha_bars`), a target and
+a scaling of what its network sees (`to_flow`), and all samplers work on x_t whatever the process:
+`ddim_step`, which is the same step in either scale, is Euler's along the flow.
 """
 
 from __future__ import annotations
@@ -21,42 +26,25 @@ from torch import Tensor
 
 from ..jobs import BadInput
 from .autoencoder import Precision
+from .noise import (
+    DiffusionConfig,
+    LossConfig,
+    Target,
+    alpha_bars,
+    check_diffusion,
+    level_weight,
+    place_weight,
+)
 from .unet import VideoUNet
 
 Latents = Float[Tensor, "batch frames channels height width"]
-Target = Literal["noise", "v"]
+LatentMask = Float[Tensor, "batch frames 1 height width"]
 Variance = Literal["fixed_small", "fixed_large"]
 
 
-@dataclasses.dataclass(frozen=True)
-class DiffusionConfig:
-    """The noise schedule, what the network predicts, and how its latents are scaled."""
-
-    timesteps: int = 1000
-    """Diffusion steps T; betas rise linearly, as in DDPM."""
-    beta_start: float = 1e-4
-    """Beta of the first step."""
-    beta_end: float = 0.02
-    """Beta of the last step."""
-    target: Target = "noise"
-    """What the network predicts: the noise (the paper's Eq. 7), or v (Salimans & Ho 2022)."""
-    normalise: bool = True
-    """Shift and scale latents to mean 0 and deviation 1 a channel; false is the paper's setting."""
-    mask_channel: bool = False
-    """Give the mask to the network as one more channel; false is the paper's setting."""
-
-
-def alpha_bars(config: DiffusionConfig) -> Float[Tensor, " timesteps"]:
-    """ᾱ_t = Π (1 − β_s) for s ≤ t, in float64 (Ho et al. 2020, section 2)."""
-    betas = torch.linspace(
-        config.beta_start, config.beta_end, config.timesteps, dtype=torch.float64
-    )
-    return torch.cumprod(1 - betas, dim=0)
-
-
-def expand(ab: Float[Tensor, " batch"]) -> Float[Tensor, "batch 1 1 1 1"]:
-    """One ᾱ an example, shaped to multiply latents."""
-    return rearrange(ab, "b -> b 1 1 1 1")
+def expand(ab: Float[Tensor, "batch *frames"]) -> Float[Tensor, "batch ... 1 1 1"]:
+    """One ᾱ an example, or one a frame of it, shaped to multiply latents."""
+    return ab[(..., *[None] * (5 - ab.ndim))]
 
 
 def add_noise(clean: Latents, noise: Latents, ab: Float[Tensor, "..."]) -> Latents:
@@ -64,23 +52,81 @@ def add_noise(clean: Latents, noise: Latents, ab: Float[Tensor, "..."]) -> Laten
     return ab.sqrt() * clean + (1 - ab).sqrt() * noise
 
 
-def velocity(clean: Latents, noise: Latents, ab: Float[Tensor, "..."]) -> Latents:
-    """v = √ᾱ · ε − √(1 − ᾱ) · x_0 (Salimans & Ho 2022, section 4)."""
-    return ab.sqrt() * noise - (1 - ab).sqrt() * clean
+def to_flow(noisy: Latents, ab: Float[Tensor, "..."]) -> Latents:
+    """x_t → (1 − t) · x_0 + t · ε, the flow's state of that level (Liu et al. 2022, section 2.1).
+
+    From ᾱ = (1 − t)²/((1 − t)² + t²) the factor √((1 − t)² + t²) is 1/(√ᾱ + √(1 − ᾱ)).
+    """
+    return noisy / (ab.sqrt() + (1 - ab).sqrt())
 
 
 def target_of(kind: Target, clean: Latents, noise: Latents, ab: Float[Tensor, "..."]) -> Latents:
-    """What the network should predict for x_t."""
-    return noise if kind == "noise" else velocity(clean, noise, ab)
+    """What the network should predict for x_t.
+
+    v is √ᾱ · ε − √(1 − ᾱ) · x_0 (Salimans & Ho 2022, section 4), the flow ε − x_0, which is the
+    velocity of the flow's state (Lipman et al. 2022, Eq. 23 for σ_min = 0, with its time reversed).
+    """
+    match kind:
+        case "noise":
+            return noise
+        case "v":
+            return ab.sqrt() * noise - (1 - ab).sqrt() * clean
+        case "clean":
+            return clean
+        case "flow":
+            return noise - clean
 
 
 def clean_of(
     kind: Target, prediction: Latents, noisy: Latents, ab: Float[Tensor, "..."]
 ) -> Latents:
-    """The clean estimate that a prediction stands for; never clamped."""
-    if kind == "noise":
-        return (noisy - (1 - ab).sqrt() * prediction) / ab.sqrt()
-    return ab.sqrt() * noisy - (1 - ab).sqrt() * prediction
+    """The clean estimate that a prediction stands for; never clamped.
+
+    Each solves `add_noise` and `target_of` for x_0. Finite at every level, but for the noise: its
+    errors grow with 1/√ᾱ (157 at T − 1 of DDPM's levels), and pure noise has no clean estimate.
+    """
+    match kind:
+        case "noise":
+            return (noisy - (1 - ab).sqrt() * prediction) / ab.sqrt()
+        case "v":
+            return ab.sqrt() * noisy - (1 - ab).sqrt() * prediction
+        case "clean":
+            return prediction
+        case "flow":
+            return (noisy - (1 - ab).sqrt() * prediction) / (ab.sqrt() + (1 - ab).sqrt())
+
+
+def noise_of(
+    kind: Target, prediction: Latents, noisy: Latents, ab: Float[Tensor, "..."]
+) -> Latents:
+    """The noise estimate that a prediction stands for.
+
+    Each solves `add_noise` and `target_of` for ε. Finite at every level, but for the clean latents:
+    their errors grow with 1/√(1 − ᾱ), and a clean state has no noise estimate.
+    """
+    match kind:
+        case "noise":
+            return prediction
+        case "v":
+            return (1 - ab).sqrt() * noisy + ab.sqrt() * prediction
+        case "clean":
+            return (noisy - ab.sqrt() * prediction) / (1 - ab).sqrt()
+        case "flow":
+            return (noisy + ab.sqrt() * prediction) / (ab.sqrt() + (1 - ab).sqrt())
+
+
+def convert(
+    kind: Target, wanted: Target, prediction: Latents, noisy: Latents, ab: Float[Tensor, "..."]
+) -> Latents:
+    """A prediction of one target as one of another.
+
+    From v and the flow at every level; from the noise not at ᾱ = 0, from the clean latents not at
+    ᾱ = 1, where they and x_t are one, and nothing says what the other is.
+    """
+    if kind == wanted:
+        return prediction
+    clean = clean_of(kind, prediction, noisy, ab)
+    return target_of(wanted, clean, noise_of(kind, prediction, noisy, ab), ab)
 
 
 def posterior_mean(
@@ -102,6 +148,20 @@ def posterior_variance(
     return small if variance == "fixed_small" else torch.where(ab_to == 1, small, beta)
 
 
+def posterior_log_variances(
+    ab: Float[Tensor, " timesteps"], variance: Variance
+) -> Float[Tensor, " timesteps"]:
+    """log of the variance of each step t → t − 1, the first clipped to the second's β̃.
+
+    For T of 2 or more. At the first step β̃ is 0; both variances take log β̃ of the second step in
+    its place (Nichol & Dhariwal 2021, as their code has it for either).
+    """
+    before = torch.cat([torch.ones_like(ab[:1]), ab[:-1]])
+    second = posterior_variance(ab[1], ab[0], "fixed_small")
+    rest = posterior_variance(ab, before, variance)[1:]
+    return torch.cat([second[None], rest]).log()
+
+
 def ddpm_step(
     noisy: Latents,
     clean: Latents,
@@ -119,8 +179,7 @@ def ddim_step(
     noisy: Latents, clean: Latents, ab_from: Float[Tensor, "..."], ab_to: Float[Tensor, "..."]
 ) -> Latents:
     """The deterministic step (Song et al. 2021, Eq. 12 with σ = 0)."""
-    noise = (noisy - ab_from.sqrt() * clean) / (1 - ab_from).sqrt()
-    return add_noise(clean, noise, ab_to)
+    return add_noise(clean, noise_of("clean", clean, noisy, ab_from), ab_to)
 
 
 def renoise(
@@ -145,12 +204,16 @@ class Denoiser:
     """A network with its noise schedule, target and latent scale: one convention for all samplers.
 
     Samplers work on *normalised* latents; `normalise` and `denormalise` go in and out of them.
+    Their states are x_t of `add_noise`, for a flow too: only its network sees them scaled.
 
     Args:
         network: Predicts the target of `config`.
         config: The process that the network was trained for.
         space: The latents that it was trained on.
         precision: Of the network's layers when it denoises; states stay as they are.
+
+    Raises:
+        BadInput: `config` is impossible.
     """
 
     def __init__(
@@ -160,6 +223,7 @@ class Denoiser:
         space: LatentSpace,
         precision: Precision = "float32",
     ) -> None:
+        check_diffusion(config)
         self.network = network
         self.config = config
         self.space = space
@@ -180,7 +244,7 @@ class Denoiser:
         """Diffusion steps T of the training schedule."""
         return self.config.timesteps
 
-    def alpha_bar(self, timestep: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def alpha_bar(self, timestep: Int[Tensor, "batch *frames"]) -> Float[Tensor, "batch *frames"]:
         """ᾱ of each timestep, in float64 on the timestep's device; 1 for the timestep −1."""
         return self._alpha_bars.to(timestep.device)[timestep]
 
@@ -201,7 +265,7 @@ class Denoiser:
     def condition(
         self,
         masked_latents: Latents,
-        latent_mask: Float[Tensor, "batch frames 1 height width"],
+        latent_mask: LatentMask,
     ) -> Float[Tensor, "batch frames condition height width"]:
         """What the network is given beside the noisy latents.
 
@@ -212,18 +276,50 @@ class Denoiser:
         known = self.normalise(masked_latents)
         return torch.cat([known, latent_mask], dim=2) if self.config.mask_channel else known
 
+    def training_pair(
+        self, clean: Latents, noise: Latents, timestep: Int[Tensor, "batch *frames"]
+    ) -> tuple[Latents, Latents]:
+        """What the network sees of normalised latents at a timestep, and what it should predict.
+
+        Computed in the table's float64: float32 keeps one digit of a flow's lowest level.
+        """
+        ab = expand(self.alpha_bar(timestep))
+        noisy = self._seen(add_noise(clean, noise, ab), ab)
+        target = target_of(self.config.target, clean, noise, ab)
+        return noisy.to(clean.dtype), target.to(clean.dtype)
+
+    def loss(
+        self,
+        prediction: Latents,
+        target: Latents,
+        timestep: Int[Tensor, "batch *frames"],
+        latent_mask: LatentMask,
+        config: LossConfig,
+    ) -> Float[Tensor, " batch"]:
+        """Each example's mean squared error (Teshome, Eq. 7), weighted by its timestep and place.
+
+        In the target's precision, whatever the network's.
+        """
+        at_level = expand(level_weight(self.config.target, self.alpha_bar(timestep), config))
+        weight = at_level.to(target.dtype) * place_weight(latent_mask, config.hole)
+        return ((prediction.to(target.dtype) - target).square() * weight).mean(dim=(1, 2, 3, 4))
+
     def denoise(
         self,
         latents: Latents,
-        timestep: Int[Tensor, " batch"],
+        timestep: Int[Tensor, "batch *frames"],
         condition: Float[Tensor, "batch frames condition height width"],
     ) -> Latents:
         """Normalised noisy latents → the clean estimate, each example at its own timestep."""
+        ab = expand(self.alpha_bar(timestep))
+        seen = self._seen(latents, ab).to(latents.dtype)
         reduced = self.precision == "bfloat16"
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=reduced):
-            prediction = self.network(latents, timestep, condition).to(latents.dtype)
-        ab = expand(self.alpha_bar(timestep))
+            prediction = self.network(seen, timestep, condition).to(latents.dtype)
         return clean_of(self.config.target, prediction, latents, ab).to(latents.dtype)
+
+    def _seen(self, noisy: Latents, ab: Float[Tensor, "..."]) -> Latents:
+        return to_flow(noisy, ab) if self.config.process == "flow" else noisy
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (
@@ -252,9 +348,10 @@ class Denoiser:
         try:
             described = json.loads((folder / "denoiser.json").read_text())
             config = DiffusionConfig(**described["diffusion"])
+            check_diffusion(config)
             space = LatentSpace(**described["latents"])
             network, loaded = VideoUNet.from_pretrained(folder / "unet", output_loading_info=True)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (BadInput, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             first_line = str(error).splitlines()[0]
             raise BadInput(f"the model in {folder} is damaged: {first_line}") from error
         if loaded["missing_keys"]:  # diffusers leaves such weights at random values

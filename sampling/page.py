@@ -125,7 +125,7 @@ def _how_made(sweep: Sweep) -> str:
         "Model": code(about["model"]),
         "Shards": code(about["shards"]),
         "Autoencoder": _described(about["autoencoder"]),
-        "Mask protocols": _described(about["protocols"]),
+        "Masks": _described(about["masks"]),
         "Clips": f"{sweep.best['clips']:,.0f} of {clip['frames']} frames, {clip['width']}×"
         f"{clip['height']} pixels; the frames of {len(sweep.kept)} were kept",
         "Noise": "the same for every schedule of a clip; a diffusion of "

@@ -170,7 +170,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / "sweep.json").read_text())
     except json.JSONDecodeError as error:
         raise _unfinished(folder, f"sweep.json: {error}") from None
-    wanted = ("model", "shards", "autoencoder", "protocols", "clip", "kept", "schedules")
+    wanted = ("model", "shards", "autoencoder", "masks", "clip", "kept", "schedules")
     for field in (*wanted, "baselines", "timesteps", "seconds", "device"):
         if field not in about:
             raise _unfinished(folder, f"sweep.json has no {field}")

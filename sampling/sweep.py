@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -12,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import jobs
-from ..data.shards import MANIFEST, Example, ShardedDataset
+from ..data.shards import MANIFEST, Example, ShardedDataset, family_of
 from ..modeling.autoencoder import Autoencoder, Precision, hash_weights, load_autoencoder
 from ..modeling.diffusion import Denoiser
 from . import baselines
@@ -63,8 +63,8 @@ class SweepConfig:
 
     model: Path
     """Folder of a training run (its newest model is taken) or of a model."""
-    shards: Path
-    """Folder that `vidfill encode` wrote, with the autoencoder that the model was trained on."""
+    shards: str
+    """Folder that `vidfill encode` wrote, or its URL, with the model's autoencoder."""
     out: Path
     """Folder for the results: new, empty, or begun by this same command."""
     schedules: str = DEFAULT_SCHEDULES
@@ -72,8 +72,8 @@ class SweepConfig:
     ddpm (variance=small or large), ddim. Moves: resample(n=K), the paper's resampling."""
     clips: int = 16
     """Clips to fill: the split's first ones; 0 takes all."""
-    protocol: Literal["all", "stationary", "variable"] = "all"
-    """Take only the clips under this mask protocol."""
+    masks: str = ""
+    """Take only the clips under these mask families, separated by spaces; empty takes all."""
     split: str = "validation"
     """Split of the shards; it must keep its clips' pixels."""
     batch_size: int = 16
@@ -126,7 +126,8 @@ def sweep(config: SweepConfig) -> list[Row]:
     if config.plan:
         show_plan(inputs, config.batch_size)
         return []
-    jobs.claim(config.out, "sweep", config)
+    located = dataclasses.replace(config, shards=jobs.locate(config.shards))
+    jobs.claim(config.out, "sweep", located)
     ledger = Ledger(config.out, fingerprint(inputs))
     book = functools.partial(_book, config, inputs, ledger)
     keep_inputs(config, inputs)
@@ -204,14 +205,20 @@ def _identity(autoencoder: Mapping[str, str]) -> str:
     return f"{autoencoder['name']} (sha256 {autoencoder['sha256'][:12]})"
 
 
+def _choose_families(config: SweepConfig, dataset: ShardedDataset) -> list[str]:
+    there = list(dataset.manifest.masks["families"])
+    for family in config.masks.split():
+        if family not in there:
+            raise jobs.BadInput(
+                f"masks has {family}; the split {config.split} of {config.shards} holds "
+                f"{', '.join(there)}: choose of these"
+            )
+    return config.masks.split() or there
+
+
 def _choose_clips(config: SweepConfig, dataset: ShardedDataset) -> dict[str, int]:
-    suffix = "" if config.protocol == "all" else f"_{config.protocol}"
-    found = {key: index for index, key in enumerate(dataset.keys) if key.endswith(suffix)}
-    if not found:
-        raise jobs.BadInput(
-            f"the split {config.split} of {config.shards} holds no clip (protocol is "
-            f"{config.protocol}): encode again"
-        )
+    families = _choose_families(config, dataset)
+    found = {key: i for i, key in enumerate(dataset.keys) if family_of(key) in families}
     if config.clips > len(found):
         raise jobs.BadInput(
             f"clips is {config.clips}; the split {config.split} of {config.shards} holds "
@@ -274,7 +281,7 @@ Book = Callable[[str, int, float, Example, Frames], None]
 
 def fingerprint(inputs: Inputs) -> dict[str, str]:
     """What must not change between the runs of one sweep."""
-    manifest = (inputs.dataset.folder / MANIFEST).read_bytes()
+    manifest = inputs.dataset.store.read(MANIFEST)
     return {
         "model": hash_weights(inputs.denoiser.network),
         "shards' manifest": hashlib.sha256(manifest).hexdigest(),
@@ -407,9 +414,9 @@ def describe(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> dict[str, o
     manifest = inputs.dataset.manifest
     return {
         "model": str(config.model),
-        "shards": str(config.shards),
+        "shards": config.shards,
         "autoencoder": inputs.autoencoder.identity(),
-        "protocols": manifest.masks["protocols"] if config.protocol == "all" else [config.protocol],
+        "masks": _choose_families(config, inputs.dataset),
         "clip": manifest.clip,
         "kept": list(_kept(config, inputs)),
         "schedules": [

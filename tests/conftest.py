@@ -15,7 +15,8 @@ from jaxtyping import install_import_hook
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 install_import_hook(
-    ["vidfill.modeling", "vidfill.data", "vidfill.sampling", "vidfill.train"], "beartype.beartype"
+    ["vidfill.crew", "vidfill.modeling", "vidfill.data", "vidfill.sampling", "vidfill.train"],
+    "beartype.beartype",
 )
 
 # The fixtures import what they need themselves: the package comes after its hook.

@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "jobs": set(),
     "seeding": set(),
+    "crew": {"jobs"},
     "cli": {"__version__"},
     "modeling": {"jobs", "seeding"},
-    "data": {"jobs", "seeding", "modeling"},
-    "sampling": {"jobs", "seeding", "modeling", "data"},
-    "train": {"jobs", "seeding", "modeling", "data", "sampling"},
+    "data": {"jobs", "seeding", "crew", "modeling"},
+    "sampling": {"jobs", "seeding", "crew", "modeling", "data"},
+    "train": {"jobs", "seeding", "crew", "modeling", "data", "sampling"},
     "launch": {"jobs", "train.config"},
 }
 HEAVY = ("torch", "numpy", "diffusers", "accelerate", "av", "cv2", "matplotlib", "jsonargparse")

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from .. import jobs
 from ..data.masks import draw_mask, fill_hole
-from ..data.videos import UnreadableVideo, find_splits, read_video
+from ..data.sources import find_sources
+from ..data.videos import FrameSize, UnreadableVideo, read_video
 from ..modeling.autoencoder import CONFIG, WEIGHTS, load_autoencoder, to_frames, to_pixels
 from ..sampling.metrics import psnr
 from ..seeding import derive_seed, generator
@@ -132,10 +133,12 @@ def _check(config: AutoencoderConfig) -> None:
 
 
 def _split(videos: Path) -> tuple[list[Path], list[Path]]:
-    splits = find_splits(videos)
-    if "validation" in splits and "train" in splits:
-        return splits["train"], splits["validation"]
-    everything = next(iter(splits.values()))
+    sources = find_sources(videos)
+    training = [source.path for source in sources if source.split == "train"]
+    validation = [source.path for source in sources if source.split == "validation"]
+    if training and validation:
+        return training, validation
+    everything = training or validation
     if len(everything) < 2:
         raise jobs.BadInput(f"{videos} holds one video: give at least two, for one is held out")
     held_out = everything[::HOLDS_OUT]
@@ -154,7 +157,7 @@ def _read(videos: Sequence[Path], config: AutoencoderConfig, description: str) -
 
 def _read_evenly(video: Path, size: int, count: int) -> UInt8[np.ndarray, "frames size size 3"]:
     try:
-        frames, _ = read_video(video, size)
+        frames, _ = read_video(video, FrameSize(size, size))
     except UnreadableVideo as error:
         raise jobs.BadInput(f"{video} cannot be read ({error}): remove it or mend it") from error
     return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..data.cache import CacheConfig
 from ..jobs import BadInputEverywhere
 from ..modeling.autoencoder import Precision
-from ..modeling.diffusion import DiffusionConfig
+from ..modeling.noise import DiffusionConfig, LossConfig, check_diffusion, check_loss
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,19 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """How the shards are read."""
+
+    workers: int = 2
+    """Threads of each process that prepare batches ahead of the training loop."""
+    damaged: Literal["stop", "skip"] = "stop"
+    """What a damaged example does: it ends the run, or is left out of its batch and listed in
+    OUT/skipped-RANK.jsonl; all others keep their places."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    """Where the shards behind a URL are kept while they are in use."""
+
+
+@dataclass(frozen=True)
 class PreviewConfig:
     """The inpainted validation frames that TensorBoard shows."""
 
@@ -67,8 +81,8 @@ class TrainConfig:
     nothing else may.
     """
 
-    shards: Path
-    """A folder that `vidfill encode` wrote."""
+    shards: str
+    """A folder that `vidfill encode` wrote, or its URL (s3://…, gs://…, https://…)."""
     out: Path
     """The run's folder: checkpoints and TensorBoard events."""
     steps: int = 20_000
@@ -87,8 +101,12 @@ class TrainConfig:
     """Optimizer steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are removed once a newer one is whole."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The stream."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     """The diffusion process."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -102,6 +120,9 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "data.workers",
+    "data.cache.folder",
+    "data.cache.gigabytes",
     "preview.every",
     "preview.clips",
     "preview.schedule",
@@ -122,7 +143,7 @@ def check(config: TrainConfig) -> None:
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
         "keep_checkpoints": config.keep_checkpoints,
-        "diffusion.timesteps": config.diffusion.timesteps,
+        "data.workers": config.data.workers,
         "model.block_out_channels": len(config.model.block_out_channels),
         "model.layers_per_block": config.model.layers_per_block,
         "model.head_channels": config.model.head_channels,
@@ -131,3 +152,5 @@ def check(config: TrainConfig) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise BadInputEverywhere(f"{name} is {value}: give 1 or more")
+    check_diffusion(config.diffusion)
+    check_loss(config.loss)

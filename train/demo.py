@@ -78,10 +78,15 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
         seed=seed,
     )
     shards = EncodeConfig(
-        out / "videos", out / "shards", autoencoder=SHIPPED, protocol="both", seed=seed
+        out / "videos",
+        out / "shards",
+        autoencoder=SHIPPED,
+        masks="stationary variable",
+        masks_per_clip=2,
+        seed=seed,
     )
     training = TrainConfig(
-        out / "shards",
+        str(out / "shards"),
         out / "train",
         steps=config.steps,
         batch_size=8,
@@ -94,7 +99,7 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
     )
     compared = SweepConfig(
         out / "train",
-        out / "shards",
+        str(out / "shards"),
         out / "sweep",
         schedules=config.schedules,
         clips=2 * config.validation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from ..data.stream import Stream
 from ..modeling.diffusion import Denoiser
 from .checkpoints import load_checkpoint, save_checkpoint
 from .config import MAY_CHANGE, TrainConfig, check
-from .monitoring import Monitor, Preview, open_preview, tensorboard_command
+from .monitoring import Monitor, Preview, SkipLog, open_preview, tensorboard_command
 from .state import TrainState, make_accelerator, make_denoiser, make_state
 from .step import train_step
 
@@ -38,22 +39,27 @@ def train(config: TrainConfig) -> None:
         BadInput: A setting is wrong, the shards cannot be used, or the loss is not finite.
     """
     check(config)
-    dataset = ShardedDataset(config.shards, "train")
+    dataset = ShardedDataset(config.shards, "train", config.data.cache)
     accelerator = make_accelerator(config)
     process, processes = accelerator.process_index, accelerator.num_processes
-    stream = Stream(dataset, config.batch_size, config.seed, process, processes)
+    stream = Stream(
+        dataset, config.batch_size, config.seed, process, processes, damaged=config.data.damaged
+    )
     denoiser = make_denoiser(config, dataset.manifest)
     preview = _open_and_claim(config, denoiser, accelerator)
     state = make_state(config, accelerator, denoiser.network)
     checkpoints = config.out / "checkpoints"
     load_checkpoint(checkpoints, state, denoiser, accelerator)
+    skips = SkipLog(config.out, process)
     with (
         _monitor(config, state, preview, accelerator) as monitor,
         _progress(config, state, accelerator) as progress,
+        contextlib.closing(stream.run(state.step, config.data.workers)) as batches,
     ):
         while state.step < config.steps:
             began = time.perf_counter()
-            result = train_step(state, stream.batch(state.step), denoiser, accelerator, config)
+            result = train_step(state, next(batches), denoiser, accelerator, config)
+            skips.write(stream.skipped)
             speed = config.batch_size / (time.perf_counter() - began)
             progress.advance(1, note=f"loss {result.loss:.4f}, {speed:.1f} clips/s")
             if monitor and _is_due(state.step, config.log_every, config.steps):
@@ -78,7 +84,8 @@ def _open_and_claim(
     if accelerator.is_main_process:
         try:
             preview = open_preview(config, denoiser)
-            jobs.claim(config.out, "train", config, MAY_CHANGE)
+            located = dataclasses.replace(config, shards=jobs.locate(config.shards))
+            jobs.claim(config.out, "train", located, MAY_CHANGE)
         except (jobs.BadInput, OSError) as error:  # the others wait to hear of either
             refusal = [str(error)]
     broadcast_object_list(refusal)

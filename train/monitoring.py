@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from torch.utils.tensorboard import SummaryWriter
 
-from ..data.shards import MANIFEST, Example, ShardedDataset
+from ..data.shards import Example, ShardedDataset, has_split
+from ..data.stream import SkippedExample
 from ..modeling.autoencoder import Autoencoder, load_autoencoder
 from ..modeling.diffusion import Denoiser
 from ..sampling.baselines import fill
@@ -56,10 +58,10 @@ def open_preview(config: TrainConfig, denoiser: Denoiser) -> Preview | None:
     if not wanted.every or not wanted.clips:
         return None
     compile_schedule(parse(wanted.schedule), denoiser.timesteps)
-    if not (config.shards / "validation" / MANIFEST).is_file():
+    if not has_split(config.shards, "validation"):
         print(f"{config.shards} has no validation split: no previews", file=sys.stderr)
         return None
-    validation = ShardedDataset(config.shards, "validation")
+    validation = ShardedDataset(config.shards, "validation", config.data.cache)
     examples = [validation[index] for index in range(min(wanted.clips, len(validation)))]
     if any(example.pixels is None for example in examples):
         print(f"{config.shards}/validation keeps no pixels: no previews", file=sys.stderr)
@@ -67,6 +69,29 @@ def open_preview(config: TrainConfig, denoiser: Denoiser) -> Preview | None:
     name = wanted.autoencoder or denoiser.autoencoder["name"]
     autoencoder = load_autoencoder(name, denoiser.network.device, denoiser.precision)
     return Preview(examples, autoencoder, wanted.schedule, config.seed)
+
+
+class SkipLog:
+    """Lists the damaged examples that a process left out, as the stream comes upon them."""
+
+    def __init__(self, out: Path, process: int) -> None:
+        self._path = out / f"skipped-{process:05}.jsonl"
+        self._listed = 0
+
+    def write(self, skipped: Sequence[SkippedExample]) -> None:
+        """Append those of `skipped` that were not listed yet; say it once an example."""
+        fresh = skipped[self._listed :]
+        if not fresh:
+            return
+        with self._path.open("a") as file:
+            for example in fresh:
+                file.write(json.dumps(example._asdict()) + "\n")
+        self._listed += len(fresh)
+        print(
+            f"vidfill train: {self._listed} damaged example(s) left out, the last is "
+            f"{fresh[-1].key}: {fresh[-1].reason}; all are listed in {self._path}",
+            file=sys.stderr,
+        )
 
 
 class Monitor:

@@ -60,7 +60,7 @@ def _deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         },
         "gradient_clipping": config.optimizer.clip,
         "gradient_accumulation_steps": 1,
-        "train_micro_batch_size_per_gpu": config.batch_size // processes,
+        "train_micro_batch_size_per_gpu": -(-config.batch_size // processes),
         "steps_per_print": 2**31,
     }
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..data.stream import Batch
 from ..jobs import BadInput
-from ..modeling.diffusion import Denoiser, add_noise, expand, target_of
+from ..modeling.diffusion import Denoiser
+from ..modeling.noise import LossConfig, draw_timesteps
 from ..seeding import generator
 from .config import OptimizerConfig, TrainConfig
 from .state import TrainState, update_average
@@ -31,39 +32,43 @@ class StepResult:
     learning_rate: float
 
 
-def draw_timesteps(positions: list[int], seed: int, timesteps: int) -> Int[Tensor, " batch"]:
-    """A uniform timestep for each example, a function of (seed, position) alone."""
-    draws = [
-        torch.randint(timesteps, (1,), generator=generator(seed, position, "timestep"))
-        for position in positions
-    ]
-    return torch.cat(draws)
-
-
 def draw_noise(
-    positions: list[int], seed: int, shape: torch.Size
+    positions: list[int], seed: int, shape: torch.Size, purpose: str = "noise"
 ) -> Float[Tensor, "batch frames channels height width"]:
-    """The noise of each example, a function of (seed, position) alone."""
+    """The noise of each example, a function of (seed, position, purpose) alone."""
     draws = [
-        torch.randn(shape, generator=generator(seed, position, "noise")) for position in positions
+        torch.randn(shape, generator=generator(seed, position, purpose)) for position in positions
     ]
     return torch.stack(draws)
+
+
+def draw_latents(
+    batch: Batch, seed: int
+) -> Float[Tensor, "batch frames channels height width"]:
+    """Latents drawn from the posterior where the shards hold its log-variance, else its mean."""
+    if batch.log_variance is None:
+        return batch.latents
+    noise = draw_noise(batch.positions, seed, batch.latents.shape[1:], "posterior")
+    return batch.latents + (0.5 * batch.log_variance).exp() * noise.to(batch.latents.device)
 
 
 def diffusion_loss(
     network: torch.nn.Module,
     denoiser: Denoiser,
     batch: Batch,
+    latents: Float[Tensor, "batch frames channels height width"],
     timestep: Int[Tensor, " batch"],
     noise: Float[Tensor, "batch frames channels height width"],
-) -> Float[Tensor, ""]:
-    """Mean squared error of the prediction over all frames and places (the paper's Eq. 7)."""
-    clean = denoiser.normalise(batch.latents)
-    ab = expand(denoiser.alpha_bar(timestep)).to(clean.dtype)
+    config: LossConfig,
+) -> Float[Tensor, " batch"]:
+    """Each example's weighted squared error of the prediction over its frames and places.
+
+    With plain weights it is Teshome's Eq. 7.
+    """
     condition = denoiser.condition(batch.masked_latents, batch.latent_mask)
-    prediction = network(add_noise(clean, noise, ab), timestep, condition)
-    target = target_of(denoiser.config.target, clean, noise, ab)
-    return (prediction.float() - target).square().mean()
+    noisy, target = denoiser.training_pair(denoiser.normalise(latents), noise, timestep)
+    prediction = network(noisy, timestep, condition)
+    return denoiser.loss(prediction, target, timestep, batch.latent_mask, config)
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -93,18 +98,23 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     batch = batch.to(accelerator.device)
-    timestep = draw_timesteps(batch.positions, config.seed, denoiser.timesteps)
+    sources = [generator(config.seed, position, "timestep") for position in batch.positions]
+    timestep = draw_timesteps(sources, denoiser.timesteps, config.loss)
     noise = draw_noise(batch.positions, config.seed, batch.latents.shape[1:])
     with torch.autocast(
         accelerator.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
     ):
-        loss = diffusion_loss(
+        losses = diffusion_loss(
             state.network,
             denoiser,
             batch,
+            draw_latents(batch, config.seed),
             timestep.to(accelerator.device),
             noise.to(accelerator.device),
+            config.loss,
         )
+    # The mean over processes of this is the mean over the global batch, which pads do not enter.
+    loss = (losses * batch.weights).sum() * accelerator.num_processes / config.batch_size
     shared_loss = float(accelerator.reduce(loss.detach(), "mean"))
     _stop_unless_finite(shared_loss, "loss", state.step, batch)
     accelerator.backward(loss)
@@ -127,7 +137,8 @@ def _clip(state: TrainState, accelerator: Accelerator, limit: float) -> float:
 
 def _stop_unless_finite(value: float, name: str, step: int, batch: Batch) -> None:
     if not math.isfinite(value):
+        clips = ", ".join(filter(None, batch.keys))
         raise NotFinite(
-            f"the {name} of step {step} is {value}; this process held the clips "
-            f"{', '.join(batch.keys)}: lower optimizer.learning_rate, or look at those clips"
+            f"the {name} of step {step} is {value}; this process held the clips {clips}: "
+            "lower optimizer.learning_rate, or look at those clips"
         )

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from vidfill.data import shards
-from vidfill.data.shards import Example, Manifest, ShardEntry
+from vidfill.data.order import choose_lanes
+from vidfill.data.shards import Example, Manifest, ShardTable
 
 FRAMES, CHANNELS, LATENT, SIDE = 3, 2, 2, 8
 
 
-def _make_example(number: int, pixels: bool = False) -> Example:
+def _make_example(number: int, pixels: bool = False, moments: bool = False) -> Example:
     draw = np.random.default_rng(number)
     clip = (FRAMES, SIDE, SIDE)
+
+    def latents() -> np.ndarray:
+        return draw.normal(size=(FRAMES, CHANNELS, LATENT, LATENT)).astype(np.float16)
+
     return Example(
         key=f"video_{number:05}_00000_stationary",
-        latents=draw.normal(size=(FRAMES, CHANNELS, LATENT, LATENT)).astype(np.float16),
-        masked_latents=draw.normal(size=(FRAMES, CHANNELS, LATENT, LATENT)).astype(np.float16),
+        latents=latents(),
+        masked_latents=latents(),
         mask=draw.integers(0, 2, clip, dtype=np.uint8),
-        record={"source": f"{number}.mp4", "first_frame": 0},
+        record={"source": f"{number}.mp4", "first_frame": 0, "family": "stationary"},
         pixels=draw.integers(0, 256, (*clip, 3), dtype=np.uint8) if pixels else None,
+        log_variance=latents() if moments else None,
     )
 
 
-def _write_dataset(root: Path, count: int = 5, pixels: bool = False) -> list[Example]:
-    examples = [_make_example(number, pixels) for number in range(count)]
-    entries, indexes = [], []
-    for number, part in enumerate([examples[: count // 2], examples[count // 2 :]]):
-        name = shards.shard_name(number)
-        index = shards.write_shard(root / "train" / name, [f"source {number}"], part)
-        entries.append(ShardEntry(name, len(part), index.bytes, index.sha256))
-        indexes.append(index)
+def _write_dataset(
+    root: Path,
+    sizes: Sequence[int] = (2, 3),
+    pixels: bool = False,
+    moments: bool = False,
+    lanes: tuple[int, int] | None = None,
+) -> list[Example]:
+    folder = root / "train"
+    examples = [_make_example(number, pixels, moments) for number in range(sum(sizes))]
+    indexes, rest = [], iter(examples)
+    for number, size in enumerate(sizes):
+        part = [next(rest) for _ in range(size)]
+        indexes.append(shards.write_shard(folder, number, [f"source {number}"], part))
     mean, std = shards.latent_moments(indexes)
+    chosen_lanes, block = lanes or choose_lanes(sizes)
     manifest = Manifest(
         split="train",
         autoencoder={
@@ -45,27 +57,31 @@ def _write_dataset(root: Path, count: int = 5, pixels: bool = False) -> list[Exa
             "downsampling": 4,
             "channels": CHANNELS,
         },
+        posterior="moments" if moments else "mean",
+        pixels=pixels,
         clip={"frames": FRAMES, "height": SIDE, "width": SIDE},
         latent_shape=(FRAMES, CHANNELS, LATENT, LATENT),
-        masks={"protocols": ["stationary"], "grid": 4, "coverage": 0.25, "seed": 0},
+        masks={"families": {"stationary": 1.0}, "per_clip": 1, "seed": 0},
         fill="median",
         latents_mean=tuple(mean),
         latents_std=tuple(std),
-        examples=count,
-        shards=tuple(entries),
+        examples=len(examples),
+        shards=ShardTable.of(indexes),
+        lanes=chosen_lanes,
+        block=block,
         skipped=0,
     )
-    (root / "train" / shards.MANIFEST).write_text(manifest.to_json())
+    (folder / shards.MANIFEST).write_text(manifest.to_json())
     return examples
 
 
 @pytest.fixture(scope="session")
 def make_example() -> Callable[..., Example]:
-    """Example NUMBER, with or without pixels."""
+    """Example NUMBER, with or without pixels and log-variance."""
     return _make_example
 
 
 @pytest.fixture(scope="session")
 def write_dataset() -> Callable[..., list[Example]]:
-    """Write COUNT examples as two shards under ROOT/train; return them."""
+    """Write shards of SIZES examples under ROOT/train; return the examples."""
     return _write_dataset

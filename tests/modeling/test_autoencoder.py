@@ -139,6 +139,29 @@ def test_kl_latents_are_the_posterior_mean_times_the_scaling_factor(kl_folder):
     assert autoencoder.downsampling == 4
 
 
+def test_moments_are_those_of_the_scaled_latents_posterior(kl_folder):
+    autoencoder = load_autoencoder(str(kl_folder))
+    pixels = noise(2, 3, 3, 16, 16)
+    mean, log_variance = autoencoder.encode_moments(pixels)
+    assert torch.equal(mean, autoencoder.encode(pixels))
+    network = AutoencoderKL.from_pretrained(kl_folder)
+    with torch.no_grad():
+        posterior = network.encode(pixels.flatten(0, 1)).latent_dist
+    expected = (posterior.std * network.config.scaling_factor).unflatten(0, (2, 3))
+    torch.testing.assert_close((0.5 * log_variance).exp(), expected)
+
+
+def test_an_autoencoder_without_a_posterior_says_so(tiny_folder):
+    with pytest.raises(BadInput, match="is an AutoencoderTiny, which has no posterior"):
+        load_autoencoder(str(tiny_folder)).encode_moments(noise(1, 1, 3, 8, 8))
+
+
+def test_the_frames_of_a_call_change_no_more_than_rounding(kl_folder):
+    autoencoder = load_autoencoder(str(kl_folder))
+    pixels = noise(1, 5, 3, 16, 16)
+    torch.testing.assert_close(autoencoder.encode(pixels, 2), autoencoder.encode(pixels))
+
+
 def test_a_shift_is_taken_off_before_scaling_and_put_back_before_decoding(kl_folder, tmp_path):
     plain = load_autoencoder(str(kl_folder))
     network = AutoencoderKL.from_pretrained(kl_folder)

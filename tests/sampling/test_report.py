@@ -24,7 +24,7 @@ ABOUT = {
     "model": "runs/train",
     "shards": "runs/shards",
     "autoencoder": {"name": "shipped", "sha256": "0123456789abcdef"},
-    "protocols": ["stationary", "variable"],
+    "masks": ["stationary", "variable"],
     "clip": {"frames": FRAMES, "height": SIZE, "width": SIZE},
     "baselines": list(BASELINES),
     "timesteps": 1000,
@@ -199,7 +199,7 @@ def test_sweep_of_one_schedule_has_a_report(tmp_path: Path) -> None:
         ([], []),
     ],
 )
-def test_each_protocol_among_the_kept_clips_has_its_figure(
+def test_each_family_among_the_kept_clips_has_its_figure(
     tmp_path: Path, kept: list[str], shown: list[str]
 ) -> None:
     sweep = results.read_sweep(write_sweep(tmp_path, kept=kept))

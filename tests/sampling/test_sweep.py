@@ -15,9 +15,9 @@ from vidfill.data.shards import (
     MANIFEST,
     Example,
     Manifest,
-    ShardEntry,
+    ShardTable,
+    family_of,
     latent_moments,
-    shard_name,
     write_shard,
 )
 from vidfill.modeling.autoencoder import Autoencoder
@@ -43,20 +43,25 @@ CLIPS = [f"video_{n}_00000_stationary" for n in range(3)]
 def write_split(
     root: Path, autoencoder: dict[str, object], examples: list[Example], split: str = "validation"
 ) -> None:
-    index = write_shard(root / split / shard_name(0), [], examples)
+    index = write_shard(root / split, 0, [], examples)
     mean, std = latent_moments([index])
+    families = dict.fromkeys((family_of(example.key) for example in examples), 1.0)
     frames, height, width = examples[0].mask.shape
     manifest = Manifest(
         split=split,
         autoencoder=autoencoder,
         clip={"frames": frames, "height": height, "width": width},
         latent_shape=examples[0].latents.shape,  # type: ignore[arg-type]
-        masks={"protocols": ["stationary"], "grid": 4, "coverage": 0.25, "seed": 0},
+        posterior="mean",
+        pixels=examples[0].pixels is not None,
+        masks={"families": families, "per_clip": 1, "seed": 0},
         fill="median",
         latents_mean=tuple(mean),
         latents_std=tuple(std),
         examples=len(examples),
-        shards=(ShardEntry(shard_name(0), len(examples), index.bytes, index.sha256),),
+        shards=ShardTable.of([index]),
+        lanes=1,
+        block=len(examples),
         skipped=0,
     )
     (root / split / MANIFEST).write_text(manifest.to_json())
@@ -79,7 +84,7 @@ def config(
     write_split(tmp_path / "shards", denoiser.autoencoder, examples)
     return SweepConfig(
         tmp_path / "model",
-        tmp_path / "shards",
+        str(tmp_path / "shards"),
         tmp_path / "out",
         schedules=" ".join(SCHEDULES),
         clips=0,
@@ -233,16 +238,16 @@ def test_a_finished_sweep_started_again_evaluates_nothing(
     assert (config.out / "results.csv").read_bytes() == before
 
 
-def test_a_sweep_of_one_protocol_takes_its_clips_alone(
+def test_a_sweep_of_one_family_takes_its_clips_alone(
     config: SweepConfig, denoiser: Denoiser, make_example: Callable[[str], Example]
 ) -> None:
     mixed = [make_example(key) for key in ("a_stationary", "a_variable", "b_variable")]
     shutil.rmtree(config.shards)
-    write_split(config.shards, denoiser.autoencoder, mixed)
-    sweep(dataclasses.replace(config, protocol="variable", schedules="ddim:2"))
+    write_split(Path(config.shards), denoiser.autoencoder, mixed)
+    sweep(dataclasses.replace(config, masks="variable", schedules="ddim:2"))
     clips = {row["clip"] for row in read_csv(config.out / "clips.csv")}
     assert clips == {"a_variable", "b_variable"}
-    assert json.loads((config.out / "sweep.json").read_text())["protocols"] == ["variable"]
+    assert json.loads((config.out / "sweep.json").read_text())["masks"] == ["variable"]
 
 
 def test_a_model_that_changed_since_is_refused(config: SweepConfig, denoiser: Denoiser) -> None:
@@ -286,7 +291,7 @@ def other_autoencoder(
     config: SweepConfig, tmp: Path, examples: list[Example], identity: dict[str, object]
 ) -> SweepConfig:
     write_split(tmp / "other", {**identity, "name": "theirs", "sha256": "f" * 64}, examples)
-    return dataclasses.replace(config, shards=tmp / "other")
+    return dataclasses.replace(config, shards=str(tmp / "other"))
 
 
 def other_channels(
@@ -301,14 +306,14 @@ def other_channels(
         for example in examples
     ]
     write_split(tmp / "other", identity, wide)
-    return dataclasses.replace(config, shards=tmp / "other")
+    return dataclasses.replace(config, shards=str(tmp / "other"))
 
 
 def no_pixels(
     config: SweepConfig, tmp: Path, examples: list[Example], identity: dict[str, object]
 ) -> SweepConfig:
     write_split(tmp / "other", identity, [dataclasses.replace(e, pixels=None) for e in examples])
-    return dataclasses.replace(config, shards=tmp / "other")
+    return dataclasses.replace(config, shards=str(tmp / "other"))
 
 
 @pytest.mark.parametrize(

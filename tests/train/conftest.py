@@ -12,10 +12,10 @@ from vidfill.train.config import ModelConfig, OptimizerConfig, PreviewConfig, Tr
 def tiny_config(shards: Path, tmp_path: Path) -> TrainConfig:
     """The smallest run that does everything."""
     return TrainConfig(
-        shards,
+        str(shards),
         tmp_path / "run",
         steps=6,
-        batch_size=2,
+        batch_size=3,
         log_every=1,
         checkpoint_every=3,
         model=ModelConfig(block_out_channels=(16, 32), head_channels=8, norm_groups=8),

@@ -18,16 +18,18 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from vidfill.data.encode import EncodeConfig, encode
-from vidfill.data.shards import ShardedDataset
+from vidfill.data.shards import ShardedDataset, read_index, shard_name
+from vidfill.data.stream import Batch
 from vidfill.data.synth import SynthConfig, synth
 from vidfill.jobs import BadInput
 from vidfill.modeling.diffusion import Denoiser, DiffusionConfig
 from vidfill.train.config import PreviewConfig, TrainConfig
 from vidfill.train.loop import main, train
+from vidfill.train.step import draw_latents
 
 ROOT = Path(__file__).parents[2]
 TINY = [
-    *("--steps", "6", "--batch_size", "2", "--log_every", "1", "--checkpoint_every", "3"),
+    *("--steps", "6", "--batch_size", "3", "--log_every", "1", "--checkpoint_every", "3"),
     *("--model.block_out_channels", "[16,32]", "--model.head_channels", "8"),
     *("--model.norm_groups", "8", "--preview.every", "0"),
     *("--optimizer.learning_rate", "2e-3", "--optimizer.warmup", "2"),
@@ -80,7 +82,7 @@ def test_the_model_overfits_one_clip(
     encode(EncodeConfig(tmp_path / "videos", tmp_path / "one", autoencoder=autoencoder))
     config = dataclasses.replace(
         tiny_config,
-        shards=tmp_path / "one",
+        shards=str(tmp_path / "one"),
         steps=400,
         diffusion=DiffusionConfig(target="v"),
         checkpoint_every=400,
@@ -128,6 +130,7 @@ def test_killed_run_continues_to_the_same_weights(
 def test_two_processes_train_like_one(
     tiny_config: TrainConfig, shards: Path, tmp_path: Path, losses: Losses
 ) -> None:
+    """Batches of three clips, which two processes cannot share evenly."""
     train(tiny_config)
     launch([str(shards), str(tmp_path / "two"), *TINY], processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tiny_config.out), rel=1e-4)
@@ -146,6 +149,57 @@ def test_zero_2_on_two_processes_trains_like_one_and_its_checkpoint_continues_an
     train(dataclasses.replace(tiny_config, out=other, steps=3))
     launch([str(shards), str(other), *TINY, "--zero_stage", "2"], processes=2)
     assert losses(other) == pytest.approx(losses(tiny_config.out), rel=1e-4)
+
+
+def damage_an_example(root: Path) -> str:
+    """Flip a bit in the first training example; return its key."""
+    index = read_index(root / "train", 0)
+    assert index is not None
+    tar = root / "train" / shard_name(0)
+    content = bytearray(tar.read_bytes())
+    content[index.members["masked_latents.npy"].offsets[0] + 200] ^= 1
+    tar.write_bytes(content)
+    return index.keys[0]
+
+
+def test_a_damaged_example_stops_the_run_or_is_left_out_and_listed(
+    tiny_config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = shutil.copytree(tiny_config.shards, tmp_path / "shards")
+    key = damage_an_example(shards)
+    command = [str(shards), str(tiny_config.out), *TINY]
+    assert main(command) == 2
+    assert f"shard-000000.tar is damaged at example {key}" in capsys.readouterr().err
+    shutil.rmtree(tiny_config.out)
+    assert main([*command, "--data.damaged", "skip"]) == 0
+    listed = (tiny_config.out / "skipped-00000.jsonl").read_text().splitlines()
+    skipped = [json.loads(line) for line in listed]
+    assert {skip["key"] for skip in skipped} == {key}
+    assert "checksum" in skipped[0]["reason"]
+    # 18 positions of 4 clips: each comes once an epoch, in the fifth maybe.
+    assert len(skipped) in (4, 5)
+    assert "left out" in capsys.readouterr().err
+
+
+def test_latents_are_drawn_from_the_posterior_of_each_position() -> None:
+    shape = (2, 1, 1, 64, 64)
+    batch = Batch(
+        keys=["a", "b"],
+        positions=[4, 5],
+        weights=torch.ones(2),
+        latents=torch.full(shape, 3.0),
+        masked_latents=torch.zeros(shape),
+        latent_mask=torch.zeros(shape),
+        log_variance=torch.full(shape, 4.0).log(),
+    )
+    drawn = draw_latents(batch, seed=0)
+    assert drawn.mean().item() == pytest.approx(3.0, abs=0.1)
+    assert drawn.std().item() == pytest.approx(2.0, abs=0.1)
+    assert torch.equal(drawn, draw_latents(batch, seed=0))
+    assert not torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn, draw_latents(batch, seed=1))
+    mean = dataclasses.replace(batch, log_variance=None)
+    assert torch.equal(draw_latents(mean, seed=0), batch.latents)
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
@@ -187,7 +241,7 @@ def test_checkpoints_are_pruned_and_the_averaged_model_loads(tiny_config: TrainC
     kept = sorted(path.name for path in (config.out / "checkpoints").glob("step-*"))
     assert kept == ["step-00000005", "step-00000006"]
     denoiser = Denoiser.load(config.out)
-    manifest = json.loads((config.shards / "train" / "manifest.json").read_text())
+    manifest = json.loads((Path(config.shards) / "train" / "manifest.json").read_text())
     assert denoiser.autoencoder == manifest["autoencoder"]
 
 
@@ -219,7 +273,7 @@ def test_run_on_other_shards_than_it_was_begun_with_is_refused(
 ) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(tiny_config.shards, shards)
-    config = dataclasses.replace(tiny_config, shards=shards)
+    config = dataclasses.replace(tiny_config, shards=str(shards))
     train(dataclasses.replace(config, steps=3))
     manifest = shards / "train" / "manifest.json"
     described = json.loads(manifest.read_text())
@@ -232,9 +286,9 @@ def test_run_on_other_shards_than_it_was_begun_with_is_refused(
 def test_shards_without_a_validation_split_train_without_previews(
     tiny_config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(tiny_config.shards / "train", tmp_path / "shards" / "train")
+    shutil.copytree(Path(tiny_config.shards) / "train", tmp_path / "shards" / "train")
     config = dataclasses.replace(
-        tiny_config, shards=tmp_path / "shards", preview=PreviewConfig(every=1), steps=1
+        tiny_config, shards=str(tmp_path / "shards"), preview=PreviewConfig(every=1), steps=1
     )
     train(config)
     assert "no validation split: no previews" in capsys.readouterr().err
