@@ -10,6 +10,7 @@ from collections.abc import Sequence
 VERBS = {
     "synth": ("data.synth", "make collision videos to try everything on"),
     "encode": ("data.encode", "videos -> shards of latents"),
+    "verify": ("data.verify", "are shards what was written? mends them too"),
     "train": ("train.loop", "shards -> a model"),
     "sweep": ("sampling.sweep", "a model + held-out shards -> schedules compared"),
     "report": ("sampling.report", "a sweep -> a page and figures"),

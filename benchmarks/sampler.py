@@ -7,13 +7,11 @@ import dataclasses
 import functools
 import itertools
 import platform
-import re
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -23,9 +21,12 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 from vidfill import jobs, seeding
 from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, LatentSpace
+from vidfill.modeling.noise import betas
 from vidfill.modeling.unet import VideoUNet
 from vidfill.sampling.sampler import Request, sample
 from vidfill.sampling.schedules import CLEAN, Schedule, compile_schedule, parse
+
+from .machine import processor
 
 EXAMPLES = """examples:
   python -m benchmarks.sampler
@@ -131,8 +132,7 @@ def diffusers_loop(work: Work, schedule: Schedule, clips: Sequence[str]) -> Tens
     peers: dict[str, Any] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
     scheduler = peers[schedule.solver.name](
         num_train_timesteps=config.timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
+        trained_betas=betas(config).tolist(),
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
@@ -266,13 +266,6 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)}; {hardware}"
     return f"{versions}\n{hardware}"
-
-
-def processor() -> str:
-    listed = Path("/proc/cpuinfo")
-    text = listed.read_text() if listed.is_file() else ""
-    named = re.search(r"model name\s*: (.+)", text)
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:

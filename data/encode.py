@@ -34,6 +34,7 @@ from .. import jobs
 from ..crew import Crew, choose_device
 from ..modeling.autoencoder import PAPERS, Autoencoder, Precision, load_autoencoder, to_pixels
 from . import masks, shards, sources
+from .layout import SKIPPED
 from .order import choose_lanes
 from .sources import Piece, Plan, Source, Surveyed
 from .videos import Fit, FrameSize, UnreadableVideo, cut_clips
@@ -795,7 +796,7 @@ def _finish(how: Encoding) -> None:
     if skipped:
         label, reason = next(iter(skipped.items()))
         print(
-            f"vidfill encode: {len(skipped)} video(s) gave no clip, as {shards.SKIPPED} tells; the "
+            f"vidfill encode: {len(skipped)} video(s) gave no clip, as {SKIPPED} tells; the "
             f"first is {label}: {reason}",
             file=sys.stderr,
         )
@@ -844,7 +845,7 @@ def _write_manifest(split: str, how: Encoding) -> dict[str, str]:
     lines = "".join(
         json.dumps(dataclasses.asdict(shards.Skipped(*item))) + "\n" for item in skipped.items()
     )
-    jobs.write_atomically(folder / shards.SKIPPED, lines.encode())
+    jobs.write_atomically(folder / SKIPPED, lines.encode())
     jobs.write_atomically(folder / shards.MANIFEST, manifest.to_json().encode())
     return skipped
 

@@ -124,7 +124,7 @@ def _strokes(
     its area) a frame.
 
     Source: Yu et al. 2019, "Free-Form Image Inpainting with Gated Convolution", Algorithm 1, with
-    the ranges of its authors' code scaled to the frame; headings are drawn in place of flips.
+    about its authors' ranges, scaled to the frame; headings are drawn in place of flips.
     """
     parts = (*seed_parts, "strokes")
     painted = _paint(height, width, *parts)

@@ -34,7 +34,6 @@ import re
 import tarfile
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +47,7 @@ from torch import Tensor
 
 from .. import jobs
 from .cache import CacheConfig, LocalStore, NodeCache, open_store
-from .layout import INDEX_SUFFIX, MANIFEST, SKIPPED, index_name, shard_name  # noqa: F401
+from .layout import MANIFEST, index_name, shard_name
 from .masks import latent_mask
 from .remote import WrongFile
 
@@ -117,6 +116,7 @@ class ShardIndex:
     sources: tuple[str, ...]
     keys: tuple[str, ...]
     members: dict[str, Column]  # by the name behind the key: "latents.npy"
+    spans: tuple[str, ...]  # XXH3 of what training reads at a time, by row
     skipped: tuple[Skipped, ...]
     bytes: int
     sha256: str
@@ -131,7 +131,7 @@ class ShardIndex:
     def from_json(cls, text: Text) -> ShardIndex:
         """Read an index; one of `_MALFORMED` is raised where it is none, or its parts disagree."""
         fields: dict[str, Any] = json.loads(text)
-        for name in ("sources", "keys", "sums", "squares"):
+        for name in ("sources", "keys", "spans", "sums", "squares"):
             fields[name] = tuple(fields[name])
         fields["skipped"] = tuple(Skipped(**skip) for skip in fields["skipped"])
         fields["members"] = {
@@ -145,10 +145,12 @@ class ShardIndex:
     def _check(self) -> None:
         if bad := [key for key in self.keys if not _KEY.fullmatch(key)]:
             raise ValueError(f"the key {bad[0]!r} is no name of a member")
+        rows = len(self.keys)
         for name, column in self.members.items():
-            lengths = {len(column.offsets), len(column.sizes), len(column.checksums)}
-            if lengths != {len(self.keys)}:
-                raise ValueError(f"{name} has not one place for each of {len(self.keys)} examples")
+            if {len(column.offsets), len(column.sizes), len(column.checksums)} != {rows}:
+                raise ValueError(f"{name} has not one place for each of {rows} examples")
+        if len(self.spans) != rows:
+            raise ValueError(f"spans has not one checksum for each of {rows} examples")
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,8 @@ def _check_manifest(fields: Any, where: str | Path) -> None:
     for name in ("latents_mean", "latents_std"):
         if len(fields[name]) != shape[1]:
             raise refuse(f"{name} has {len(fields[name])} values for {shape[1]} channels")
+        if not all(isinstance(value, int | float) for value in fields[name]):
+            raise refuse(f"{name} is {fields[name]!r:.80}, which are not numbers")
     if wrong := _find_wrong_table(fields["shards"]):
         raise refuse(wrong)
     for name in ("examples", "lanes", "block"):
@@ -321,10 +325,12 @@ def write_shard(
                 for name, place in _add_example(tar, outcome).items():
                     members.setdefault(name, []).append(place)
         size, sha256 = partial.stat().st_size, jobs.hash_file(partial)
+        spans = _hash_spans(partial, members)
     index = ShardIndex(
         sources=tuple(sources),
         keys=tuple(keys),
         members={name: Column(*zip(*places, strict=True)) for name, places in members.items()},
+        spans=spans,
         skipped=tuple(skipped),
         bytes=size,
         sha256=sha256,
@@ -407,6 +413,18 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> tuple[int, i
     return offset, len(content), xxhash.xxh3_64_hexdigest(content)
 
 
+def _hash_spans(shard: Path, members: dict[str, list[tuple[int, int, str]]]) -> tuple[str, ...]:
+    """The checksum of each example's span: its training members and the tar's headers between."""
+    columns = [members[f"{name}.npy"] for name in TRAINING if f"{name}.npy" in members]
+    if not columns:
+        return ()
+    with shard.open("rb") as file:
+        return tuple(
+            xxhash.xxh3_64_hexdigest(os.pread(file.fileno(), end + _in_blocks(size) - start, start))
+            for (start, _, _), (end, size, _) in zip(columns[0], columns[-1], strict=True)
+        )
+
+
 def _in_blocks(size: int) -> int:
     """Bytes that a member's content takes in a tar, which is written in blocks."""
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -428,21 +446,17 @@ def _npz(mask: np.ndarray) -> bytes:
 
 
 class Field(NamedTuple):
-    """One array of a span: where its .npy lies, and what it must begin with."""
+    """One array of a span; its .npy begins with a header."""
 
-    offset: int  # bytes from the span's start to the .npy's header
-    header: bytes
+    offset: int  # bytes from the span's start to the .npy
+    data: int  # bytes from the span's start to the array's first value
+    end: int
     shape: tuple[int, int, int, int]
 
     @property
-    def data(self) -> int:
-        """Bytes from the span's start to the array's first value."""
-        return self.offset + len(self.header)
-
-    @property
     def size(self) -> int:
-        """Bytes of the whole .npy."""
-        return len(self.header) + math.prod(self.shape) * 2
+        """Bytes of the .npy."""
+        return self.end - self.offset
 
 
 @dataclass(frozen=True)
@@ -459,11 +473,11 @@ class Span:
         fields, offset = {}, 0
         for name in names:
             shape = (frames, 1 if name == "latent_mask" else channels, h, w)
-            field = Field(offset, _npy_header(shape), shape)
-            fields[name] = field
-            end = offset + _in_blocks(field.size)
-            offset = end + tarfile.BLOCKSIZE  # the next member's own header
-        return cls(end, fields)
+            data = offset + _npy_header_size(shape)
+            fields[name] = Field(offset, data, data + math.prod(shape) * 2, shape)
+            span = offset + _in_blocks(fields[name].size)
+            offset = span + tarfile.BLOCKSIZE  # the next member's own header
+        return cls(span, fields)
 
     def views(
         self, raw: UInt8[Tensor, "batch span"]
@@ -471,18 +485,16 @@ class Span:
         """The arrays inside a batch of spans, by their names: float16, not copied."""
         values = raw.view(torch.float16)
         return {
-            name: values[:, field.data // 2 : (field.offset + field.size) // 2].unflatten(
-                1, field.shape
-            )
+            name: values[:, field.data // 2 : field.end // 2].unflatten(1, field.shape)
             for name, field in self.fields.items()
         }
 
 
-def _npy_header(shape: tuple[int, ...]) -> bytes:
+def _npy_header_size(shape: tuple[int, ...]) -> int:
     empty = np.broadcast_to(np.float16(0), shape)
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(empty))
-    return buffer.getvalue()
+    return len(buffer.getvalue())
 
 
 class Shard:
@@ -505,6 +517,7 @@ class Shard:
             reason = f"its index is damaged: {error}"
             raise DamagedShard(path, reason, number) from error
         self.index = index
+        self._starts = index.members["latents.npy"].offsets if index.keys else ()
         self._descriptor = self._open()
         weakref.finalize(self, os.close, self._descriptor)
 
@@ -517,22 +530,17 @@ class Shard:
         """Whether the file has no name any more: a cache gave its place to another shard."""
         return os.fstat(self._descriptor).st_nlink == 0
 
-    def read_span(self, row: int, into: UInt8[np.ndarray, " span"]) -> None:
+    def read_span(self, row: int, into: memoryview) -> None:
         """Copy the training arrays of example `row` into a buffer of `Span.bytes` bytes.
 
         Raises:
             DamagedShard: the bytes are not those that were written.
         """
-        start = self.index.members["latents.npy"].offsets[row]
-        view = into.data
-        if os.preadv(self._descriptor, [view], start) != self._span.bytes:
-            raise DamagedShard(self.path, "it ends too early", self.number, self.keys[row])
-        for name, field in self._span.fields.items():
-            member = view[field.offset : field.offset + field.size]
-            self._check_sum(row, f"{name}.npy", member)
-            if member[: len(field.header)] != field.header:
-                reason = f"{name} is no array of the manifest's shape {list(field.shape)}"
-                raise DamagedShard(self.path, reason, self.number, self.keys[row])
+        # Once an example of training: what can be known before is not worked out here.
+        if os.preadv(self._descriptor, (into,), self._starts[row]) != len(into):
+            raise self._damage(row, "it ends too early")
+        if xxhash.xxh3_64_hexdigest(into) != self.index.spans[row]:
+            raise self._damage(row, "it has another checksum than its index says")
 
     def read(self, row: int) -> Example:
         """Example `row` with all its members.
@@ -546,7 +554,7 @@ class Shard:
         except DamagedShard:
             raise
         except Exception as error:  # of damaged bytes numpy and zipfile raise a dozen kinds
-            raise DamagedShard(self.path, str(error), self.number, self.keys[row]) from error
+            raise self._damage(row, str(error)) from error
         return example
 
     def _open(self) -> int:
@@ -583,10 +591,8 @@ class Shard:
             ):
                 raise ValueError(f"{name} does not lie where the manifest's shapes put it")
 
-    def _check_sum(self, row: int, name: str, content: memoryview | bytes) -> None:
-        if xxhash.xxh3_64_hexdigest(content) != self.index.members[name].checksums[row]:
-            reason = f"{name} has another checksum than its index says"
-            raise DamagedShard(self.path, reason, self.number, self.keys[row])
+    def _damage(self, row: int, reason: str) -> DamagedShard:
+        return DamagedShard(self.path, reason, self.number, self.keys[row])
 
     def _parse(self, row: int) -> Example:
         contents = {name: self._read_member(row, name) for name in self.index.members}
@@ -609,7 +615,8 @@ class Shard:
     def _read_member(self, row: int, name: str) -> bytes:
         column = self.index.members[name]
         content = os.pread(self._descriptor, column.sizes[row], column.offsets[row])
-        self._check_sum(row, name, content)
+        if xxhash.xxh3_64_hexdigest(content) != column.checksums[row]:
+            raise self._damage(row, f"{name} has another checksum than its index says")
         return content
 
 
@@ -648,7 +655,7 @@ class ShardedDataset:
         self.manifest = _read_manifest(self.store, root, split)
         self.store.expect(self.manifest.shards)
         self._ends = np.cumsum(self.manifest.shards.examples)
-        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._open: dict[int, Shard] = {}  # the first opened first
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -674,17 +681,15 @@ class ShardedDataset:
             DamagedShard: it is missing, of another size, or its index is not of the manifest.
             jobs.BadInput: it cannot be fetched.
         """
-        with self._lock:
-            if number in self._open:
-                self._open.move_to_end(number)
-                return self._open[number]
+        if opened := self._open.get(number):
+            return opened
         shard = Shard(self._bring(number), number, self.manifest)
         with self._lock:
             self._open[number] = shard
             for old in [n for n, opened in self._open.items() if opened.is_removed]:
                 del self._open[old]
             while len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)
+                del self._open[next(iter(self._open))]
         return shard
 
     def _bring(self, number: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -14,12 +15,22 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .. import jobs
 from .order import Order
 from .shards import DamagedShard, ShardedDataset, Span
+
+TOGETHER = 32  # batches whose places are worked out at a time
+
+
+class Places(NamedTuple):
+    """What one process's slots of a batch hold; -1 in a pad."""
+
+    positions: Int64[np.ndarray, " slots"]
+    shards: Int64[np.ndarray, " slots"]
+    rows: Int64[np.ndarray, " slots"]
 
 
 class SkippedExample(NamedTuple):
@@ -58,11 +69,15 @@ class _Buffer:
 
     def __init__(self, slots: int, span: Span, pinned: bool) -> None:
         self.raw = torch.empty((slots, span.bytes), dtype=torch.uint8, pin_memory=pinned)
+        self.slots = [slot.data for slot in self.raw.numpy()]
+        self.views = span.views(self.raw)
         self._span = span
         self._copies: list[torch.cuda.Event] = []
 
     def arrays(self, device: torch.device) -> dict[str, Tensor]:
         """The batch's arrays on `device`: float16 views of one copy, or of the buffer itself."""
+        if device.type == "cpu":
+            return self.views
         raw = self.raw.to(device, non_blocking=self.raw.is_pinned())
         if device.type == "cuda":
             copied = torch.cuda.Event()
@@ -159,6 +174,8 @@ class Stream:
         self.skipped: list[SkippedExample] = []
         self.waited = 0.0  # seconds that `run` made its caller wait
         self._span = Span.of(manifest)
+        # Threads prepare batches of two stretches at most.
+        self._located = functools.lru_cache(2)(self._locate)
         self._lost: dict[int, DamagedShard] = {}  # whole shards, not to be fetched again and again
 
     def batch(self, k: int) -> Batch:
@@ -171,7 +188,7 @@ class Stream:
         self.skipped += skipped
         return batch
 
-    def run(self, first: int, workers: int = 1, ahead: int = 2) -> Generator[Batch, None, None]:
+    def run(self, first: int, workers: int = 1, ahead: int = 4) -> Generator[Batch, None, None]:
         """Batches `first`, `first` + 1, … without end, prepared by threads.
 
         A batch is valid until the next one is asked for: its memory is used again. What `to`
@@ -234,30 +251,45 @@ class Stream:
     ) -> tuple[Batch, list[SkippedExample]]:
         """Batch `k` in `buffer`, and what of it was damaged; gives up when nobody waits for it."""
         buffer.wait()
-        positions = self.order.share(k, self.batch_size, self.process, self.processes)
-        shards, rows = self.order.locate(positions[positions >= 0])
-        keys, weights = [""] * len(positions), np.zeros(len(positions), dtype=np.float32)
+        positions, shards, rows = self._located(k - k % TOGETHER)[k % TOGETHER]
+        held = positions >= 0
+        buffer.raw[np.count_nonzero(held) :] = 0  # pads are behind the share
+        keys, weights = [""] * len(positions), held.astype(np.float32)
         skipped: list[SkippedExample] = []
-        into = buffer.raw.numpy()
-        into[len(rows) :] = 0  # pads are behind the share
         for slot, (number, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
             if ended.is_set():
                 raise CancelledError
+            if number < 0:
+                continue  # a pad
             try:
-                keys[slot] = self._read_example(number, row, into[slot])
-                weights[slot] = 1
+                keys[slot] = self._read_example(number, row, buffer.slots[slot])
             except DamagedShard as damage:
                 if self.damaged == "stop":
                     raise
-                into[slot] = 0
+                buffer.raw[slot], weights[slot] = 0, 0
                 keys[slot] = damage.key
                 position = int(positions[slot])
                 skipped.append(SkippedExample(position, damage.key, number, damage.reason))
-        arrays = buffer.arrays(torch.device("cpu"))
-        batch = Batch(keys, positions.tolist(), torch.from_numpy(weights), **arrays, _buffer=buffer)
+        weighed = torch.from_numpy(weights)
+        batch = Batch(keys, positions.tolist(), weighed, **buffer.views, _buffer=buffer)
         return batch, skipped
 
-    def _read_example(self, number: int, row: int, into: np.ndarray) -> str:
+    def _locate(self, first: int) -> list[Places]:
+        """What batches `first` to `first` + TOGETHER - 1 hold, which takes as long as one alone."""
+        shares = [
+            self.order.share(k, self.batch_size, self.process, self.processes)
+            for k in range(first, first + TOGETHER)
+        ]
+        held = np.concatenate(shares)
+        shards, rows = np.full_like(held, -1), np.full_like(held, -1)
+        shards[held >= 0], rows[held >= 0] = self.order.locate(held[held >= 0])
+        slots = len(shares[0])
+        return [
+            Places(share, shards[n * slots : (n + 1) * slots], rows[n * slots : (n + 1) * slots])
+            for n, share in enumerate(shares)
+        ]
+
+    def _read_example(self, number: int, row: int, into: memoryview) -> str:
         """Copy an example's span into a slot, and return its key."""
         if number in self._lost:
             raise self._lost[number].with_traceback(None)

@@ -1,6 +1,16 @@
-"""Memory-efficient self-attention with rotary positions, over any one axis or group of axes."""
+"""Attention over frames, places or both, without ever holding its scores.
+
+Tokens are "batch tokens heads channels", of which "batch frames height width channels" activations
+are views whatever is attended over: over time, the heads of every place are heads of their own.
+"""
 
 from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -8,64 +18,324 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..jobs import BadInput
 
-class SelfAttention(nn.Module):
-    """Pre-normalised multi-head self-attention over the token axis, added to its input.
+Tokens = Float[Tensor, "batch tokens heads channels"]
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+Backend = Literal["xformers", "sdpa", "reference"]
+Choice = Literal["auto", "xformers", "sdpa", "reference"]
 
-    The output layer starts at zero, so that a fresh block is the identity. Scores are never
-    materialised: `scaled_dot_product_attention` picks the fused kernel of the device.
-    """
-
-    def __init__(self, channels: int, head_channels: int, rotary: bool) -> None:
-        super().__init__()
-        self.head_channels = head_channels
-        self.rotary = rotary
-        self.norm = nn.LayerNorm(channels)
-        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.to_out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.to_out.weight)
-        nn.init.zeros_(self.to_out.bias)
-
-    def forward(
-        self, tokens: Float[Tensor, "batch tokens channels"]
-    ) -> Float[Tensor, "batch tokens channels"]:
-        query, key, value = rearrange(
-            self.to_qkv(self.norm(tokens)),
-            "b n (three heads d) -> three b heads n d",
-            three=3,
-            d=self.head_channels,
-        )
-        if self.rotary:
-            query, key = rotate_by_position(query), rotate_by_position(key)
-        attended = attend(query, key, value)
-        return tokens + self.to_out(rearrange(attended, "b heads n d -> b n (heads d)"))
+HEADS_PER_CALL = 65_535  # the most blocks of a CUDA grid's second and third axis
 
 
 def attend(
-    query: Float[Tensor, "batch heads tokens channels"],
-    key: Float[Tensor, "batch heads tokens channels"],
-    value: Float[Tensor, "batch heads tokens channels"],
-) -> Float[Tensor, "batch heads tokens channels"]:
-    """Scaled dot-product attention by the fused kernel that suits the device."""
+    query: Tokens,
+    key: Float[Tensor, "batch keys heads channels"],
+    value: Float[Tensor, "batch keys heads channels"],
+    choice: Choice = "auto",
+) -> Tokens:
+    """softmax(q · k / √channels) · v of each head (Vaswani et al. 2017, Eq. 1).
+
+    Raises:
+        BadInput: The chosen backend does not work here.
+    """
+    kernel = _KERNELS[attention_backend(query.device.type, query.dtype, choice)]
+    if query.shape[2] <= HEADS_PER_CALL:
+        return kernel(query, key, value)
+    parts = zip(*(x.split(HEADS_PER_CALL, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([kernel(*part) for part in parts], dim=2)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's: it takes flash, memory-efficient or cuDNN attention, whichever fits."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     # The CPU's bfloat16 kernel is many times slower than its float32 one on short sequences.
     with torch.autocast("cpu", enabled=False):
-        attended = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+        q, k, v = (_at_least_float32(x) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v)
+    return attended.to(value.dtype).transpose(1, 2)
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention  # heavy, and warns where it cannot work
+
+    return memory_efficient_attention(query, key, value)
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The formula as it is written: it holds all scores."""
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v = (_at_least_float32(x) for x in (query, key, value))
+        scores = torch.einsum("b q n d, b k n d -> b n q k", q, k) * q.shape[-1] ** -0.5
+        attended = torch.einsum("b n q k, b k n d -> b q n d", scores.softmax(dim=-1), v)
     return attended.to(value.dtype)
 
 
-def rotate_by_position(
-    x: Float[Tensor, "batch heads tokens channels"], base: float = 1000.0
-) -> Float[Tensor, "batch heads tokens channels"]:
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+_KERNELS: dict[Backend, Kernel] = {
+    "xformers": _xformers,
+    "sdpa": _sdpa,
+    "reference": _reference,
+}
+
+
+def check_word(name: str, value: str, words: Any) -> None:
+    """Refuse a value that is none of a Literal's words.
+
+    Raises:
+        BadInput: Naming those that are.
+    """
+    if value not in get_args(words):
+        raise BadInput(f"{name} is {value!r}: give one of {', '.join(get_args(words))}")
+
+
+# Which kernel
+
+
+@torch.compiler.assume_constant_result  # so that a compiled network never traces the probe
+def attention_backend(device: str, dtype: torch.dtype, choice: Choice = "auto") -> Backend:
+    """The backend that attention takes, found by a real forward and backward; said once.
+
+    Args:
+        device: Its type: "cpu", "cuda".
+        dtype: Of query, key and value.
+        choice: "auto" takes the first that works.
+
+    Raises:
+        BadInput: `choice` does not work there, or nothing does.
+    """
+    return _find_backend(device, dtype, choice)
+
+
+@functools.cache
+def _find_backend(device: str, dtype: torch.dtype, choice: Choice) -> Backend:
+    check_word("the attention backend", choice, Choice)
+    faults: list[str] = []
+    for backend in _candidates(device, choice):
+        fault = None if device == "meta" else _fault(backend, device, dtype)
+        if fault is None:
+            _say(backend, device, dtype, faults)
+            return backend
+        faults.append(f"{backend} does not work: {fault}")
+    raise BadInput(f"attention on {device} in {dtype}: {'; '.join(faults)}: give another, or auto")
+
+
+def _candidates(device: str, choice: Choice) -> Sequence[Backend]:
+    if choice != "auto":
+        return (choice,)
+    return ("xformers", "sdpa") if device == "cuda" else ("sdpa",)
+
+
+def _fault(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
+    try:
+        found = _forward_and_backward(_KERNELS[backend], device, dtype)
+    except Exception as error:  # what a kernel raises where it cannot run is its own
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    expected = _forward_and_backward(_reference, device, dtype)
+    # Values are near 1: a wrong layout is far off, a rounding in bfloat16 is not.
+    near = [torch.allclose(a, b, atol=0.05) for a, b in zip(found, expected, strict=True)]
+    return None if all(near) else "its results are not the reference's"
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _forward_and_backward(kernel: Kernel, device: str, dtype: torch.dtype) -> list[Tensor]:
+    # Sines, since a probe must not draw from anyone's random numbers.
+    waves = torch.arange(3 * 2 * 48 * 2 * 32, device=device).sin().to(dtype)
+    inputs = list(rearrange(waves, "(x b t n d) -> x b t n d", x=3, b=2, t=48, n=2).unbind())
+    inputs = [x.requires_grad_() for x in inputs]
+    with torch.autocast(device, enabled=False):
+        attended = kernel(*inputs)
+        gradients = torch.autograd.grad(attended.float().square().sum(), inputs)
+    return [x.detach().float() for x in (attended, *gradients)]
+
+
+def _say(backend: Backend, device: str, dtype: torch.dtype, faults: Sequence[str]) -> None:
+    if device == "cuda":  # elsewhere there is nothing to choose
+        because = f" ({'; '.join(faults)})" if faults else ""
+        print(f"vidfill: attention in {dtype} by {backend}{because}", file=sys.stderr)
+
+
+# Positions
+
+
+def angles(
+    positions: Sequence[Float[Tensor, " _"]], channels: int, base: float = 1000.0
+) -> Float[Tensor, "*grid 1 half"]:
+    """Rotary angles of every point of a grid, for heads of `channels`.
+
+    Each axis turns a share of the channels, the first also what does not divide (Su et al. 2021,
+    Eq. 15, with a base for the lengths of clips).
+
+    Args:
+        positions: Of the grid's points along each of its axes.
+        channels: Of a head; even.
+        base: The ratio of the fastest frequency and the slowest.
+    """
+    share, rest = divmod(channels // 2, len(positions))
+    grid = [len(position) for position in positions]
+    turned = []
+    for axis, position in enumerate(positions):
+        count = share + rest if axis == 0 else share
+        frequency = base ** -(torch.arange(count, device=position.device) / max(count, 1))
+        shape = [-1 if other == axis else 1 for other in range(len(grid))]
+        turned.append((position.view(*shape, 1) * frequency).expand(*grid, count))
+    return torch.cat(turned, dim=-1).unsqueeze(-2)
+
+
+def rotate(
+    x: Float[Tensor, "*batch heads channels"], angle: Float[Tensor, "*grid 1 half"]
+) -> Float[Tensor, "*batch heads channels"]:
     """Rotary position embedding (Su et al. 2021, Eq. 34): scores then depend on distances alone.
 
     A clip of a length not seen in training therefore still works.
     """
-    tokens, half = x.shape[-2], x.shape[-1] // 2
-    frequency = base ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    position = torch.arange(tokens, device=x.device, dtype=torch.float32)
-    angle = position[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
+    first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+# Layers
+
+Activations = Float[Tensor, "batch frames height width channels"]
+Heads = Float[Tensor, "batch frames height width heads head_channels"]
+Over = Literal["time", "space", "joint"]
+Layer = TypeVar("Layer", bound=nn.Module)
+Positions = Literal["flat", "axial", "none"]
+
+_TOKENS: dict[Over, str] = {
+    "time": "b f (h w n) d",
+    "space": "(b f) (h w) n d",
+    "joint": "b (f h w) n d",
+}
+_AXES: dict[Over, slice] = {"time": slice(1, 2), "space": slice(2, 4), "joint": slice(1, 4)}
+
+
+class Projections(nn.Linear):
+    """Several projections of one input with one weight, each a tensor of its own.
+
+    Cut out of one product they would have gaps between places, and tokens over time be no views.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, count: int, bias: bool) -> None:
+        super().__init__(channels_in, count * channels_out, bias=bias)
+        self.count = count
+
+    def forward(  # type: ignore[override]  # a Linear gives one tensor
+        self, x: Activations
+    ) -> Sequence[Float[Tensor, "batch frames height width channels_out"]]:
+        weights = self.weight.chunk(self.count)
+        biases = [None] * self.count if self.bias is None else self.bias.chunk(self.count)
+        return [F.linear(x, *parts) for parts in zip(weights, biases, strict=True)]
+
+
+class SelfAttention(nn.Module):
+    """Pre-normalised self-attention over some axes of a clip, added to its input.
+
+    The output layer starts at zero, so that a fresh one is the identity.
+
+    Args:
+        norm: Goes before; it belongs to this layer.
+        heads: Of how many parts of the channels each attends by itself.
+        over: The frames at each place, the places of each frame, or all places of all frames.
+        positions: Of the tokens along each axis ("axial"), in their sequence ("flat"), or none.
+        bias: Of query, key and value.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        norm: nn.Module,
+        heads: int,
+        over: Over,
+        positions: Positions,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backend: Choice = "auto"
+        self.heads, self.over, self.positions = heads, over, positions
+        self.norm = norm
+        self.to_qkv = Projections(channels, channels, 3, bias)
+        self.to_out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Activations) -> Activations:
+        query, key, value = (split_heads(part, self.heads) for part in self.to_qkv(self.norm(x)))
+        if self.positions != "none":
+            angle = self._angle(query)
+            query, key = rotate(query, angle), rotate(key, angle)
+        return x + self.to_out(attend_over(self.over, query, key, value, self.backend))
+
+    def _angle(self, query: Heads) -> Float[Tensor, "*grid 1 half"]:
+        grid, channels = query.shape[_AXES[self.over]], query.shape[-1]
+        lengths = [math.prod(grid)] if self.positions == "flat" else grid
+        positions = [
+            torch.arange(length, device=query.device, dtype=torch.float32) for length in lengths
+        ]
+        angle = angles(positions, channels).view(*grid, 1, channels // 2)
+        return angle[:, None, None] if self.over == "time" else angle
+
+
+class CrossAttention(nn.Module):
+    """Attention of every place of every frame to the condition's tokens, added to its input.
+
+    Positions are those of the tokens' grid, whatever the level: a hole has a place.
+    """
+
+    def __init__(self, channels: int, norm: nn.Module, heads: int, condition: int) -> None:
+        super().__init__()
+        self.backend: Choice = "auto"
+        self.heads = heads
+        self.norm = norm
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_kv = Projections(condition, channels, 2, bias=False)
+        self.to_out = zero(nn.Linear(channels, channels))
+
+    def forward(
+        self, x: Activations, condition: Float[Tensor, "batch frames rows columns condition"]
+    ) -> Activations:
+        query = split_heads(self.to_q(self.norm(x)), self.heads)
+        key, value = (split_heads(part, self.heads) for part in self.to_kv(condition))
+        grid = key.shape[1:4]
+        query, key = rotate_on(query, grid), rotate_on(key, grid)
+        return x + self.to_out(attend_over("joint", query, key, value, self.backend))
+
+
+def attend_over(
+    over: Over,
+    query: Heads,
+    key: Float[Tensor, "batch key_frames rows columns heads head_channels"],
+    value: Float[Tensor, "batch key_frames rows columns heads head_channels"],
+    choice: Choice,
+) -> Activations:
+    """Attention of a clip's places over some of its axes; all but attention itself are views."""
+    tokens = _TOKENS[over]
+    q, k, v = (rearrange(x, f"b f h w n d -> {tokens}") for x in (query, key, value))
+    attended = attend(q, k, v, choice)
+    _, f, h, w, n, _ = query.shape
+    return rearrange(attended, f"{tokens} -> b f h w (n d)", f=f, h=h, w=w, n=n)
+
+
+def rotate_on(x: Heads, grid: Sequence[int]) -> Heads:
+    """Rotate by the places of `x` on a grid that covers the same clip with other steps."""
+    positions = [
+        (torch.arange(own, device=x.device, dtype=torch.float32) + 0.5) * (other / own)
+        for own, other in zip(x.shape[1:4], grid, strict=True)
+    ]
+    return rotate(x, angles(positions, x.shape[-1]))
+
+
+def split_heads(x: Activations, heads: int) -> Heads:
+    """Channels as heads of equal width; a view."""
+    return rearrange(x, "b f h w (n d) -> b f h w n d", n=heads)
+
+
+def zero(layer: Layer) -> Layer:
+    """The same layer with all parameters at zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -1,12 +1,15 @@
 """The parts of the video UNet.
 
 Activations are "batch frames height width channels", contiguous: spatial convolution sees them as
-a channels-last image batch, temporal convolution and attention as token sequences, all as views.
+a channels-last batch of images, temporal convolution as images of frames by places, attention as
+token sequences, all as views.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,29 +17,115 @@ from einops import rearrange
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from .attention import SelfAttention
+from .attention import Activations, CrossAttention, Over, Positions, SelfAttention, zero
 
-Activations = Float[Tensor, "batch frames height width channels"]
 Widened = Float[Tensor, "batch frames height width channels_out"]
+Resized = Float[Tensor, "batch frames height_out width_out channels"]
+Embedding = Float[Tensor, "batch frames_or_1 embedding"]
+
+Attention = Literal["none", "time", "space", "both", "joint"]
+Conditioning = Literal["concatenation", "cross_attention", "adaptive"]
+Convolution = Literal["split", "joint"]
+Normalisation = Literal["frame", "clip"]
+
+
+@dataclass(frozen=True)
+class Design:
+    """What all levels of a network share; `VideoUNet` says what each means."""
+
+    embedding: int  # channels of the timestep's embedding
+    condition: int  # channels of the condition's features, where levels are given any
+    norm_groups: int
+    head_channels: int
+    heads: int | None
+    conditioning: Conditioning
+    convolution: Convolution
+    normalisation: Normalisation
+    positions: Positions
+
+    def heads_of(self, channels: int) -> int:
+        """Attention heads at a level of that width."""
+        return self.heads or channels // self.head_channels
+
+    def head_width(self, channels: int) -> int:
+        """Channels of an attention head at a level of that width."""
+        return channels // self.heads_of(channels)
+
+    @property
+    def rotates_axes(self) -> bool:
+        """Whether heads are turned by the positions along each of three axes."""
+        return self.positions == "axial" or self.conditioning == "cross_attention"
 
 
 def timestep_embedding(
-    timestep: Num[Tensor, " batch"], channels: int
-) -> Float[Tensor, "batch channels"]:
+    timestep: Num[Tensor, "batch *frames"], channels: int
+) -> Float[Tensor, "batch *frames channels"]:
     """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5, as in DDPM)."""
     half = channels // 2
     frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=timestep.device) / half)
-    angle = timestep.float()[:, None] * frequency
+    angle = timestep.float()[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+# Normalisation
 
 
 class FrameNorm(nn.GroupNorm):
     """GroupNorm over each frame alone: a frame's result is not tied to the clip's length."""
 
     def forward(self, x: Activations) -> Activations:
-        batch = x.shape[0]
-        frames = rearrange(x, "b f h w c -> (b f) c h w")
-        return rearrange(super().forward(frames), "(b f) c h w -> b f h w c", b=batch)
+        images = rearrange(x, "b f h w c -> (b f) h w c")
+        normed = group_norm(images, self.num_groups, self.weight, self.bias, self.eps)
+        return normed.view(x.shape)
+
+
+class ClipNorm(nn.GroupNorm):
+    """GroupNorm over all frames of a clip together, as the paper's network has it."""
+
+    def forward(self, x: Activations) -> Activations:
+        images = rearrange(x, "b f h w c -> b f (h w) c")
+        normed = group_norm(images, self.num_groups, self.weight, self.bias, self.eps)
+        return normed.view(x.shape)
+
+
+def group_norm(
+    x: Float[Tensor, "batch rows columns channels"],
+    groups: int,
+    weight: Float[Tensor, " channels"],
+    bias: Float[Tensor, " channels"],
+    eps: float,
+) -> Float[Tensor, "batch rows columns channels"]:
+    """Group normalisation of channels-last images (Wu & He 2018, Eq. 1 and 7)."""
+    # torch's own kernel copies to channels-first and back on CUDA; on the CPU its backward pass
+    # crashes where the weight needs a gradient and the input none, as after frozen layers.
+    after_frozen = torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad
+    if x.is_cuda or after_frozen:
+        return group_norm_by_moments(x, groups, weight, bias, eps)
+    normed = F.group_norm(rearrange(x, "b h w c -> b c h w"), groups, weight, bias, eps)
+    return rearrange(normed, "b c h w -> b h w c").contiguous()
+
+
+def group_norm_by_moments(
+    x: Float[Tensor, "batch rows columns channels"],
+    groups: int,
+    weight: Float[Tensor, " channels"],
+    bias: Float[Tensor, " channels"],
+    eps: float,
+) -> Float[Tensor, "batch rows columns channels"]:
+    """The same from mean and variance in float32: one reduction and one map when compiled."""
+    grouped = rearrange(x.float(), "b h w (g c) -> b h w g c", g=groups)
+    variance, mean = torch.var_mean(grouped, dim=(1, 2, 4), correction=0, keepdim=True)
+    normed = ((grouped - mean) * torch.rsqrt(variance + eps)).view(x.shape)
+    return (normed * weight + bias).to(x.dtype)
+
+
+def make_norm(design: Design, channels: int) -> nn.GroupNorm:
+    """The normalisation before a convolution."""
+    kind = ClipNorm if design.normalisation == "clip" else FrameNorm
+    return kind(design.norm_groups, channels)
+
+
+# Convolution
 
 
 class SpatialConv(nn.Conv2d):
@@ -49,91 +138,193 @@ class SpatialConv(nn.Conv2d):
         self, x: Activations
     ) -> Float[Tensor, "batch frames height_out width_out channels_out"]:
         batch = x.shape[0]
-        frames = rearrange(x, "b f h w c -> (b f) c h w")
-        return rearrange(super().forward(frames), "(b f) c h w -> b f h w c", b=batch)
+        images = super().forward(rearrange(x, "b f h w c -> (b f) c h w"))
+        return rearrange(images, "(b f) c h w -> b f h w c", b=batch)
 
 
 class TemporalConv(nn.Linear):
-    """A convolution over three frames at each place, as one matrix product."""
+    """A convolution over three frames at each place; its weight is that of one matrix product."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(3 * channels_in, channels_out)
 
     def forward(self, x: Activations) -> Widened:
-        padded = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
-        neighbours = torch.cat([padded[:, :-2], x, padded[:, 2:]], dim=-1)
-        return super().forward(neighbours)
+        height = x.shape[2]
+        # Two dimensions, frames by places, have faster kernels than three.
+        image = rearrange(x, "b f h w c -> b c f (h w)")
+        kernel = rearrange(self.weight, "o (k i) -> o i k 1", k=3)
+        image = F.conv2d(image, kernel, self.bias, padding=(1, 0))
+        return rearrange(image, "b c f (h w) -> b f h w c", h=height)
+
+
+class JointConv(nn.Conv3d):
+    """A 3×3×3 convolution over frames, rows and columns."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
+        strides = (1, stride, stride)
+        super().__init__(channels_in, channels_out, kernel_size=3, stride=strides, padding=1)
+
+    def forward(
+        self, x: Activations
+    ) -> Float[Tensor, "batch frames height_out width_out channels_out"]:
+        clip = super().forward(rearrange(x, "b f h w c -> b c f h w"))
+        return rearrange(clip, "b c f h w -> b f h w c")
+
+
+def make_conv(
+    design: Design, channels_in: int, channels_out: int, stride: int = 1
+) -> SpatialConv | JointConv:
+    """A convolution that stands alone: over space, or over all three axes."""
+    kind = JointConv if design.convolution == "joint" else SpatialConv
+    return kind(channels_in, channels_out, stride)
+
+
+# Levels
 
 
 class ResidualBlock(nn.Module):
-    """A spatial then a temporal convolution, modulated by the timestep, added to the input."""
+    """Two convolutions, modulated by the timestep between them, added to the input.
 
-    def __init__(self, channels_in: int, channels_out: int, embedding: int, groups: int) -> None:
+    The first is over space and the second over time, or both over all three axes. Where the
+    condition is adaptive, its features modulate as well, each place by itself: a spatially adaptive
+    normalisation (Park et al. 2019, Eq. 1).
+    """
+
+    def __init__(self, design: Design, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.norm_in = FrameNorm(groups, channels_in)
-        self.spatial = SpatialConv(channels_in, channels_out)
-        self.modulation = nn.Linear(embedding, 2 * channels_out)
-        self.norm_mid = FrameNorm(groups, channels_out)
-        self.temporal = TemporalConv(channels_out, channels_out)
-        nn.init.zeros_(self.temporal.weight)
-        nn.init.zeros_(self.temporal.bias)
+        self.norm_in = make_norm(design, channels_in)
+        self.spatial = make_conv(design, channels_in, channels_out)
+        self.modulation = nn.Linear(design.embedding, 2 * channels_out)
+        self.norm_mid = make_norm(design, channels_out)
+        split = design.convolution == "split"
+        kind = TemporalConv if split else JointConv
+        self.temporal: nn.Module = zero(kind(channels_out, channels_out))
         same = channels_in == channels_out
         self.shortcut = nn.Identity() if same else nn.Linear(channels_in, channels_out)
-
-    def forward(self, x: Activations, embedding: Float[Tensor, "batch embedding"]) -> Widened:
-        hidden = self.spatial(F.silu(self.norm_in(x)))
-        scale, shift = rearrange(
-            self.modulation(F.silu(embedding)), "b (two c) -> two b 1 1 1 c", two=2
+        adaptive = design.conditioning == "adaptive"
+        self.place_modulation = (
+            zero(nn.Linear(design.condition, 2 * channels_out)) if adaptive else None
         )
+
+    def forward(
+        self,
+        x: Activations,
+        embedding: Embedding,
+        condition: Float[Tensor, "batch frames _ _ condition"] | None = None,
+    ) -> Widened:
+        hidden = self.spatial(F.silu(self.norm_in(x)))
+        modulation = rearrange(self.modulation(F.silu(embedding)), "b f c -> b f 1 1 c")
+        if self.place_modulation is not None:
+            modulation = modulation + self.place_modulation(condition)
+        scale, shift = modulation.chunk(2, dim=-1)
         hidden = self.temporal(F.silu(self.norm_mid(hidden) * (1 + scale) + shift))
         return self.shortcut(x) + hidden
 
 
 class SpaceTimeAttention(nn.Module):
-    """Attention over the frames at each place and, where asked, over the places of each frame."""
+    """Attention over time, over space or over both, then to the condition where it is tokens."""
 
-    def __init__(self, channels: int, head_channels: int, over_space: bool) -> None:
+    def __init__(self, design: Design, channels: int, over: Attention) -> None:
         super().__init__()
-        self.over_time = SelfAttention(channels, head_channels, rotary=True)
-        self.over_space = (
-            SelfAttention(channels, head_channels, rotary=True) if over_space else None
+
+        def attention(axes: Over) -> SelfAttention:
+            clip = design.normalisation == "clip"
+            return SelfAttention(
+                channels,
+                ClipNorm(design.norm_groups, channels) if clip else nn.LayerNorm(channels),
+                design.heads_of(channels),
+                axes,
+                design.positions,
+                bias=clip,
+            )
+
+        self.over_time = attention("time") if over in ("time", "both") else None
+        self.over_space = attention("space") if over in ("space", "both") else None
+        self.over_all = attention("joint") if over == "joint" else None
+        tokens = design.conditioning == "cross_attention" and over != "none"
+        self.over_condition = (
+            CrossAttention(
+                channels, nn.LayerNorm(channels), design.heads_of(channels), design.condition
+            )
+            if tokens
+            else None
         )
 
-    def forward(self, x: Activations) -> Activations:
-        batch, frames, height, width, _ = x.shape
-        tokens = self.over_time(rearrange(x, "b f h w c -> (b h w) f c"))
-        x = rearrange(tokens, "(b h w) f c -> b f h w c", b=batch, h=height, w=width)
-        if self.over_space is not None:
-            tokens = self.over_space(rearrange(x, "b f h w c -> (b f) (h w) c"))
-            x = rearrange(tokens, "(b f) (h w) c -> b f h w c", b=batch, f=frames, h=height)
-        return x
+    def forward(
+        self, x: Activations, condition: Float[Tensor, "batch frames _ _ condition"] | None = None
+    ) -> Activations:
+        for attention in (self.over_time, self.over_space, self.over_all):
+            if attention is not None:
+                x = attention(x)
+        return x if self.over_condition is None else self.over_condition(x, condition)
 
 
 class Level(nn.Module):
     """One residual block followed by attention: the unit from which the UNet is made."""
 
     def __init__(
-        self,
-        channels_in: int,
-        channels_out: int,
-        embedding: int,
-        groups: int,
-        head_channels: int,
-        over_space: bool,
+        self, design: Design, channels_in: int, channels_out: int, attention: Attention
     ) -> None:
         super().__init__()
-        self.block = ResidualBlock(channels_in, channels_out, embedding, groups)
-        self.attention = SpaceTimeAttention(channels_out, head_channels, over_space)
+        self.block = ResidualBlock(design, channels_in, channels_out)
+        self.attention = SpaceTimeAttention(design, channels_out, attention)
 
-    def forward(self, x: Activations, embedding: Float[Tensor, "batch embedding"]) -> Widened:
-        return self.attention(self.block(x, embedding))
+    def forward(
+        self,
+        x: Activations,
+        embedding: Embedding,
+        condition: Float[Tensor, "batch frames _ _ condition"] | None = None,
+    ) -> Widened:
+        return self.attention(self.block(x, embedding, condition), condition)
 
 
-def upsample_to(
-    x: Activations, height: int, width: int
-) -> Float[Tensor, "batch frames height_out width_out channels"]:
+def upsample_to(x: Activations, height: int, width: int) -> Resized:
     """Nearest-neighbour upsampling of every frame to a given size, odd ones included."""
     batch = x.shape[0]
     frames = rearrange(x, "b f h w c -> (b f) c h w")
     frames = F.interpolate(frames, size=(height, width), mode="nearest")
     return rearrange(frames, "(b f) c h w -> b f h w c", b=batch)
+
+
+# The condition
+
+
+class ConditionTokens(nn.Module):
+    """The condition's frames as tokens of patches, for cross-attention."""
+
+    def __init__(self, channels_in: int, channels_out: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.embed = nn.Conv2d(channels_in, channels_out, kernel_size=patch, stride=patch)
+        self.norm = nn.LayerNorm(channels_out)
+
+    def forward(
+        self, x: Activations
+    ) -> Float[Tensor, "batch frames height_out width_out channels_out"]:
+        batch, _, height, width, _ = x.shape
+        whole = F.pad(x, (0, 0, 0, -width % self.patch, 0, -height % self.patch))
+        images = self.embed(rearrange(whole, "b f h w c -> (b f) c h w"))
+        return self.norm(rearrange(images, "(b f) c h w -> b f h w c", b=batch))
+
+
+class ConditionMaps(nn.Module):
+    """The condition's features at the size of each level, for adaptive normalisation."""
+
+    def __init__(self, channels_in: int, channels_out: int, levels: int) -> None:
+        super().__init__()
+        self.levels = levels
+        self.embed = SpatialConv(channels_in, channels_out)
+
+    def forward(self, x: Activations) -> list[Float[Tensor, "batch frames _ _ channels_out"]]:
+        maps = [F.silu(self.embed(x))]
+        for _ in range(self.levels - 1):
+            maps.append(halve(maps[-1]))
+        return maps
+
+
+def halve(x: Activations) -> Resized:
+    """Means of 2×2 places; an odd height or width is rounded up, as by the UNet's own steps."""
+    batch = x.shape[0]
+    images = rearrange(x, "b f h w c -> (b f) c h w")
+    images = F.avg_pool2d(images, kernel_size=2, ceil_mode=True, count_include_pad=False)
+    return rearrange(images, "(b f) c h w -> b f h w c", b=batch)

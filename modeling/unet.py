@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -13,14 +14,32 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..jobs import BadInput
-from .blocks import FrameNorm, Level, SpatialConv, timestep_embedding, upsample_to
+from .attention import Choice, CrossAttention, Positions, SelfAttention, check_word, zero
+from .blocks import (
+    Activations,
+    Attention,
+    Conditioning,
+    ConditionMaps,
+    ConditionTokens,
+    Convolution,
+    Design,
+    Embedding,
+    Level,
+    Normalisation,
+    ResidualBlock,
+    make_conv,
+    make_norm,
+    timestep_embedding,
+    upsample_to,
+)
 
 
 class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mixins disagree
-    """A UNet over frames, rows and columns, conditioned by concatenation on channels.
+    """A UNet over frames, rows and columns. Any number of frames, any height and width work.
 
-    Convolutions are split into space and time (R(2+1)D, Tran et al. 2018); every level attends
-    over time, the coarsest also over space. Any number of frames and any height and width work.
+    The defaults make the efficient network: convolutions split into space and time (R(2+1)D, Tran
+    et al. 2018), and attention over time at every level, over space at the coarsest.
+    `presets` has named ones, among them the paper's.
 
     Args:
         latent_channels: Channels of the latents, in and out.
@@ -29,9 +48,23 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
         layers_per_block: Residual blocks of a level on the way down; one more on the way up.
         head_channels: Width of an attention head.
         norm_groups: Groups of the group normalisation.
+        conditioning: How the condition comes in. "concatenation": on channels;
+            "cross_attention": wherever there is attention, to tokens of its patches; "adaptive":
+            scale and shift of every place in every residual block.
+        convolution: Over space and over time ("split"), or over all three axes ("joint").
+        attention: Of each level, then of the middle: "none", over "time", over "space", over
+            "both", one after the other, or "joint" over all places of all frames. None: over time
+            at every level, both at the coarsest and in the middle.
+        heads: Attention heads of every level, in place of heads of equal width.
+        positions: What tells attention where a token is: rotary positions "axial", along each
+            axis; "flat", in the tokens' sequence; or "none".
+        normalisation: Over each "frame" alone, or over the whole "clip".
+        middle_blocks: Residual blocks in the middle, with attention after the first.
+        upsample_convolution: Whether a convolution follows each upsampling.
 
     Raises:
-        BadInput: A level's width is no multiple of the head's or of the groups.
+        BadInput: A level's width is no multiple of the heads or of the groups, heads are too
+            narrow for positions along three axes, or an option has no such value.
     """
 
     _supports_gradient_checkpointing = True
@@ -45,105 +78,227 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
         layers_per_block: int = 1,
         head_channels: int = 32,
         norm_groups: int = 16,
+        conditioning: Conditioning = "concatenation",
+        convolution: Convolution = "split",
+        attention: Sequence[Attention] | None = None,
+        heads: int | None = None,
+        positions: Positions = "flat",
+        normalisation: Normalisation = "frame",
+        middle_blocks: int = 1,
+        upsample_convolution: bool = False,
     ) -> None:
         super().__init__()
-        _check_widths(block_out_channels, head_channels, norm_groups)
-        base = block_out_channels[0]
-        embedding = 4 * base
-        self.gradient_checkpointing = False
-        self.embed = nn.Sequential(
-            nn.Linear(base, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        widths, depths = list(block_out_channels), len(block_out_channels)
+        base = widths[0]
+        design = Design(
+            embedding=4 * base,
+            condition=base,
+            norm_groups=norm_groups,
+            head_channels=head_channels,
+            heads=heads,
+            conditioning=conditioning,
+            convolution=convolution,
+            normalisation=normalisation,
+            positions=positions,
         )
-        self.conv_in = SpatialConv(latent_channels + condition_channels, base)
+        over_time: list[Attention] = ["time"] * (depths - 1)
+        kinds = attention or [*over_time, "both", "both"]
+        _check_options(design, middle_blocks)
+        _check_widths(widths, design)
+        _check_attention(kinds, depths, conditioning)
+        self.gradient_checkpointing = False
+        self.base, self.layers = base, layers_per_block
+        self.embed = nn.Sequential(
+            nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base)
+        )
+        concatenated = condition_channels if conditioning == "concatenation" else 0
+        self.conv_in = make_conv(design, latent_channels + concatenated, base)
+        skips = self._make_descent(design, widths, kinds)
+        self.middle = Level(design, widths[-1], widths[-1], kinds[-1])
+        self._make_ascent(design, widths, kinds, skips, upsample_convolution)
+        self.norm_out = make_norm(design, base)
+        self.conv_out = zero(make_conv(design, base, latent_channels))
+        self.middle_rest = nn.ModuleList(
+            ResidualBlock(design, widths[-1], widths[-1]) for _ in range(middle_blocks - 1)
+        )
+        self.condition: nn.Module | None = None
+        if conditioning == "cross_attention":
+            self.condition = ConditionTokens(condition_channels, base, 2 ** (depths - 1))
+        elif conditioning == "adaptive":
+            self.condition = ConditionMaps(condition_channels, base, depths)
 
-        def level(channels_in: int, depth: int) -> Level:
-            coarsest = depth == len(block_out_channels) - 1
-            return Level(
-                channels_in,
-                block_out_channels[depth],
-                embedding,
-                norm_groups,
-                head_channels,
-                over_space=coarsest,
-            )
-
-        self.down = nn.ModuleList()
-        self.downsample = nn.ModuleList()
-        channels, skips = base, [base]
-        for depth, width in enumerate(block_out_channels):
-            for _ in range(layers_per_block):
-                self.down.append(level(channels, depth))
+    def _make_descent(
+        self, design: Design, widths: Sequence[int], kinds: Sequence[Attention]
+    ) -> list[int]:
+        """The levels on the way down; gives the channels of all that is kept for the way up."""
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
+        channels = widths[0]
+        skips = [channels]
+        for depth, width in enumerate(widths):
+            for _ in range(self.layers):
+                self.down.append(Level(design, channels, width, kinds[depth]))
                 channels = width
                 skips.append(channels)
-            if depth < len(block_out_channels) - 1:
-                self.downsample.append(SpatialConv(channels, channels, stride=2))
+            if depth < len(widths) - 1:
+                self.downsample.append(make_conv(design, channels, channels, stride=2))
                 skips.append(channels)
-        self.middle = level(channels, len(block_out_channels) - 1)
-        self.up = nn.ModuleList()
-        for depth in reversed(range(len(block_out_channels))):
-            for _ in range(layers_per_block + 1):
-                self.up.append(level(channels + skips.pop(), depth))
-                channels = block_out_channels[depth]
-        self.norm_out = FrameNorm(norm_groups, channels)
-        self.conv_out = SpatialConv(channels, latent_channels)
-        nn.init.zeros_(self.conv_out.weight)
-        if self.conv_out.bias is not None:
-            nn.init.zeros_(self.conv_out.bias)
+        return skips
+
+    def _make_ascent(
+        self,
+        design: Design,
+        widths: Sequence[int],
+        kinds: Sequence[Attention],
+        skips: list[int],
+        upsample_convolution: bool,
+    ) -> None:
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        channels = widths[-1]
+        for depth in reversed(range(len(widths))):
+            for _ in range(self.layers + 1):
+                self.up.append(Level(design, channels + skips.pop(), widths[depth], kinds[depth]))
+                channels = widths[depth]
+            if depth > 0:
+                after = make_conv(design, channels, channels) if upsample_convolution else None
+                self.upsample.append(after or nn.Identity())
 
     def forward(
         self,
         latents: Float[Tensor, "batch frames channels height width"],
-        timestep: Num[Tensor, " batch"],
+        timestep: Num[Tensor, "batch *frames"],
         condition: Float[Tensor, "batch frames condition height width"],
     ) -> Float[Tensor, "batch frames channels height width"]:
         """Predict the target at each example's own timestep.
 
         Args:
             latents: Noisy, normalised latents.
-            timestep: One diffusion timestep an example, 0 the least noisy.
+            timestep: One diffusion timestep an example, or one a frame; 0 the least noisy.
             condition: What is known: masked latents (and the mask), never noised.
         """
-        width = self.config["block_out_channels"][0]
-        embedding = self.embed(timestep_embedding(timestep, width).to(latents.dtype))
-        x = rearrange(torch.cat([latents, condition], dim=2), "b f c h w -> b f h w c")
-        x = self.conv_in(x.contiguous())
-        x, skips = self._descend(x, embedding)
-        x = self._run(self.middle, x, embedding)
-        x = self._ascend(x, skips, embedding)
+        embedding = self.embed(timestep_embedding(timestep, self.base).to(latents.dtype))
+        if timestep.ndim == 1:
+            embedding = embedding[:, None]
+        conditions = self._conditions(condition)
+        seen = latents if self.condition is not None else torch.cat([latents, condition], dim=2)
+        x = self.conv_in(rearrange(seen, "b f c h w -> b f h w c").contiguous())
+        x, skips = self._descend(x, embedding, conditions)
+        x = self._run(self.middle, x, embedding, conditions[-1])
+        for block in self.middle_rest:
+            x = self._run(block, x, embedding, conditions[-1])
+        x = self._ascend(x, skips, embedding, conditions)
         x = self.conv_out(nn.functional.silu(self.norm_out(x)))
         return rearrange(x, "b f h w c -> b f c h w")
 
-    def _descend(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
-        layers = self.config["layers_per_block"]
+    def _conditions(
+        self, condition: Float[Tensor, "batch frames condition height width"]
+    ) -> Sequence[Tensor | None]:
+        """What each depth is given of the condition beside its input."""
+        depths = len(self.downsample) + 1
+        if self.condition is None:
+            return [None] * depths
+        features = self.condition(rearrange(condition, "b f c h w -> b f h w c").contiguous())
+        return features if isinstance(features, list) else [features] * depths
+
+    def _descend(
+        self, x: Activations, embedding: Embedding, conditions: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor]]:
         skips = [x]
         for index, level in enumerate(self.down):
-            x = self._run(level, x, embedding)
+            depth, layer = divmod(index, self.layers)
+            x = self._run(level, x, embedding, conditions[depth])
             skips.append(x)
-            depth, last = divmod(index + 1, layers)
-            if last == 0 and depth <= len(self.downsample):
-                x = self.downsample[depth - 1](x)
+            if layer == self.layers - 1 and depth < len(self.downsample):
+                x = self.downsample[depth](x)
                 skips.append(x)
         return x, skips
 
-    def _ascend(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
-        for level in self.up:
+    def _ascend(
+        self,
+        x: Activations,
+        skips: list[Tensor],
+        embedding: Embedding,
+        conditions: Sequence[Tensor | None],
+    ) -> Tensor:
+        for index, level in enumerate(self.up):
+            risen, layer = divmod(index, self.layers + 1)
             skip = skips.pop()
-            if skip.shape[2:4] != x.shape[2:4]:
-                x = upsample_to(x, skip.shape[2], skip.shape[3])
-            x = self._run(level, torch.cat([x, skip], dim=-1), embedding)
+            if risen > 0 and layer == 0:
+                x = self.upsample[risen - 1](upsample_to(x, skip.shape[2], skip.shape[3]))
+            joined = torch.cat([x, skip], dim=-1)
+            x = self._run(level, joined, embedding, conditions[-1 - risen])
         return x
 
-    def _run(self, level: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
+    def _run(
+        self, block: nn.Module, x: Tensor, embedding: Tensor, condition: Tensor | None
+    ) -> Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return checkpoint(level, x, embedding, use_reentrant=False)
-        return level(x, embedding)
+            return checkpoint(block, x, embedding, condition, use_reentrant=False)
+        return block(x, embedding, condition)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Take "xformers", "sdpa" or "reference" for all attention, or "auto", what works.
+
+        In place of diffusers' method, which finds none of its own layers here. One that does not
+        work where it is used is refused when it is first used.
+
+        Raises:
+            BadInput: There is no such backend.
+        """
+        check_word("the attention backend", backend, Choice)
+        for module in self.modules():
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.backend = cast(Choice, backend)
+
+    def reset_attention_backend(self) -> None:
+        """Take what works."""
+        self.set_attention_backend("auto")
+
+    def set_use_memory_efficient_attention_xformers(
+        self, valid: bool, attention_op: Any = None
+    ) -> None:
+        """What diffusers' `enable_xformers_memory_efficient_attention` calls."""
+        self.set_attention_backend("xformers" if valid else "auto")
 
 
-def _check_widths(widths: Sequence[int], head_channels: int, norm_groups: int) -> None:
+def _check_options(design: Design, middle_blocks: int) -> None:
+    if middle_blocks < 1:
+        raise BadInput(f"middle_blocks is {middle_blocks}: give 1 or more")
+    for name, words in (
+        ("conditioning", Conditioning),
+        ("convolution", Convolution),
+        ("normalisation", Normalisation),
+        ("positions", Positions),
+    ):
+        check_word(name, getattr(design, name), words)
+
+
+def _check_attention(kinds: Sequence[str], depths: int, conditioning: Conditioning) -> None:
+    if len(kinds) != depths + 1:
+        raise BadInput(
+            f"attention has {len(kinds)} entries for {depths} levels: "
+            f"give {depths + 1}, one for each level and one for the middle"
+        )
+    for kind in kinds:
+        check_word("attention", kind, Attention)
+    if conditioning == "cross_attention" and set(kinds) == {"none"}:
+        raise BadInput(
+            "conditioning is 'cross_attention', but attention is 'none' everywhere: "
+            "give a level attention, or another conditioning"
+        )
+
+
+def _check_widths(widths: Sequence[int], design: Design) -> None:
+    divisors = {"norm_groups": design.norm_groups}
+    divisors |= {"heads": design.heads} if design.heads else {"head_channels": design.head_channels}
     for width in widths:
-        for name, divisor in (("head_channels", head_channels), ("norm_groups", norm_groups)):
+        for name, divisor in divisors.items():
             if width % divisor:
                 raise BadInput(
                     f"block_out_channels has {width}, no multiple of {name} ({divisor}): "
                     f"give multiples of it, or another {name}"
                 )
+        if design.rotates_axes and (design.head_width(width) % 2 or design.head_width(width) < 6):
+            raise BadInput(
+                f"heads of {design.head_width(width)} channels cannot tell three axes apart: "
+                "give an even head_channels of at least 6, or fewer heads"
+            )

@@ -13,7 +13,11 @@ from vidfill import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [module for module, _ in cli.VERBS.values()] + ["train.autoencoder"]
-MODULE_VERBS = {"vidfill.train": "train.loop", "vidfill.train.autoencoder": "train.autoencoder"}
+MODULE_VERBS = {
+    "vidfill.data.encode": "data.encode",
+    "vidfill.train": "train.loop",
+    "vidfill.train.autoencoder": "train.autoencoder",
+}
 
 
 def commands_in(text: str) -> list[list[str]]:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..data.cache import CacheConfig
 from ..jobs import BadInputEverywhere
+from ..modeling.attention import Choice as AttentionBackend
 from ..modeling.autoencoder import Precision
+from ..modeling.blocks import Conditioning
 from ..modeling.noise import DiffusionConfig, LossConfig, check_diffusion, check_loss
+from ..modeling.presets import PRESETS
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The size of the network."""
+    """The network."""
 
+    preset: str = ""
+    """One of docs/model.md's: tiny, small, base, large, ramvid-32 or ramvid-64; empty takes the
+    four sizes that follow."""
     block_out_channels: tuple[int, ...] = (64, 128, 128)
     """Width of each level, channels; each level halves height and width."""
     layers_per_block: int = 1
@@ -24,8 +30,21 @@ class ModelConfig:
     """Width of an attention head, channels."""
     norm_groups: int = 16
     """Groups of the group normalisation; divides every width."""
+    conditioning: Conditioning = "concatenation"
+    """How masked latents and mask enter: joined on channels; by cross_attention to their tokens; or
+    adaptive, as maps that scale and shift normalised activations."""
+    attention_backend: AttentionBackend = "auto"
+    """What computes attention: xformers, torch's sdpa, or "auto", the first that works; reference
+    holds the scores in memory, for comparisons."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def network_options(self) -> dict[str, Any]:
+        """The sizes, as VideoUNet names them."""
+        return {name: getattr(self, name) for name in SIZES}
+
+
+SIZES = ("block_out_channels", "layers_per_block", "head_channels", "norm_groups")
 
 
 @dataclass(frozen=True)
@@ -152,5 +171,21 @@ def check(config: TrainConfig) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise BadInputEverywhere(f"{name} is {value}: give 1 or more")
+    _check_preset(config.model)
     check_diffusion(config.diffusion)
     check_loss(config.loss)
+
+
+def _check_preset(model: ModelConfig) -> None:
+    if not model.preset:
+        return
+    if model.preset not in PRESETS:
+        raise BadInputEverywhere(
+            f"model.preset is {model.preset!r}: give one of {', '.join(PRESETS)}"
+        )
+    for name, size in ModelConfig().network_options().items():
+        if getattr(model, name) != size:
+            raise BadInputEverywhere(
+                f"model.{name} is {getattr(model, name)!r} and model.preset {model.preset!r}, "
+                "which has sizes of its own: give one of the two"
+            )

@@ -13,8 +13,9 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from ..data.shards import Manifest
 from ..modeling.diffusion import Denoiser, LatentSpace
+from ..modeling.presets import build
 from ..modeling.unet import VideoUNet
-from .config import OptimizerConfig, TrainConfig
+from .config import ModelConfig, OptimizerConfig, TrainConfig
 
 
 @dataclass
@@ -71,15 +72,18 @@ def make_denoiser(config: TrainConfig, manifest: Manifest) -> Denoiser:
     condition = channels + 1 if config.diffusion.mask_channel else channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = VideoUNet(
-            latent_channels=channels,
-            condition_channels=condition,
-            block_out_channels=config.model.block_out_channels,
-            layers_per_block=config.model.layers_per_block,
-            head_channels=config.model.head_channels,
-            norm_groups=config.model.norm_groups,
-        )
+        network = _make_network(config.model, channels, condition)
     return Denoiser(network, config.diffusion, space_of(manifest), config.precision)
+
+
+def _make_network(model: ModelConfig, channels: int, condition: int) -> VideoUNet:
+    entry: dict[str, Any] = {"conditioning": model.conditioning}
+    if model.preset:
+        network = build(model.preset, channels, condition, **entry)
+    else:
+        network = VideoUNet(channels, condition, **model.network_options(), **entry)
+    network.set_attention_backend(model.attention_backend)
+    return network
 
 
 def space_of(manifest: Manifest) -> LatentSpace:

@@ -42,9 +42,7 @@ def draw_noise(
     return torch.stack(draws)
 
 
-def draw_latents(
-    batch: Batch, seed: int
-) -> Float[Tensor, "batch frames channels height width"]:
+def draw_latents(batch: Batch, seed: int) -> Float[Tensor, "batch frames channels height width"]:
     """Latents drawn from the posterior where the shards hold its log-variance, else its mean."""
     if batch.log_variance is None:
         return batch.latents

@@ -344,7 +344,7 @@ def test_a_users_own_masks_are_the_holes(configure: Configure, tmp_path: Path) -
         expected = np.zeros((FRAMES, SIDE, SIDE), dtype=np.uint8)
         expected[:, 8:16, 8 : 8 + width] = 1
         np.testing.assert_array_equal(example.mask, expected)
-    (skip,) = (config.out / "train" / shards.SKIPPED).read_text().splitlines()
+    (skip,) = (config.out / "train" / "skipped.jsonl").read_text().splitlines()
     assert json.loads(skip) == {
         "source": "JPEGImages/480p/dog",
         "reason": "it has no masks of its own",
@@ -376,7 +376,7 @@ def test_a_mask_that_leaves_no_colour_spoils_its_video_alone(
     )
     encode(config)
     assert ShardedDataset(config.out, "train").keys == ["b_00000_own"]
-    (skip,) = (config.out / "train" / shards.SKIPPED).read_text().splitlines()
+    (skip,) = (config.out / "train" / "skipped.jsonl").read_text().splitlines()
     assert "leaves no colour" in skip
     coloured = dataclasses.replace(config, fill="0,0,0", out=tmp_path / "coloured")
     encode(coloured)
@@ -614,7 +614,7 @@ def test_a_damaged_video_of_several_shards_counts_once(
     damage(tmp_path / "videos" / "a.mp4")
     config = configure(tmp_path / "videos", max_skipped=1)
     encode(config)
-    listed = (config.out / "train" / shards.SKIPPED).read_text().splitlines()
+    listed = (config.out / "train" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["source"] for line in listed] == ["a.mp4"]
     assert ShardedDataset(config.out, "train").manifest.skipped == 1
 

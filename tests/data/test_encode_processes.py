@@ -264,10 +264,10 @@ def test_skipped_videos_are_counted_over_all_processes(folder: Path, tmp_path: P
     listed = [
         json.loads(line)["source"]
         for split in ("train", "validation")
-        for line in (out / split / shards.SKIPPED).read_text().splitlines()
+        for line in (out / split / "skipped.jsonl").read_text().splitlines()
     ]
     assert listed == names
-    assert f"3 video(s) gave no clip, as {shards.SKIPPED} tells" in said.read_text()
+    assert f"3 video(s) gave no clip, as {'skipped.jsonl'} tells" in said.read_text()
     again = arguments_for(folder, tmp_path / "again", "--max_skipped", "3", videos=spoiled)
     succeed(again, 1, said)
     assert read_shards(tmp_path / "again") == read_shards(out)

@@ -120,10 +120,11 @@ def test_every_frame_hides_a_share_within_the_familys_range(
 
 
 @pytest.mark.parametrize("family", SHARES)
-def test_a_familys_holes_differ_in_size(family: str) -> None:
+def test_a_familys_holes_differ_in_size_within_its_range(family: str) -> None:
     least, most = SHARES[family]
     shares = [draw_mask(family, 1, 64, 64, (seed,)).mean() for seed in range(200)]
     assert np.ptp(shares) > 0.55 * (most - least)
+    assert least <= min(shares) <= max(shares) <= most
 
 
 def test_variable_masks_change_and_hide_every_cell_equally_often() -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -284,7 +283,7 @@ def test_a_stream_far_ahead_reads_only_what_it_hands_out(
     read: list[int] = []
     original = shards.Shard.read_span
 
-    def count(shard: shards.Shard, row: int, into: np.ndarray) -> None:
+    def count(shard: shards.Shard, row: int, into: memoryview) -> None:
         read.append(row)
         original(shard, row, into)
 

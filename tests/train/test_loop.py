@@ -23,7 +23,9 @@ from vidfill.data.stream import Batch
 from vidfill.data.synth import SynthConfig, synth
 from vidfill.jobs import BadInput
 from vidfill.modeling.diffusion import Denoiser, DiffusionConfig
-from vidfill.train.config import PreviewConfig, TrainConfig
+from vidfill.modeling.noise import LossConfig
+from vidfill.modeling.presets import PRESETS
+from vidfill.train.config import ModelConfig, PreviewConfig, TrainConfig
 from vidfill.train.loop import main, train
 from vidfill.train.step import draw_latents
 
@@ -202,6 +204,25 @@ def test_latents_are_drawn_from_the_posterior_of_each_position() -> None:
     assert torch.equal(draw_latents(mean, seed=0), batch.latents)
 
 
+def test_a_preset_of_a_flow_with_tokens_of_the_condition_trains_and_loads(
+    tiny_config: TrainConfig, losses: Losses
+) -> None:
+    """What `make_denoiser` is told reaches the network, the loss and the saved model."""
+    config = dataclasses.replace(
+        tiny_config,
+        steps=2,
+        model=ModelConfig(preset="tiny", conditioning="cross_attention"),
+        diffusion=DiffusionConfig(process="flow", target="flow", mask_channel=True),
+        loss=LossConfig(timesteps="logit_normal", hole=4.0),
+    )
+    train(config)
+    assert len(losses(config.out)) == 2
+    network = Denoiser.load(config.out).network
+    assert network.config["conditioning"] == "cross_attention"
+    widths = PRESETS["tiny"].options["block_out_channels"]
+    assert network.config["block_out_channels"] == list(widths)
+
+
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tiny_config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +273,10 @@ def test_checkpoints_are_pruned_and_the_averaged_model_loads(tiny_config: TrainC
         ("--model.head_channels", "24", "no multiple of head_channels"),
         ("--preview.schedule", "ddin:3", "ddim"),
         ("--batch_size", "0", "batch_size is 0"),
+        ("--model.preset", "tini", "give one of tiny, small, base"),
+        ("--model.preset", "tiny", "has sizes of its own"),
+        ("--diffusion.shift", "2", "only a flow has one"),
+        ("--loss.hole", "0", "loss.hole is 0"),
     ],
 )
 def test_wrong_setting_is_refused_and_its_correction_is_not(
