@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 if TYPE_CHECKING:
     import torch
@@ -91,11 +92,33 @@ def parse(
     )
     parser.add_argument("--config", action="config", help="A YAML file of the options below.")
     parser.add_class_arguments(config_class, as_group=False, as_positional=True)
-    namespace = parser.parse_args(None if argv is None else list(argv))
+    words = sys.argv[1:] if argv is None else argv
+    namespace = parser.parse_args(_complete_switches(words, _find_switches(config_class)))
     fields = parser.instantiate(namespace)
     return config_class(
         **{field.name: fields[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     )
+
+
+def _find_switches(config_class: type, prefix: str = "--") -> set[str]:
+    """The options that are true or false."""
+    found: set[str] = set()
+    for name, kind in get_type_hints(config_class).items():
+        if kind is bool:
+            found.add(prefix + name)
+        elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            found |= _find_switches(kind, f"{prefix}{name}.")
+    return found
+
+
+def _complete_switches(words: Sequence[str], switches: Collection[str]) -> list[str]:
+    """`--plan` is `--plan true`: the parser wants a value."""
+    completed = []
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        completed.append(word)
+        if word in switches and following.lower() not in ("true", "false", "yes", "no"):
+            completed.append("true")
+    return completed
 
 
 def _HelpFormatter() -> type:

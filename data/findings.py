@@ -36,7 +36,7 @@ CHECKS = {
 }
 
 # Remedies
-REPAIR = "--repair true"
+REPAIR = "--repair"
 ORIGINAL = "repair the original, then upload it"  # of what is behind a URL
 ANEW = "encode into another folder"
 

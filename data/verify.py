@@ -45,7 +45,7 @@ from .videos import Fit, FrameSize, UnreadableVideo, clips_of, read_frames
 
 EXAMPLES = """examples:
   vidfill verify runs/shards
-  vidfill verify runs/shards --repair true
+  vidfill verify runs/shards --repair
       what is damaged or missing is encoded again
   vidfill verify s3://bucket/shards --split validation --videos CLEVRER --samples 64
       shards that lie elsewhere, compared with more of their videos

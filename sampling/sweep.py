@@ -35,7 +35,7 @@ from .schedules import Program, compile_schedule, parse
 EXAMPLES = """examples:
   vidfill sweep runs/train runs/shards runs/sweep
       the paper's n = 0, 4, 6, 10 with 50 diffusion steps, and 50 DDIM steps
-  vidfill sweep runs/train runs/shards runs/paper --clips 4 --plan true \\
+  vidfill sweep runs/train runs/shards runs/paper --clips 4 --plan \\
       --schedules "ddpm:1000 ddpm:1000+resample(n=4)"
       what two of the paper's own settings would cost; nothing is written
 """

@@ -3,7 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -115,3 +115,39 @@ def test_a_file_that_cannot_take_its_place_leaves_no_partial(tmp_path: Path) -> 
 def test_a_files_hash_is_that_of_its_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert jobs.hash_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A part of a configuration."""
+
+    deep: bool = False
+    """A switch."""
+
+
+@dataclass(frozen=True)
+class Switches:
+    """A configuration with switches."""
+
+    source: Path
+    """Required."""
+    plan: bool = False
+    """A switch."""
+    inner: Inner = field(default_factory=Inner)
+    """A part."""
+
+
+@pytest.mark.parametrize(
+    ("words", "plan", "deep"),
+    [
+        (["a"], False, False),
+        (["--plan", "a"], True, False),
+        (["a", "--plan"], True, False),
+        (["a", "--plan", "true", "--inner.deep"], True, True),
+        (["--plan", "false", "--inner.deep", "a"], False, True),
+        (["a", "--plan=false"], False, False),
+    ],
+)
+def test_a_switch_needs_no_value(words: list[str], plan: bool, deep: bool) -> None:
+    config = jobs.parse(Switches, words, verb="test", examples="")
+    assert config == Switches(Path("a"), plan, Inner(deep))
