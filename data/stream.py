@@ -188,7 +188,7 @@ class Stream:
         self.skipped += skipped
         return batch
 
-    def run(self, first: int, workers: int = 1, ahead: int = 4) -> Generator[Batch, None, None]:
+    def run(self, first: int, workers: int = 1, ahead: int = 3) -> Generator[Batch, None, None]:
         """Batches `first`, `first` + 1, … without end, prepared by threads.
 
         A batch is valid until the next one is asked for: its memory is used again. What `to`
@@ -211,10 +211,10 @@ class Stream:
         store = self.dataset.store
         ended = threading.Event()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
-        # One more than are in use, so that a batch's copy to a device may still be under way
-        # while the next batch is being prepared.
+        # With a device one more than are in use, so that a batch's copy may still be under way while
+        # the next batch is being prepared. No more than that: they share the processor's cache.
         pinned = torch.cuda.is_available()
-        free = deque(self._make_buffer(pinned) for _ in range(ahead + 2))
+        free = deque(self._make_buffer(pinned) for _ in range(ahead + 1 + pinned))
         pending: deque[tuple[_Buffer, Future[tuple[Batch, list[SkippedExample]]]]] = deque()
         try:
             # A node beyond the batch's last slot has nothing to fetch, however far it looks.
