@@ -50,6 +50,12 @@ class Crew:
         Raises:
             jobs.BadInput: the environment is not a launcher's, or the others cannot be reached.
         """
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if "WORLD_SIZE" not in os.environ and tasks != "1":
+            raise jobs.BadInput(
+                f"srun started {tasks} tasks, and WORLD_SIZE is not set: start one task a node, "
+                "and in it `accelerate launch`"
+            )
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(distributed.HashStore(), 0, 1, hosts=False)
         try:

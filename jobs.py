@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -160,13 +162,39 @@ def claim(out: Path, verb: str, config: Any, may_change: Collection[str] = ()) -
 
 
 def locate(root: str) -> str:
-    """A URL as it is; a folder by its whole path, the same from wherever it was given."""
-    return root if "://" in root else str(Path(root).resolve())
+    """What a record says of a place: a URL without its secrets, a folder by its whole path."""
+    return hide_secrets(root) if "://" in root else str(Path(root).resolve())
+
+
+def hide_secrets(text: str) -> str:
+    """`text` without the user names, passwords and queries of the URLs in it."""
+    return re.sub(r"\?[^\s'\")]*", "", re.sub(r"://[^/\s]*@", "://", text))
 
 
 def _record(config: Any) -> dict[str, Any]:
     """A configuration as JSON has it; a path reads the same from wherever it was given."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=lambda p: str(p.resolve())))
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Be the one job that writes into a folder, for as long as this lasts.
+
+    File systems that cannot lock a folder hold nobody up.
+
+    Raises:
+        BadInput: another job is at work there.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f"another job writes into {folder}: let it end first") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _read_job(mark: Path) -> dict[str, Any]:

@@ -58,7 +58,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
-        "bench": [],  # today's benchmarks need no peer beyond what is required above
+        "bench": [],  # litdata wants another torch: docs/benchmarks.md says how to install it
         "cuda": ["xformers>=0.0.30"],
         "gs": ["gcsfs>=2024.10"],
         "s3": ["s3fs>=2024.10"],

@@ -431,7 +431,7 @@ def print_tables(found: dict[str, Any], options: argparse.Namespace) -> None:
     if "readers" in found:
         print(readers_table(found), end="\n\n")
         if not readers.has_litdata():
-            print("litdata is not installed: its rows are left out\n")
+            print("litdata is not installed: its rows are left out (docs/benchmarks.md)\n")
     if "shuffle" in found:
         print(shuffle_table(found["shuffle"]), end="\n\n")
     if "server" in found:

@@ -111,6 +111,10 @@ class LocalStore:
         """A shard's tar; its index lies beside it."""
         return self.folder / shard_name(number)
 
+    def discard(self, number: int) -> bool:
+        """There is no other copy."""
+        return False
+
     def follow(self, visits: Iterator[Visit]) -> None:
         """Nothing needs to be fetched."""
 
@@ -138,10 +142,21 @@ def open_store(root: str | Path, split: str, cache: CacheConfig) -> LocalStore |
         split,
         (Path(cache.folder) if cache.folder else _name_folder()) / identity,
         cache.gigabytes,
-        process=int(os.environ.get("LOCAL_RANK", "0")),
-        processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        *_find_process(),
         temporary=not cache.folder,
     )
+
+
+def _find_process() -> tuple[int, int]:
+    """Which of the node's processes this is, and how many there are, as a launcher says."""
+    process = int(os.environ.get("LOCAL_RANK", "0"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if process >= processes:
+        raise jobs.BadInput(
+            f"LOCAL_RANK is {process} and LOCAL_WORLD_SIZE {processes}: set both, as accelerate "
+            "launch and torchrun do"
+        )
+    return process, processes
 
 
 class NodeCache:
@@ -232,6 +247,11 @@ class NodeCache:
         with contextlib.suppress(FileNotFoundError):
             os.utime(entry)
         return entry / shard_name(number)
+
+    def discard(self, number: int) -> bool:
+        """Remove a shard that was damaged here, so that it is fetched again."""
+        remove(self.entry(number))
+        return True
 
     def follow(self, visits: Iterator[Visit]) -> None:
         """Fetch ahead of need, for all processes of the node, what `visits` will read.
@@ -403,6 +423,9 @@ class NodeCache:
                 while not self.is_whole(number):
                     if stop.wait(TICK):
                         raise Stopped
+                    board.say()
+                    if board.is_refused(number):
+                        raise GaveUp(f"{self.folder} is full: make room there")
                     if self._is_followed():
                         attended = time.monotonic()
                         # Twice: a follower that just began may not have removed an old one yet.
@@ -566,7 +589,10 @@ class _Follower:
         if not isinstance(error, jobs.BadInput):
             error = jobs.BadInput(f"shard {number}: {type(error).__name__}: {error}")
         self._failed.add(number)
-        self._cache.fail(number, error)
+        try:
+            self._cache.fail(number, error)
+        except OSError:  # a full disk takes no reason either
+            self._board.refuse(number)
 
     def _lead(self) -> None:
         seen, looked = b"", 0.0
@@ -623,7 +649,7 @@ class _Follower:
         self._seen = [visit for visit in self._seen if visit.last >= floor]
         shards = {visit.shard for visit in self._seen}
         total = sum(self._sizes[number] for number in shards)
-        while self._next and len(self._seen) < SEEN:
+        while self._next and len(self._seen) < SEEN and not self._stop.is_set():
             visit = self._next
             self._longest = max(self._longest, visit.last - visit.first + 1)
             if total >= self._bound if self._bound else visit.first > floor + self._longest:
@@ -676,35 +702,62 @@ class _Board:
     """What the node's processes tell each other: where each is, and which shard it waits for."""
 
     def __init__(self, path: Path, process: int, processes: int) -> None:
-        with path.open("ab") as file:
-            file.truncate(processes * 2 * 8)
-        # By process: position + 1 and shard + 1; 0 is none. The machine writes 8 bytes at once.
-        self._values = np.memmap(path, np.int64, "r+", shape=(processes, 2))
+        _extend(path, processes * 3 * 8)
+        # By process: position + 1, the shard that it waits for + 1, and the same once that cannot
+        # come and there is no room to write why; 0 is none. The machine writes 8 bytes at once.
+        self._values = np.memmap(path, np.int64, "r+", shape=(processes, 3))
         self._mine = self._values[process]
+        self._position = self._asked = 0
 
     def clear(self) -> None:
         self._values[:] = 0
 
     def move(self, position: int) -> None:
-        self._mine[0] = position + 1
+        self._position = position + 1
+        self.say()
 
     def ask(self, number: int | None) -> None:
-        self._mine[1] = 0 if number is None else number + 1
+        self._asked = 0 if number is None else number + 1
+        self._mine[2] = 0
+        self.say()
+
+    def say(self) -> None:
+        """Say all again: who follows clears the board when it begins."""
+        self._mine[:2] = self._position, self._asked
 
     def leave(self) -> None:
         self._mine[:] = 0
 
+    def refuse(self, number: int) -> None:
+        """Tell those who wait for a shard that it does not come."""
+        self._values[self._values[:, 1] == number + 1, 2] = number + 1
+
+    def is_refused(self, number: int) -> bool:
+        return int(self._mine[2]) == number + 1
+
     def floor(self) -> int:
         """Position that all processes have passed which said where they are."""
-        said = self._values[:, 0]
-        return int(said[said > 0].min(initial=np.iinfo(np.int64).max)) - 1 if said.any() else 0
+        said = self._values[:, 0].copy()  # others write meanwhile
+        said = said[said > 0]
+        return int(said.min()) - 1 if said.size else 0
 
     def requests(self) -> list[int]:
         """Shards that processes wait for."""
-        return [int(number) - 1 for number in self._values[:, 1] if number]
+        return [int(number) - 1 for number in self._values[:, 1].copy() if number]
 
     def state(self) -> bytes:
-        return self._values.tobytes()
+        return self._values[:, :2].tobytes()
+
+
+def _extend(path: Path, size: int) -> None:
+    """Make a file `size` bytes long, of written zeros: a hole could fail when it is mapped."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        there = os.fstat(descriptor).st_size
+        if there < size:
+            os.pwrite(descriptor, bytes(size - there), there)
+    finally:
+        os.close(descriptor)
 
 
 def remove(folder: Path) -> None:
@@ -813,7 +866,10 @@ def _claim(owner: object, folder: Path) -> None:
     """Mark a job's folder as in use for as long as `owner` lives."""
     while True:
         _make_private(folder)
-        lock = os.open(folder / _IN_USE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            lock = os.open(folder / _IN_USE, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            continue  # the folder was removed as abandoned in this moment
         fcntl.flock(lock, fcntl.LOCK_SH)
         if _is_at(lock, folder / _IN_USE):
             weakref.finalize(owner, os.close, lock)
@@ -824,9 +880,9 @@ def _claim(owner: object, folder: Path) -> None:
 def _remove_abandoned(folder: Path) -> None:
     """Remove the folders of jobs of this user that are over."""
     for other in folder.parent.glob(f"{_prefix()}*"):
-        if other == folder or other.lstat().st_uid != os.getuid():
-            continue
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # other jobs may do the same in this moment
+            if other == folder or other.lstat().st_uid != os.getuid():
+                continue
             lock = os.open(other / _IN_USE, os.O_RDWR)
             try:
                 if _try_lock(lock, fcntl.LOCK_EX):

@@ -18,7 +18,7 @@ import math
 import sys
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,8 +248,12 @@ class Result(NamedTuple):
     # the log-variance where that is kept
 
 
-def encode(config: EncodeConfig) -> Timings | None:
+def encode(config: EncodeConfig, again: Collection[Task] = ()) -> Timings | None:
     """Encode every video of `config.videos` into shards under `config.out`.
+
+    Args:
+        config: What to encode, and how.
+        again: Shards to make anew though they are there.
 
     Returns:
         Where the time of all processes went; None in a process that is not the first.
@@ -257,12 +261,16 @@ def encode(config: EncodeConfig) -> Timings | None:
     Raises:
         jobs.BadInput: a setting is wrong, or the videos cannot be encoded with it.
     """
-    with Crew.join("encode") as crew:
+    config = _locate_autoencoder(config)
+    with contextlib.ExitStack() as stack:
+        crew = stack.enter_context(Crew.join("encode"))
         settings = _check(config)
         begun = _begin(config, settings) if crew.rank == 0 else None
         digest = crew.share("plan", lambda: jobs.hash_file(config.out / PLAN))
+        if begun:
+            stack.enter_context(jobs.hold(config.out))
         how = begun or _load(config, settings, _await_plan(config, digest))
-        missing = crew.share("missing", lambda: json.dumps(_find_missing(how, crew)))
+        missing = crew.share("missing", lambda: json.dumps(_find_missing(how, crew, again)))
         timings = _write_shards([Task(*task) for task in json.loads(missing)], how, crew)
         if crew.rank > 0:
             return None
@@ -272,6 +280,13 @@ def encode(config: EncodeConfig) -> Timings | None:
 
 
 # What comes before the first shard
+
+
+def _locate_autoencoder(config: EncodeConfig) -> EncodeConfig:
+    """With the autoencoder's whole path where it is a folder: the manifest will name it."""
+    if not Path(config.autoencoder).is_dir():
+        return config
+    return dataclasses.replace(config, autoencoder=jobs.locate(config.autoencoder))
 
 
 def _check(config: EncodeConfig) -> Settings:
@@ -284,6 +299,9 @@ def _check(config: EncodeConfig) -> Settings:
         value = getattr(config, name)
         if not 0 < value < math.inf:
             raise jobs.BadInput(f"{name} is {value}: give more than 0")
+    for name in ("videos", "out", "mask_files"):
+        if ":/" in str(getattr(config, name)):
+            raise jobs.BadInput(f"{name} is a URL: encode reads and writes folders; upload them")
     if config.max_skipped < 0:
         raise jobs.BadInput(f"max_skipped is {config.max_skipped}: give 0 or more")
     return Settings(
@@ -483,7 +501,7 @@ def _await_plan(config: EncodeConfig, digest: str) -> Plan:
     return _read_plan(config)
 
 
-def _find_missing(how: Encoding, crew: Crew) -> list[Task]:
+def _find_missing(how: Encoding, crew: Crew, again: Collection[Task]) -> list[Task]:
     """The shards that are not there yet; what was skipped before is counted."""
     for one in how.plan.surveyed.values():
         if one.reason:
@@ -491,7 +509,7 @@ def _find_missing(how: Encoding, crew: Crew) -> list[Task]:
     missing = []
     for task in how.tasks():
         index = shards.read_index(how.config.out / task.split, task.number)
-        if index is None or index.sources != how.sources(task):
+        if index is None or index.sources != how.sources(task) or task in again:
             missing.append(task)
             continue
         for skip in index.skipped:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import socket
 import sys
 import threading
@@ -57,11 +56,6 @@ def is_remote(root: str) -> bool:
     return bool(separator) and protocol not in _LOCAL
 
 
-def hide_secrets(text: str) -> str:
-    """`text` without the user names, passwords and queries of the URLs in it."""
-    return re.sub(r"\?[^\s'\")]*", "", re.sub(r"://[^/\s]*@", "://", text))
-
-
 class Remote:
     """A folder behind a URL. Threads may share it."""
 
@@ -99,7 +93,7 @@ class Remote:
 
     def describe(self, name: str) -> str:
         """The URL of a file as messages may show it."""
-        return hide_secrets(f"{self._root}/{name}")
+        return jobs.hide_secrets(f"{self._root}/{name}")
 
     def read(self, name: str, stop: threading.Event | None = None) -> bytes:
         """The content of a file.
@@ -164,7 +158,7 @@ class Remote:
             listed = self._call("ls", self._locate(""), detail=False)
         except Exception:  # a listing is a help in a message, and no server owes one
             return []
-        return sorted({hide_secrets(entry).rstrip("/").rpartition("/")[2] for entry in listed})
+        return sorted({jobs.hide_secrets(entry).rstrip("/").rpartition("/")[2] for entry in listed})
 
     def has(self, name: str) -> bool:
         """Whether a file is there and can be read."""
@@ -272,10 +266,10 @@ class Remote:
         status = _status(error)
         if status is not None:
             message = str(getattr(error, "message", "")).partition("\n")[0]
-            return f"HTTP {status} {hide_secrets(message)}".rstrip()
+            return f"HTTP {status} {jobs.hide_secrets(message)}".rstrip()
         if isinstance(error, FSTimeoutError):
             return f"no answer within {self._stall:g} s"
-        text = hide_secrets(str(error)).partition("\n")[0]
+        text = jobs.hide_secrets(str(error)).partition("\n")[0]
         return f"{type(error).__name__} {text}".rstrip()
 
     def _pause(self, name: str, failures: int, stop: threading.Event | None) -> None:
@@ -297,11 +291,11 @@ def _open_protocol(root: str) -> tuple[Any, str]:
     except ImportError as error:
         library = getattr(error.__cause__, "name", None) or protocol
         raise jobs.BadInput(
-            f"{hide_secrets(root)}: {protocol}:// needs a library: pip install {library}"
+            f"{jobs.hide_secrets(root)}: {protocol}:// needs a library: pip install {library}"
         ) from None
     except ValueError:
         raise jobs.BadInput(
-            f"{hide_secrets(root)}: {protocol}:// is no protocol that fsspec knows"
+            f"{jobs.hide_secrets(root)}: {protocol}:// is no protocol that fsspec knows"
         ) from None
 
 

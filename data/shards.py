@@ -149,8 +149,18 @@ class ShardIndex:
         for name, column in self.members.items():
             if {len(column.offsets), len(column.sizes), len(column.checksums)} != {rows}:
                 raise ValueError(f"{name} has not one place for each of {rows} examples")
+            if rows and not _are_places(column, self.bytes):
+                raise ValueError(f"{name} has places that are not in the shard")
         if len(self.spans) != rows:
             raise ValueError(f"spans has not one checksum for each of {rows} examples")
+
+
+def _are_places(column: Column, size: int) -> bool:
+    """Whether all offsets and sizes are numbers within a file of `size` bytes."""
+    offsets, sizes = np.array(column.offsets), np.array(column.sizes)
+    if offsets.dtype != np.int64 or sizes.dtype != np.int64:
+        return False
+    return bool(min(offsets.min(), sizes.min()) >= 0 and max(offsets.max(), sizes.max()) <= size)
 
 
 @dataclass(frozen=True)
@@ -537,7 +547,11 @@ class Shard:
             DamagedShard: the bytes are not those that were written.
         """
         # Once an example of training: what can be known before is not worked out here.
-        if os.preadv(self._descriptor, (into,), self._starts[row]) != len(into):
+        try:
+            read = os.preadv(self._descriptor, (into,), self._starts[row])
+        except OSError as error:
+            raise self._damage(row, f"it cannot be read: {error.strerror}") from error
+        if read != len(into):
             raise self._damage(row, "it ends too early")
         if xxhash.xxh3_64_hexdigest(into) != self.index.spans[row]:
             raise self._damage(row, "it has another checksum than its index says")
@@ -656,6 +670,7 @@ class ShardedDataset:
         self.store.expect(self.manifest.shards)
         self._ends = np.cumsum(self.manifest.shards.examples)
         self._open: dict[int, Shard] = {}  # the first opened first
+        self._renewed: set[int] = set()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -683,7 +698,7 @@ class ShardedDataset:
         """
         if opened := self._open.get(number):
             return opened
-        shard = Shard(self._bring(number), number, self.manifest)
+        shard = self._open_shard(number)
         with self._lock:
             self._open[number] = shard
             for old in [n for n, opened in self._open.items() if opened.is_removed]:
@@ -691,6 +706,27 @@ class ShardedDataset:
             while len(self._open) > OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
         return shard
+
+    def renew(self, number: int) -> bool:
+        """Have a shard fetched again that was damaged in the cache.
+
+        Returns:
+            Whether it may be whole now: not where it is read in place, and only once.
+        """
+        with self._lock:
+            if number in self._renewed or not self.store.discard(number):
+                return False
+            self._renewed.add(number)
+            self._open.pop(number, None)
+        return True
+
+    def _open_shard(self, number: int) -> Shard:
+        try:
+            return Shard(self._bring(number), number, self.manifest)
+        except DamagedShard:
+            if not self.renew(number):
+                raise
+            return Shard(self._bring(number), number, self.manifest)
 
     def _bring(self, number: int) -> Path:
         try:
@@ -728,5 +764,6 @@ def _read_manifest(store: LocalStore | NodeCache, root: str | Path, split: str) 
     except FileNotFoundError:
         there = store.splits()
         remedy = f"it has {', '.join(there)}" if there else "make it with `vidfill encode`"
-        raise jobs.BadInput(f"{root} holds no encoded split {split!r}: {remedy}") from None
+        place = jobs.hide_secrets(str(root))
+        raise jobs.BadInput(f"{place} holds no encoded split {split!r}: {remedy}") from None
     return Manifest.from_json(content, store.describe(MANIFEST))

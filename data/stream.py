@@ -59,7 +59,7 @@ class Node:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         first = process - local
-        if first >= 0 and first + count <= processes:
+        if local < count and first >= 0 and first + count <= processes:
             return cls(first, count, local)
         return cls(process, 1, 0)
 
@@ -211,8 +211,8 @@ class Stream:
         store = self.dataset.store
         ended = threading.Event()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
-        # With a device one more than are in use, so that a batch's copy may still be under way while
-        # the next batch is being prepared. No more than that: they share the processor's cache.
+        # With a device one more than are in use, so that a batch's copy may still be under way
+        # while the next is being prepared. No more than that: they share the processor's cache.
         pinned = torch.cuda.is_available()
         free = deque(self._make_buffer(pinned) for _ in range(ahead + 1 + pinned))
         pending: deque[tuple[_Buffer, Future[tuple[Batch, list[SkippedExample]]]]] = deque()
@@ -299,5 +299,11 @@ class Stream:
             if self.damaged == "skip":
                 self._lost[number] = damage
             raise
-        shard.read_span(row, into)
+        try:
+            shard.read_span(row, into)
+        except DamagedShard:
+            if not self.dataset.renew(number):
+                raise
+            shard = self.dataset.shard(number)
+            shard.read_span(row, into)
         return shard.keys[row]

@@ -34,14 +34,14 @@ from ..modeling.autoencoder import Autoencoder, load_autoencoder
 from ..seeding import derive_seed
 from . import evidence, shards
 from .cache import CacheConfig, LocalStore, NodeCache, open_store
-from .encode import PLAN, EncodeConfig, encode
+from .encode import PLAN, EncodeConfig, Task, encode
 from .evidence import Frames, Sample, Totals
 from .findings import ANEW, ORIGINAL, REPAIR, Look, is_sound, show
 from .layout import INDEX_SUFFIX, SKIPPED
 from .remote import WrongFile
 from .shards import DamagedShard, Example, Manifest, Shard, Span
 from .sources import SPLITS
-from .videos import Fit, FrameSize, UnreadableVideo, clips_of, read_frames
+from .videos import Fit, FrameSize, UnreadableVideo, clips_of, read_frames, read_header
 
 EXAMPLES = """examples:
   vidfill verify runs/shards
@@ -101,7 +101,7 @@ def verify(config: VerifyConfig) -> list[Look]:
     looks = _look(config, root)
     show(looks)
     if config.repair and root and not is_sound(looks):
-        _repair(root, config.videos, looks)
+        _repair(root, config, looks)
         looks = _look(config, root)
         show(looks)
     return looks
@@ -476,7 +476,7 @@ def _load(split: _Split, load: Callable[..., Autoencoder]) -> Autoencoder:
 def _read_samples(split: _Split, samples: Sequence[tuple[int, Example]]) -> Iterator[Sample]:
     encoding = _read_encoding(split.root)
     videos = split.config.videos or (Path(encoding["videos"]) if "videos" in encoding else None)
-    fit = encoding.get("fit", "crop")
+    fit = encoding.get("fit")
     with jobs.progress(f"compare {split.name}", len(samples), "clips") as progress:
         for number, example in samples:
             source = _read_source(example, videos, fit, split.manifest.clip) if videos else None
@@ -484,11 +484,21 @@ def _read_samples(split: _Split, samples: Sequence[tuple[int, Example]]) -> Iter
             progress.advance(note=example.key)
 
 
-def _read_source(example: Example, videos: Path, fit: Fit, clip: dict[str, int]) -> Frames | None:
-    """An example's clip as its video shows it; None where that is not at hand."""
+def _read_source(
+    example: Example, videos: Path, fit: Fit | None, clip: dict[str, int]
+) -> Frames | None:
+    """An example's clip as its video shows it; None where that is not at hand.
+
+    Nor is it where the video has another size and nothing says how it was fitted.
+    """
     path, first = videos / example.record["source"], example.record["first_frame"]
     size = FrameSize(clip["width"], clip["height"])
     try:
+        if fit is None:
+            header = read_header(path)
+            if (header.width, header.height) != (size.width, size.height):
+                return None
+            fit = "crop"
         with contextlib.closing(read_frames(path, size, fit, first)) as frames:
             _, found = next(clips_of(frames, clip["frames"], stride=1, clips=1), (first, None))
     except UnreadableVideo:
@@ -499,7 +509,7 @@ def _read_source(example: Example, videos: Path, fit: Fit, clip: dict[str, int])
 # Repair
 
 
-def _repair(root: Path, videos: Path | None, looks: Sequence[Look]) -> None:
+def _repair(root: Path, config: VerifyConfig, looks: Sequence[Look]) -> None:
     """Encode what is damaged or missing, as it was encoded before.
 
     Raises:
@@ -511,9 +521,9 @@ def _repair(root: Path, videos: Path | None, looks: Sequence[Look]) -> None:
         return
     encoding = _read_encoding(root)
     try:
-        videos = videos or Path(encoding["videos"])
+        videos = config.videos or Path(encoding["videos"])
         mask_files = encoding["mask_files"] and Path(encoding["mask_files"])
-        places = {"videos": videos, "out": root, "mask_files": mask_files}
+        places = {"videos": videos, "out": root, "mask_files": mask_files, "device": config.device}
         again = EncodeConfig(**{**encoding, **places})
     except (KeyError, TypeError):
         raise jobs.BadInput(
@@ -521,11 +531,7 @@ def _repair(root: Path, videos: Path | None, looks: Sequence[Look]) -> None:
         ) from None
     if not videos.is_dir():
         raise jobs.BadInput(f"cannot repair: the videos are not in {videos}; give --videos")
-    for look in looks:
-        for number in look.damaged:
-            # A shard without an index is missing for encode, which replaces it when it has another.
-            (root / look.split / shards.index_name(number)).unlink(missing_ok=True)
-    encode(again)
+    encode(again, {Task(look.split, number) for look in looks for number in look.damaged})
     for look in looks:
         _say_changed(root / look.split, look)
 

@@ -185,17 +185,22 @@ def read_schedules(text: str) -> list[str]:
     return schedules
 
 
+def _place(config: SweepConfig) -> str:
+    """The shards, as a message or a record may name them."""
+    return jobs.hide_secrets(config.shards)
+
+
 def _check_latents(config: SweepConfig, dataset: ShardedDataset, denoiser: Denoiser) -> None:
     ours, theirs = denoiser.autoencoder, dataset.manifest.autoencoder
     if ours["sha256"] != theirs["sha256"]:
         raise jobs.BadInput(
-            f"the shards in {config.shards} were encoded with {_identity(theirs)}, the model in "
+            f"the shards in {_place(config)} were encoded with {_identity(theirs)}, the model in "
             f"{config.model} was trained on {_identity(ours)}: encode with the model's"
         )
     shape, trained = list(dataset.manifest.latent_shape), list(denoiser.space.shape)
     if shape != trained:
         raise jobs.BadInput(
-            f"the shards in {config.shards} hold latents of the shape {shape} (frames, channels, "
+            f"the shards in {_place(config)} hold latents of the shape {shape} (frames, channels, "
             f"height, width), the model in {config.model} was trained on {trained}: encode with "
             "the training clips' length and size"
         )
@@ -210,7 +215,7 @@ def _choose_families(config: SweepConfig, dataset: ShardedDataset) -> list[str]:
     for family in config.masks.split():
         if family not in there:
             raise jobs.BadInput(
-                f"masks has {family}; the split {config.split} of {config.shards} holds "
+                f"masks has {family}; the split {config.split} of {_place(config)} holds "
                 f"{', '.join(there)}: choose of these"
             )
     return config.masks.split() or there
@@ -221,7 +226,7 @@ def _choose_clips(config: SweepConfig, dataset: ShardedDataset) -> dict[str, int
     found = {key: i for i, key in enumerate(dataset.keys) if family_of(key) in families}
     if config.clips > len(found):
         raise jobs.BadInput(
-            f"clips is {config.clips}; the split {config.split} of {config.shards} holds "
+            f"clips is {config.clips}; the split {config.split} of {_place(config)} holds "
             f"{len(found)}: give at most that, or 0 for all"
         )
     chosen = dict(itertools.islice(found.items(), config.clips or len(found)))
@@ -414,7 +419,7 @@ def describe(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> dict[str, o
     manifest = inputs.dataset.manifest
     return {
         "model": str(config.model),
-        "shards": config.shards,
+        "shards": _place(config),
         "autoencoder": inputs.autoencoder.identity(),
         "masks": _choose_families(config, inputs.dataset),
         "clip": manifest.clip,

@@ -257,3 +257,10 @@ def test_each_process_of_a_node_has_a_gpu_of_its_own(
     for local_rank in range(count + 1):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         assert choose_device(name) == torch.device("cuda", local_rank % count)
+
+
+def test_many_tasks_of_srun_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(BadInput, match="srun started 4 tasks"):
+        Crew.join("test")

@@ -57,10 +57,17 @@ def test_documented_command_is_accepted(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_of_a_page_exist(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-    for target in targets:
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        file, _, heading = target.partition("#")
+        if not file.startswith("http"):
+            assert (page.parent / file).exists(), target
+            assert not heading or heading in headings_of(page.parent / file), target
+
+
+def headings_of(page: Path) -> list[str]:
+    """The anchors of a page's headings."""
+    found = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return [heading.lower().replace(" ", "-") for heading in found]
 
 
 def test_every_verb_shows_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,18 @@ def test_a_file_that_cannot_take_its_place_leaves_no_partial(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
+def test_one_job_at_a_time_holds_a_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(jobs.BadInput, match="another job writes into")
+    with jobs.hold(tmp_path), refused, jobs.hold(tmp_path):
+        pass
+    with jobs.hold(tmp_path):
+        pass
+
+
+def test_a_record_of_a_url_has_no_secrets() -> None:
+    assert jobs.locate("https://me:word@host/shards?signature=x") == "https://host/shards"
+
+
 def test_a_files_hash_is_that_of_its_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert jobs.hash_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()

@@ -140,6 +140,7 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "data.workers",
+    "data.damaged",
     "data.cache.folder",
     "data.cache.gigabytes",
     "preview.every",

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..data.shards import Example, ShardedDataset, has_split
 from ..data.stream import SkippedExample
+from ..jobs import hide_secrets
 from ..modeling.autoencoder import Autoencoder, load_autoencoder
 from ..modeling.diffusion import Denoiser
 from ..sampling.baselines import fill
@@ -58,13 +59,14 @@ def open_preview(config: TrainConfig, denoiser: Denoiser) -> Preview | None:
     if not wanted.every or not wanted.clips:
         return None
     compile_schedule(parse(wanted.schedule), denoiser.timesteps)
+    place = hide_secrets(config.shards)
     if not has_split(config.shards, "validation"):
-        print(f"{config.shards} has no validation split: no previews", file=sys.stderr)
+        print(f"{place} has no validation split: no previews", file=sys.stderr)
         return None
     validation = ShardedDataset(config.shards, "validation", config.data.cache)
     examples = [validation[index] for index in range(min(wanted.clips, len(validation)))]
     if any(example.pixels is None for example in examples):
-        print(f"{config.shards}/validation keeps no pixels: no previews", file=sys.stderr)
+        print(f"{place}/validation keeps no pixels: no previews", file=sys.stderr)
         return None
     name = wanted.autoencoder or denoiser.autoencoder["name"]
     autoencoder = load_autoencoder(name, denoiser.network.device, denoiser.precision)

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from vidfill import jobs
-from vidfill.data.remote import GaveUp, Remote, Stopped, WrongFile, hide_secrets, is_remote
+from vidfill.data.remote import GaveUp, Remote, Stopped, WrongFile, is_remote
+from vidfill.jobs import hide_secrets
 
 SIZE = 1_000_000
 NAME = "shard-000000.tar"

@@ -389,6 +389,19 @@ def test_what_shows_in_no_example_shows_on_average(evidence: Evidence, reason: s
     assert bool(reason) == bool(wrong)
 
 
+def test_a_repair_that_cannot_begin_leaves_all_as_it_was(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = dataset / "train" / TAR
+    content = bytearray(shard.read_bytes())
+    content[2000] ^= 1
+    shard.write_bytes(content)
+    (tmp_path / "others").mkdir()
+    before = hash_tree(dataset)
+    assert main([str(dataset), "--repair", "--samples", "0", "--videos", str(tmp_path / "others")])
+    assert hash_tree(dataset) == before
+
+
 def test_examples_of_which_nothing_was_masked_are_found(dataset: Path) -> None:
     rewrite(dataset, lambda e: dataclasses.replace(e, masked_latents=e.latents))
     wrong, said = look(dataset)
