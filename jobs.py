@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 Config = TypeVar("Config")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PARTIAL = ".partial-"  # begins the name of what is not yet whole
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
@@ -308,6 +310,27 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], threads: int, at_once: int
+) -> Generator[Result, None, None]:
+    """`map`, by threads that stop at once when the caller does.
+
+    Args:
+        function: What each item goes through.
+        items: Of any number.
+        threads: That share them.
+        at_once: Items under way, and results waiting, at most.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for first in range(0, len(items), at_once):
+            yield from pool.map(function, items[first : first + at_once])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

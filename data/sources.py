@@ -10,12 +10,11 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -37,9 +36,6 @@ from .videos import (
     read_frames,
     read_header,
 )
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 SPLITS = {
     "train": ("video_train", "train"),
@@ -378,7 +374,7 @@ def survey(
     look = functools.partial(_look, length=length, own_masks=own_masks, frame_rate=frame_rate)
     with jobs.progress("look at", len(sources), "videos") as progress:
         surveyed = []
-        for seen in _in_threads(look, sources):
+        for seen in jobs.in_threads(look, sources, THREADS, AT_ONCE):
             surveyed.append(seen)
             progress.advance(note=seen.source.label)
     return surveyed
@@ -395,18 +391,6 @@ def _look(source: Source, length: int, own_masks: bool, frame_rate: float) -> Su
     except UnreadableVideo as error:
         return Surveyed(source, size, None, str(error))
     return Surveyed(source, size, header)
-
-
-def _in_threads(
-    function: Callable[[Item], Result], items: Sequence[Item]
-) -> Generator[Result, None, None]:
-    """`map`, by threads that stop at once when the caller does."""
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        for first in range(0, len(items), AT_ONCE):
-            yield from pool.map(function, items[first : first + AT_ONCE])
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _measure(source: Source) -> int:
@@ -452,7 +436,7 @@ class Plan:
     def differs(self, sources: Sequence[Source]) -> str:
         """What is other in `sources` than in the plan, in one line; "" where nothing is."""
         before = {(seen.source.split, label): seen.bytes for label, seen in self.surveyed.items()}
-        sizes = _in_threads(_measure, sources)
+        sizes = jobs.in_threads(_measure, sources, THREADS, AT_ONCE)
         now = {
             (source.split, source.label): size for source, size in zip(sources, sizes, strict=True)
         }

@@ -19,7 +19,6 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -237,7 +236,7 @@ def _look_at_shards(split: _Split, look: Look) -> _Seen:
     rows = _choose_samples(split.manifest, split.config.samples)
     count = len(split.manifest.shards.examples)
     with jobs.progress(f"verify {split.name}", count, "shards") as progress:
-        for number, (found, of_shard) in enumerate(_in_threads(split, rows)):
+        for number, (found, of_shard) in enumerate(_each_shard(split, rows)):
             look.merge(found)
             seen.merge(of_shard)
             progress.advance(note=shards.shard_name(number))
@@ -258,16 +257,11 @@ def _choose_samples(manifest: Manifest, samples: int) -> dict[int, set[int]]:
     return chosen
 
 
-def _in_threads(split: _Split, rows: Mapping[int, set[int]]) -> Iterator[tuple[Look, _Seen]]:
+def _each_shard(split: _Split, rows: Mapping[int, set[int]]) -> Iterator[tuple[Look, _Seen]]:
     """What each shard shows, by number; threads stop when the caller does."""
     look_at = functools.partial(_look_at_shard, split, rows)
     numbers = range(len(split.manifest.shards.examples))
-    pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
-    try:
-        for first in range(0, len(numbers), AT_ONCE):
-            yield from pool.map(look_at, numbers[first : first + AT_ONCE])
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return jobs.in_threads(look_at, numbers, min(THREADS, os.cpu_count() or 1), AT_ONCE)
 
 
 def _check_manifest(split: _Split, look: Look) -> None:
