@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +25,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..jobs import BadInput
+from .precision import Precision, autocast
 
 SHIPPED = "shipped"  # the name of the package's own small autoencoder
 PAPERS = "stabilityai/sd-vae-ft-mse"  # on the hub: the one that the paper uses
 SHIPPED_FOLDER = Path(__file__).parent / "weights" / "collisions"
 
-Precision = Literal["float32", "bfloat16"]  # of a network's layers; float32 goes in and comes out
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -145,7 +145,7 @@ class Autoencoder:
         device = next(self.network.parameters()).device
         frames = rearrange(video, "b f c h w -> (b f) c h w")
         per_call = per_call or max(1, points_per_call // (video.shape[-2] * video.shape[-1]))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with autocast(device, self.precision):
             done = [function(_prepare(chunk, device)).float() for chunk in frames.split(per_call)]
         return rearrange(torch.cat(done), "(b f) c h w -> b f c h w", b=video.shape[0])
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..jobs import BadInput
-from .autoencoder import Precision
+from .checkpoint import LATEST, MODEL, newest_first, newest_whole
 from .noise import (
     DiffusionConfig,
     LossConfig,
@@ -35,6 +35,7 @@ from .noise import (
     level_weight,
     place_weight,
 )
+from .precision import Precision, autocast
 from .unet import VideoUNet
 
 Latents = Float[Tensor, "batch frames channels height width"]
@@ -64,7 +65,8 @@ def target_of(kind: Target, clean: Latents, noise: Latents, ab: Float[Tensor, ".
     """What the network should predict for x_t.
 
     v is √ᾱ · ε − √(1 − ᾱ) · x_0 (Salimans & Ho 2022, section 4), the flow ε − x_0, which is the
-    velocity of the flow's state (Lipman et al. 2022, Eq. 23 for σ_min = 0, with its time reversed).
+    velocity of the flow's state (Lipman et al. 2022, along their optimal-transport path for
+    σ_min = 0, with its time reversed).
     """
     match kind:
         case "noise":
@@ -176,10 +178,70 @@ def ddpm_step(
 
 
 def ddim_step(
-    noisy: Latents, clean: Latents, ab_from: Float[Tensor, "..."], ab_to: Float[Tensor, "..."]
+    noisy: Latents,
+    clean: Latents,
+    ab_from: Float[Tensor, "..."],
+    ab_to: Float[Tensor, "..."],
+    noise: Latents | None = None,
+    eta: float = 0.0,
 ) -> Latents:
-    """The deterministic step (Song et al. 2021, Eq. 12 with σ = 0)."""
-    return add_noise(clean, noise_of("clean", clean, noisy, ab_from), ab_to)
+    """The step of Song et al. 2021, Eq. 12: deterministic at η = 0, DDPM's (fixed small) at η = 1.
+
+    Their σ of Eq. 16 is η times the root of DDPM's fixed small variance; where it is above 0 it
+    wants fresh `noise`.
+    """
+    estimate = noise_of("clean", clean, noisy, ab_from)
+    if noise is None:
+        assert not eta
+        return add_noise(clean, estimate, ab_to)
+    spread = eta * posterior_variance(ab_from, ab_to, "fixed_small").sqrt()
+    kept = (1 - ab_to - spread.square()).clamp(min=0).sqrt()  # rounding may fall below 0
+    return ab_to.sqrt() * clean + kept * estimate + spread * noise
+
+
+def dpmpp_step(
+    noisy: Latents,
+    clean: Latents,
+    clean_before: Latents,
+    ab_from: Float[Tensor, "..."],
+    ab_to: Float[Tensor, "..."],
+    ab_before: Float[Tensor, "..."],
+) -> Latents:
+    """DPM-Solver++ (2M) from level a to b (Lu et al. 2022b, Algorithm 2).
+
+    The first-order step, which is DDIM's, with the clean estimate extrapolated in ln SNR, twice
+    their λ, from those at the level before and at a. Where the level before is pure noise, at −∞,
+    the formula itself is of first order; no step of second order ends at ᾱ = 1.
+    """
+    before, here, there = (torch.logit(ab) for ab in (ab_before, ab_from, ab_to))
+    slope = (there - here) / (here - before) / 2
+    return ddim_step(noisy, clean + slope * (clean - clean_before), ab_from, ab_to)
+
+
+def heun_step(
+    noisy: Latents,
+    clean: Latents,
+    noisy_there: Latents,
+    clean_there: Latents,
+    ab_from: Float[Tensor, "..."],
+    ab_to: Float[Tensor, "..."],
+) -> Latents:
+    """Heun's step from level a to b, after a first-order step there and an estimate of its own.
+
+    As Karras et al. 2022, Algorithm 1, but along the flow's state and time, whatever the process:
+    its slope ε − x_0 is finite at pure noise, and the time ends at 1, where their σ ends at 157
+    under DDPM's betas and at 2e4 under the cosine's, too far for even steps. b is not clean.
+    """
+
+    def slope(state: Tensor, estimate: Tensor, ab: Tensor) -> Tensor:
+        return target_of("flow", estimate, noise_of("clean", estimate, state, ab), ab)
+
+    def time(ab: Tensor) -> Tensor:
+        return to_flow((1 - ab).sqrt(), ab)
+
+    slopes = slope(noisy, clean, ab_from) + slope(noisy_there, clean_there, ab_to)
+    there = to_flow(noisy, ab_from) + (time(ab_to) - time(ab_from)) * slopes / 2
+    return there * (ab_to.sqrt() + (1 - ab_to).sqrt())
 
 
 def renoise(
@@ -313,8 +375,7 @@ class Denoiser:
         """Normalised noisy latents → the clean estimate, each example at its own timestep."""
         ab = expand(self.alpha_bar(timestep))
         seen = self._seen(latents, ab).to(latents.dtype)
-        reduced = self.precision == "bfloat16"
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=reduced):
+        with autocast(latents.device, self.precision):
             prediction = self.network(seen, timestep, condition).to(latents.dtype)
         return clean_of(self.config.target, prediction, latents, ab).to(latents.dtype)
 
@@ -339,30 +400,34 @@ class Denoiser:
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", precision: Precision = "float32") -> Denoiser:
-        """Read what `save` wrote, or the newest model of a training run's folder.
+        """Read what `save` wrote, or the newest whole model of a training run's folder.
 
         Raises:
             BadInput: `folder` is neither, or its files are damaged.
         """
-        folder = _model_folder(folder)
+        model = _model_folder(folder)
         try:
-            described = json.loads((folder / "denoiser.json").read_text())
+            described = json.loads((model / "denoiser.json").read_text())
             config = DiffusionConfig(**described["diffusion"])
             check_diffusion(config)
             space = LatentSpace(**described["latents"])
-            network, loaded = VideoUNet.from_pretrained(folder / "unet", output_loading_info=True)
+            network, loaded = VideoUNet.from_pretrained(model / "unet", output_loading_info=True)
         except (BadInput, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if not model.exists():  # its run goes on, and has a newer one
+                return cls.load(folder, device, precision)
             first_line = str(error).splitlines()[0]
-            raise BadInput(f"the model in {folder} is damaged: {first_line}") from error
+            raise BadInput(f"the model in {model} is damaged: {first_line}") from error
         if loaded["missing_keys"]:  # diffusers leaves such weights at random values
-            raise BadInput(f"the model in {folder} lacks weights ({loaded['missing_keys'][0]})")
+            raise BadInput(f"the model in {model} lacks weights ({loaded['missing_keys'][0]})")
         return cls(network.eval().requires_grad_(False).to(device), config, space, precision)
 
 
 def _model_folder(folder: Path) -> Path:
-    pointer = folder / "checkpoints" / "latest"
-    if pointer.is_file():
-        folder = pointer.parent / pointer.read_text().strip() / "model"
+    checkpoints = folder / "checkpoints"
+    if newest_first(checkpoints):
+        pointer = checkpoints / LATEST
+        named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+        return newest_whole(checkpoints, MODEL, named)[0] / MODEL
     if not (folder / "denoiser.json").is_file():
         raise BadInput(
             f"{folder} holds no model: name a folder that `vidfill train` wrote, after its first "

@@ -2,18 +2,22 @@
 
 A trajectory is one clip under one program. It takes a slot, runs its program and leaves the slot to
 the next, so that the network always sees a batch as full as the work allows (continuous batching,
-as language models are served). Nothing is ever clamped.
+as language models are served). Nothing is clamped, but by a schedule that asks for it as an
+ablation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from decimal import Decimal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,13 +26,36 @@ from ..data.masks import latent_mask
 from ..data.shards import Example
 from ..jobs import BadInput
 from ..modeling.autoencoder import Autoencoder, to_frames
-from ..modeling.diffusion import Denoiser, Variance, ddim_step, ddpm_step, expand, renoise
+from ..modeling.diffusion import (
+    Denoiser,
+    Variance,
+    add_noise,
+    ddim_step,
+    ddpm_step,
+    dpmpp_step,
+    expand,
+    heun_step,
+    renoise,
+)
 from .metrics import Frames, composite
 from .schedules import CLEAN, Kind, Move, Program, Term, compile_schedule, parse
 
 Latents = Float[Tensor, "frames channels h w"]
 Condition = Float[Tensor, "frames condition h w"]
+LatentMask = Float[Tensor, "frames 1 h w"]
 Batch = Float[Tensor, "batch frames channels h w"]
+
+CAPACITY = 16  # slots, where no accelerator's memory says more
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a program that injects puts where the mask shows it."""
+
+    latents: Latents
+    """Normalised; what lies in the hole is not used."""
+    mask: LatentMask
+    """The hole's share of each latent: where it is 0 the latents are known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +70,8 @@ class Request:
     condition: Callable[[], Condition]
     """Gives what the network is told of the clip, when its turn comes; its device and dtype are
     those of the state."""
+    known: Callable[[], Known] | None = None
+    """As `condition`, for programs that inject."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +91,7 @@ def sample(
     *,
     capacity: int,
     seed: int,
+    padded: bool = False,
     on_evaluations: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Result]:
     """Run every request, the longest program first, and yield each result as it is finished.
@@ -73,13 +103,16 @@ def sample(
 
     Args:
         capacity: Slots: the most trajectories in one network call, 1 or more.
+        padded: Evaluate the empty slots too. Then a result is the same bit for bit at the same
+            slot, capacity, number of threads and device, whatever the other slots hold; it costs
+            time when fewer trajectories are left than slots.
         on_evaluations: Told after each network call how many evaluations it held.
 
     Raises:
         BadInput: a result is not finite.
     """
     waiting = deque(sorted(requests, key=lambda request: -request.program.nfe))
-    slots = _Slots(denoiser, capacity, seed)
+    slots = _Slots(denoiser, capacity, seed, padded)
     while waiting or slots.running:
         while waiting and slots.free:
             slots.start(waiting.popleft())
@@ -89,69 +122,153 @@ def sample(
         yield from results
 
 
+def find_capacity(denoiser: Denoiser, requests: Sequence[Request]) -> int:
+    """The slots with which the requests are sampled fastest.
+
+    As many as an accelerator's memory holds, found by trying; `CAPACITY` on the CPU. Never more
+    than all evaluations over the longest program's: more could not end before that does.
+    """
+    nfes = [request.program.nfe for request in requests]
+    useful = math.ceil(sum(nfes) / max(nfes))
+    condition = requests[0].condition()
+    if condition.device.type == "cpu":
+        return min(useful, CAPACITY)
+    return largest_batch(denoiser, condition, useful)
+
+
+@torch.no_grad()
+def largest_batch(denoiser: Denoiser, condition: Condition, most: int) -> int:
+    """The most examples, 1 to `most`, that the network evaluates at once without running out.
+
+    An eighth more are tried than found, for what else needs memory beside the network.
+
+    Raises:
+        BadInput: not even one fits.
+    """
+    frames, _, height, width = condition.shape
+    channels = len(denoiser.space.mean)
+
+    def fits(count: int) -> bool:
+        tried = math.ceil(count * 9 / 8)
+        latents = condition.new_zeros(tried, frames, channels, height, width)
+        timestep = torch.zeros(tried, dtype=torch.long, device=condition.device)
+        try:
+            denoiser.denoise(latents, timestep, condition.repeat(tried, 1, 1, 1, 1))
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    fitting, failing = 0, most + 1
+    while failing - fitting > 1:
+        tried = min(max(1, 2 * fitting), (fitting + failing) // 2)
+        fitting, failing = (tried, failing) if fits(tried) else (fitting, tried)
+    if not fitting:
+        raise BadInput(
+            f"one clip does not fit into the memory of {condition.device}: "
+            "take a larger device, or precision bfloat16"
+        )
+    return fitting
+
+
 @dataclasses.dataclass
 class _Trajectory:
     request: Request
     moves: deque[Move]
+    known: Known | None
     draws: int = 0
     seconds: float = 0.0
+    midway: bool = False
+    """Heun's first-order step is taken; its second evaluation comes."""
+    before: int = CLEAN
+    """The level of the clean estimate before the last."""
+
+    @property
+    def level(self) -> int:
+        """Where the network sees the state next."""
+        return self.moves[0].target if self.midway else self.moves[0].source
 
 
 class _Slots:
     """The states of the running trajectories, one a slot, in one tensor of normalised latents."""
 
-    def __init__(self, denoiser: Denoiser, capacity: int, seed: int) -> None:
+    def __init__(self, denoiser: Denoiser, capacity: int, seed: int, padded: bool) -> None:
         self.denoiser = denoiser
         self.seed = seed
+        self.padded = padded
         self.free = list(reversed(range(capacity)))
         self.running: dict[int, _Trajectory] = {}
+        self._without_network = {Kind.UP: self._up, Kind.INJECT: self._inject}
         self.latents: Tensor = torch.empty(0)
         self.conditions: Tensor = torch.empty(0)
+        self.clean: Tensor = torch.empty(0)  # the last clean estimates
+        self.begun: Tensor = torch.empty(0)  # the states from which Heun's steps began
 
     @torch.no_grad()
     def start(self, request: Request) -> None:
         condition = request.condition()
         if not self.conditions.numel():
             self._allocate(condition)
+        program = request.program
         slot = self.free.pop()
-        self.running[slot] = _Trajectory(request, deque(request.program.moves))
+        known = request.known() if request.known and program.count(Kind.INJECT) else None
+        self.running[slot] = _Trajectory(request, deque(program.moves), known)
         self.conditions[slot] = condition
         self.latents[slot] = self._draw([slot])[0]
 
     def _allocate(self, condition: Condition) -> None:
         frames, _, height, width = condition.shape
         capacity, channels = len(self.free), len(self.denoiser.space.mean)
-        self.conditions = condition.new_empty(capacity, *condition.shape)
-        self.latents = condition.new_empty(capacity, frames, channels, height, width)
+        self.conditions = condition.new_zeros(capacity, *condition.shape)
+        self.latents = condition.new_zeros(capacity, frames, channels, height, width)
+        self.clean, self.begun = self.latents.clone(), self.latents.clone()
 
     @torch.no_grad()
     def advance(self) -> list[Result]:
-        """Evaluate the network once for all, take each program's DOWN and the UPs after it."""
+        """Evaluate the network once for all, step with each, and take what needs no network."""
         slots = sorted(self.running)
-        clean = torch.empty_like(self.latents)
-        clean[slots] = self._evaluate(slots)
-        for solver in dict.fromkeys(map(self._solver, slots)):
-            alike = [slot for slot in slots if self._solver(slot) == solver]
-            self._down(solver, alike, clean[alike])
-        while rising := [slot for slot in slots if self._next_kind(slot) is Kind.UP]:
-            self._up(rising)
+        before = self.clean.clone()
+        self.clean[slots] = self._evaluate(slots)
+        for alike in self._alike(slots, self._step_of):
+            self._down(alike, before[alike])
+        while unevaluated := [slot for slot in slots if self._needs_no_network(slot)]:
+            for alike in self._alike(unevaluated, lambda slot: self._next(slot).kind):
+                self._without_network[self._next(alike[0]).kind](alike)
         return [self._finish(slot) for slot in slots if not self.running[slot].moves]
 
-    def _solver(self, slot: int) -> Term:
-        return self.running[slot].request.program.schedule.solver
+    def _alike(self, slots: list[int], key: Callable[[int], Hashable]) -> list[list[int]]:
+        groups: dict[Hashable, list[int]] = {}
+        for slot in slots:
+            groups.setdefault(key(slot), []).append(slot)
+        return list(groups.values())
 
-    def _next_kind(self, slot: int) -> Kind | None:
-        moves = self.running[slot].moves
-        return moves[0].kind if moves else None
+    def _next(self, slot: int) -> Move:
+        return self.running[slot].moves[0]
+
+    def _needs_no_network(self, slot: int) -> bool:
+        return bool(self.running[slot].moves) and self._next(slot).kind is not Kind.DOWN
+
+    def _step_of(self, slot: int) -> tuple[Term, int, bool]:
+        """Slots that have it in common take their step together."""
+        trajectory = self.running[slot]
+        solver = trajectory.request.program.schedule.solver
+        return solver, self._next(slot).order, trajectory.midway
 
     def _evaluate(self, slots: list[int]) -> Batch:
-        levels = [self.running[slot].moves[0].source for slot in slots]
+        """The clean estimates of these slots."""
+        rows = range(len(self.latents)) if self.padded else slots
+        levels = [self.running[slot].level if slot in self.running else 0 for slot in rows]
         timestep = torch.tensor(levels, device=self.latents.device)
         began = self._clock()
-        clean = self.denoiser.denoise(self.latents[slots], timestep, self.conditions[slots])
+        given = slice(None) if self.padded else slots
+        clean = self.denoiser.denoise(self.latents[given], timestep, self.conditions[given])
         share = (self._clock() - began) / len(slots)
-        for slot in slots:
-            self.running[slot].seconds += share
+        if self.padded:
+            clean = clean[slots]
+        for row, slot in enumerate(slots):
+            trajectory = self.running[slot]
+            trajectory.seconds += share
+            if trajectory.request.program.schedule.has("ablate_clamp"):
+                clean[row].clamp_(-1, 1)
         return clean
 
     def _clock(self) -> float:
@@ -159,37 +276,84 @@ class _Slots:
             torch.cuda.synchronize(self.latents.device)
         return time.perf_counter()
 
-    def _down(self, solver: Term, slots: list[int], clean: Batch) -> None:
+    def _down(self, slots: list[int], before: Batch) -> None:
+        """One step of one solver; `before` holds the clean estimates before the last."""
+        solver, order, midway = self._step_of(slots[0])
+        if solver.name == "heun" and order == 2 and not midway:
+            self._begin_heun(slots)
+            return
+        ab_before = self._alpha_bars([self.running[slot].before for slot in slots])
         moves, ab_from, ab_to = self._take(slots)
-        noisy = self.latents[slots]
-        if solver.name == "ddim":
-            lower = ddim_step(noisy, clean, ab_from, ab_to)
-        else:
-            noise = torch.zeros_like(noisy)
-            noised = [row for row, move in enumerate(moves) if move.target != CLEAN]
-            if noised:
-                noise[noised] = self._draw([slots[row] for row in noised])
-            variance: Variance = "fixed_large" if solver["variance"] == "large" else "fixed_small"
-            lower = ddpm_step(noisy, clean, ab_from, ab_to, noise, variance)
-        self.latents[slots] = lower.to(noisy.dtype)
+        noisy, clean = self.latents[slots], self.clean[slots]
+        match solver.name, order:
+            case "ddpm", _:
+                large = solver["variance"] == "large"
+                variance: Variance = "fixed_large" if large else "fixed_small"
+                noise = self._draw_above_clean(slots, moves)
+                lower = ddpm_step(noisy, clean, ab_from, ab_to, noise, variance)
+            case "ddim", _ if eta := float(solver.get("eta", Decimal)):
+                noise = self._draw_above_clean(slots, moves)
+                lower = ddim_step(noisy, clean, ab_from, ab_to, noise, eta)
+            case "dpmpp", 2:
+                lower = dpmpp_step(noisy, clean, before, ab_from, ab_to, ab_before)
+            case "heun", 2:
+                lower = heun_step(self.begun[slots], before, noisy, clean, ab_from, ab_to)
+            case _:
+                lower = ddim_step(noisy, clean, ab_from, ab_to)
+        self._put(slots, lower)
+        for slot, move in zip(slots, moves, strict=True):
+            self.running[slot].before, self.running[slot].midway = move.source, False
+
+    def _begin_heun(self, slots: list[int]) -> None:
+        moves = [self._next(slot) for slot in slots]
+        ab_from = self._alpha_bars([move.source for move in moves])
+        ab_to = self._alpha_bars([move.target for move in moves])
+        self.begun[slots] = self.latents[slots]
+        self._put(slots, ddim_step(self.latents[slots], self.clean[slots], ab_from, ab_to))
+        for slot in slots:
+            self.running[slot].midway = True
 
     def _up(self, slots: list[int]) -> None:
-        _, ab_from, ab_to = self._take(slots)
-        latents = self.latents[slots]
-        higher = renoise(latents, ab_from, ab_to, self._draw(slots))
-        self.latents[slots] = higher.to(latents.dtype)
+        moves, ab_from, ab_to = self._take(slots)
+        noise = self._draw(slots)
+        afresh = torch.tensor([move.afresh for move in moves], device=noise.device)
+        of_state = renoise(self.latents[slots], ab_from, ab_to, noise)
+        of_clean = add_noise(self.clean[slots], noise, ab_to)
+        self._put(slots, torch.where(rearrange(afresh, "b -> b 1 1 1 1"), of_clean, of_state))
+
+    def _inject(self, slots: list[int]) -> None:
+        moves, _, ab = self._take(slots)
+        noise = self._draw_above_clean(slots, moves)
+        latents, hole = [], []
+        for slot in slots:
+            request, known = self.running[slot].request, self.running[slot].known
+            assert known is not None, f"{request.name} injects: its request must say what is known"
+            latents.append(known.latents)
+            hole.append(known.mask)
+        noised = add_noise(torch.stack(latents).to(noise), noise, ab)
+        shown = torch.stack(hole).to(noise) == 0
+        self._put(slots, torch.where(shown, noised, self.latents[slots]))
+
+    def _put(self, slots: list[int], states: Batch) -> None:
+        self.latents[slots] = states.to(self.latents.dtype)
 
     def _take(self, slots: list[int]) -> tuple[list[Move], Tensor, Tensor]:
-        """The next move of each slot, and ᾱ where it starts and ends.
-
-        In float64: 1 − ᾱ is 1e-4 at the lowest level, of which float32 keeps three digits.
-        """
+        """The next move of each slot, and ᾱ where it starts and ends."""
         moves = [self.running[slot].moves.popleft() for slot in slots]
-        levels = torch.tensor([[m.source for m in moves], [m.target for m in moves]])
-        ab_from, ab_to = (
-            expand(self.denoiser.alpha_bar(level.to(self.latents.device))) for level in levels
-        )
-        return moves, ab_from, ab_to
+        ab_from = self._alpha_bars([move.source for move in moves])
+        return moves, ab_from, self._alpha_bars([move.target for move in moves])
+
+    def _alpha_bars(self, levels: list[int]) -> Float[Tensor, "batch 1 1 1 1"]:
+        """In float64: 1 − ᾱ is 1e-4 at the lowest level, of which float32 keeps three digits."""
+        return expand(self.denoiser.alpha_bar(torch.tensor(levels, device=self.latents.device)))
+
+    def _draw_above_clean(self, slots: list[int], moves: list[Move]) -> Batch:
+        """Noise for the slots whose moves end above the clean level, zeros for the others."""
+        noise = torch.zeros_like(self.latents[slots])
+        noised = [row for row, move in enumerate(moves) if move.target != CLEAN]
+        if noised:
+            noise[noised] = self._draw([slots[row] for row in noised])
+        return noise
 
     def _draw(self, slots: list[int]) -> Batch:
         noise = []
@@ -232,7 +396,13 @@ def inpaint(
     program = compile_schedule(parse(schedule), denoiser.timesteps)
     by_key = {example.key: example for example in examples}
     requests = [
-        Request(key, schedule, program, functools.partial(condition_of, denoiser, example))
+        Request(
+            key,
+            schedule,
+            program,
+            functools.partial(condition_of, denoiser, example),
+            functools.partial(known_of, denoiser, example),
+        )
         for key, example in by_key.items()
     ]
     for result in sample(denoiser, requests, capacity=capacity, seed=seed):
@@ -242,10 +412,24 @@ def inpaint(
 
 def condition_of(denoiser: Denoiser, example: Example) -> Condition:
     """What the network is told of an example, on the network's device."""
+    masked_latents, hole = _masked(denoiser, example)
+    return denoiser.condition(masked_latents, hole)[0]
+
+
+def known_of(denoiser: Denoiser, example: Example) -> Known:
+    """What is known of an example: the masked video's latents, on the network's device.
+
+    Not the video's own: those near the hole tell of it, the autoencoder looks beyond its cells.
+    """
+    masked_latents, hole = _masked(denoiser, example)
+    return Known(denoiser.normalise(masked_latents)[0], hole[0])
+
+
+def _masked(denoiser: Denoiser, example: Example) -> tuple[Batch, Float[Tensor, "1 frames 1 h w"]]:
     device = next(denoiser.network.parameters()).device
     masked_latents = torch.from_numpy(example.masked_latents).float()
     hole = latent_mask(example.mask, *masked_latents.shape[-2:])
-    return denoiser.condition(masked_latents[None].to(device), hole[None].to(device))[0]
+    return masked_latents[None].to(device), hole[None].to(device)
 
 
 def decode_result(autoencoder: Autoencoder, example: Example, latents: Latents) -> Frames:

@@ -1,107 +1,82 @@
 """Sampling schedules: a text that a person writes, compiled to a finite list of moves.
 
-    SOLVER:STEPS[(key=value,…)][+MOVE(key=value,…)]…      e.g. ddpm:50+resample(n=4)
+    SOLVER:STEPS[(key=value,…)][+MOVE[(key=value,…)]]…      e.g. ddpm:50+resample(n=4)
 
-Solvers
+The plain walk goes down STEPS levels to the clean state. Each move adds detours to it: from a level
+that the walk has just reached up again and back down. Detours start nowhere but on the plain walk,
+so what a schedule costs is the sum of what its moves cost.
+
+Solvers, one network evaluation a step unless it says so
     ddpm    ancestral sampling (Ho et al. 2020); variance=small (the default, the paper's Eq. 3)
             or variance=large (RaMViD's)
-    ddim    the deterministic sampler (Song et al. 2021)
+    ddim    eta=0 the deterministic sampler (the default), eta=1 ddpm's with the small variance
+            (Song et al. 2021)
+    dpmpp   DPM-Solver++ (2M) (Lu et al. 2022b): second order from the last two clean estimates;
+            first order at the start, after every UP, and down to the clean state
+    heun    Heun's method: second order by two evaluations a step, but one down to the clean state
+            (as Karras et al. 2022, Algorithm 1, but in the time of a rectified flow)
+    euler   Euler's method: along the line of a rectified flow (Liu et al. 2022), and the same as
+            ddim's step in either scale
 Moves
-    resample(n=K)    the paper's resampling: after each denoising step, the last one included, K
-                     times noise the state again and denoise it again
+    resample(n=K)            the paper's resampling: after each step, the last one included, K times
+                             noise the state again and denoise it again
+    jump(length=L,times=r)   RePaint's: at every L-th level, the last step left out, r − 1 times L
+                             levels up, one at a time, and down again (Lugmayr et al. 2022)
+    travel(length=L,times=r) DDNM's time travel: as jump, but up at once, with fresh noise on the
+                             last clean estimate (Wang et al. 2023, as their code has it)
+    restart(low=t,high=u,times=K,steps=N)
+                             Restart sampling: from the level nearest to t, K times up to u at once
+                             and N steps down (Xu et al. 2023; they count N + 1 levels); may be
+                             given more than once
+    inject                   RePaint's known region on top of the condition: after every DOWN, and
+                             every UP that starts from a clean estimate, what the mask shows is
+                             replaced by the known latents, noised to the level
+    ablate_clamp             for ablation: clamp every clean estimate to [−1, 1], as code for pixels
+                             does, in the units that the process diffuses
+below=t, of resample, jump and travel, leaves out detours that rise above t.
+Presets
+    paper(n=K) is resample(n=K); ramvid(R=K) is resample(n=K−1): RaMViD counts denoisings, not
+    repetitions; repaint is jump; ddnm is travel.
 
+Levels: t and u, from 0 to 1, name the timestep t·T − 1: 0 is clean, 1 the noisiest, and in between
+they are a flow's time.
 Spacing: of T timesteps, S steps visit ⌊(S − i)·T/S⌉ − 1 for i = 0 … S − 1 and then the clean state
-("trailing"; Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", Table
-2). So every schedule starts at T − 1, where its state is pure noise, and S = T visits them all.
+(spacing=trailing, the default), so that every schedule starts at T − 1, where its state is pure
+noise; or ⌊T/S⌋·(S − 1 − i), as RePaint has them (spacing=leading), which start lower (Lin et al.
+2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", Table 2). Either way S = T
+visits them all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import itertools
-import re
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
+from typing import NamedTuple
 
 from ..jobs import BadInput
+from .language import SOLVERS, Schedule, Term, impossible, parse
+
+__all__ = [
+    "CLEAN",
+    "SOLVERS",
+    "Kind",
+    "Move",
+    "Program",
+    "Schedule",
+    "Term",
+    "compile_schedule",
+    "parse",
+    "spaced_timesteps",
+]
 
 CLEAN = -1  # the timestep of a state without noise
-
-Value = int | str
-
-
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One `key=value` of a solver or a move."""
-
-    read: Callable[[str], Value]
-    """The value that a text stands for; ValueError where it is none."""
-    wants: str
-    """What may be written, for an error's remedy."""
-    default: Value | None = None
-    """The value where none is given; None makes the option required."""
-
-
-def _whole(text: str) -> int:
-    if not re.fullmatch("[0-9]+", text):
-        raise ValueError(text)
-    return int(text)
-
-
-def _one_of(*choices: str) -> Option:
-    def read(text: str) -> str:
-        if text not in choices:
-            raise ValueError(text)
-        return text
-
-    return Option(read, " or ".join(choices), default=choices[0])
-
-
-Options = Mapping[str, Option]
-
-SOLVERS: dict[str, Options] = {
-    "ddpm": {"variance": _one_of("small", "large")},
-    "ddim": {},
-}
-MOVES: dict[str, Options] = {
-    "resample": {"n": Option(_whole, "a whole number, 0 or more")},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """A solver or a move with all its options, in the order in which they are declared."""
-
-    name: str
-    options: tuple[tuple[str, Value], ...] = ()
-
-    def __getitem__(self, key: str) -> Value:
-        return dict(self.options)[key]
-
-    def __str__(self) -> str:
-        return self.name + self.written_options()
-
-    def written_options(self) -> str:
-        """The options that are not at their defaults, in brackets; empty where all are."""
-        declared = (SOLVERS | MOVES)[self.name]
-        given = [f"{k}={v}" for k, v in self.options if v != declared[k].default]
-        return f"({','.join(given)})" if given else ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """What `parse` reads; `str` writes it in canonical form, without options at their defaults."""
-
-    solver: Term
-    steps: int
-    moves: tuple[Term, ...] = ()
-
-    def __str__(self) -> str:
-        solver = f"{self.solver.name}:{self.steps}{self.solver.written_options()}"
-        return "+".join([solver, *map(str, self.moves)])
+LONGEST = 1_000_000  # moves of a program
 
 
 class Kind(StrEnum):
@@ -109,15 +84,22 @@ class Kind(StrEnum):
 
     DOWN = "down"  # evaluate the network, then a solver's step to a less noisy level
     UP = "up"  # noise again, to a noisier level
+    INJECT = "inject"  # put the known latents, noised to the level, where the mask shows them
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Move:
     """One transition between two timesteps: T − 1 is the noisiest, −1 is clean."""
 
     kind: Kind
     source: int
     target: int
+    order: int = 0
+    """Of the solver, on a way DOWN: 1 or 2."""
+    evaluations: int = 0
+    """Network calls that it takes."""
+    afresh: bool = False
+    """On a way UP: from the last clean estimate, with fresh noise, not from the state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,131 +112,137 @@ class Program:
 
     @functools.cached_property
     def nfe(self) -> int:
-        """Network evaluations per clip: one for each DOWN."""
-        return sum(move.kind is Kind.DOWN for move in self.moves)
+        """Network evaluations per clip."""
+        return sum(move.evaluations for move in self.moves)
+
+    def count(self, kind: Kind) -> int:
+        """The moves of this kind."""
+        return sum(move.kind is kind for move in self.moves)
+
+    @property
+    def levels(self) -> list[int]:
+        """Every level that the state is at, one after another; INJECT stays where it is."""
+        changes = (move.target for move in self.moves if move.kind is not Kind.INJECT)
+        return [self.moves[0].source, *changes]
 
 
-def parse(text: str) -> Schedule:
-    """Read a schedule.
+class _Leg(NamedTuple):
+    """A stretch of the walk, down or up."""
 
-    Raises:
-        BadInput: `text` is no schedule; the message points at the place and gives a remedy.
-    """
-    first, *rest = text.split("+")
-    solver, steps = _read_term(text, 0, first, SOLVERS)
-    start, moves = len(first) + 1, list[Term]()
-    for piece in rest:
-        move, _ = _read_term(text, start, piece, MOVES)
-        if move.name in (before.name for before in moves):
-            raise _mistake(text, start, len(move.name), f"give {move.name} once")
-        moves.append(move)
-        start += len(piece) + 1
-    return Schedule(solver, steps, tuple(moves))
+    source: int
+    target: int
+    afresh: bool = False
+
+
+_Detour = tuple[int, list[_Leg]]  # the index of the level that it starts from, and its legs
 
 
 def compile_schedule(schedule: Schedule, timesteps: int = 1000) -> Program:
     """All moves of a schedule for a process of `timesteps` timesteps.
 
     Raises:
-        BadInput: the schedule has more steps than the process has timesteps.
+        BadInput: the schedule cannot be walked on so many timesteps, or is endless to all intents.
     """
     if schedule.steps > timesteps:
-        text = str(schedule)
         remedy = f"the model was trained with {timesteps} timesteps: give at most {timesteps}"
-        raise _mistake(text, text.index(":") + 1, len(str(schedule.steps)), remedy)
-    again = {term.name: term for term in schedule.moves}.get("resample")
-    repeats = int(again["n"]) if again else 0
-    levels = [*spaced_timesteps(schedule.steps, timesteps), CLEAN]
-    moves: list[Move] = []
-    for high, low in itertools.pairwise(levels):
-        down, up = Move(Kind.DOWN, high, low), Move(Kind.UP, low, high)
-        moves += [down, *[up, down] * repeats]
-    return Program(schedule, timesteps, tuple(moves))
+        raise impossible(schedule, schedule.solver, "steps", remedy)
+    spacing = schedule.solver.get("spacing", str)
+    levels = [*spaced_timesteps(schedule.steps, timesteps, spacing), CLEAN]
+    starting = defaultdict[int, list[_Leg]](list)
+    legs_in_all = 0
+    for term in schedule.moves:
+        for index, legs in _detours(schedule, term, levels, timesteps):
+            starting[index] += legs
+            legs_in_all += len(legs)
+            if legs_in_all > LONGEST:
+                raise BadInput(f"{schedule} has over {LONGEST:,} moves: go up less often")
+    walk: list[_Leg] = []
+    for index, (high, low) in enumerate(itertools.pairwise(levels), start=1):
+        walk += [_Leg(high, low), *starting[index]]
+    return Program(schedule, timesteps, tuple(_moves(schedule, walk)))
 
 
-def spaced_timesteps(steps: int, timesteps: int) -> list[int]:
-    """The levels that a schedule visits, noisiest first, in trailing spacing.
+def spaced_timesteps(steps: int, timesteps: int, spacing: str = "trailing") -> list[int]:
+    """The levels that a schedule visits, noisiest first.
 
-    In exact arithmetic: in floats the same formula gives diffusers one level too many at some
+    In exact arithmetic: in floats the trailing formula gives diffusers one level too many at some
     counts (62 at 61 steps of 1000, the last of them −1).
     """
+    if spacing == "leading":
+        return [(steps - 1 - i) * (timesteps // steps) for i in range(steps)]
     return [round(Fraction((steps - i) * timesteps, steps)) - 1 for i in range(steps)]
 
 
-_TERM = re.compile(
-    r"(?P<name>[A-Za-z_]\w*)(?P<colon>:(?P<steps>\w*))?(?P<open>\((?P<options>[^()]*)\))?"
-)
+def _detours(
+    schedule: Schedule, term: Term, levels: Sequence[int], timesteps: int
+) -> Iterator[_Detour]:
+    match term.name:
+        case "resample":
+            yield from _resampling(term, levels, timesteps)
+        case "jump" | "travel":
+            yield from _jumps(schedule, term, levels, timesteps)
+        case "restart":
+            yield _restart(schedule, term, levels, timesteps)
 
 
-def _read_term(text: str, start: int, piece: str, known: Mapping[str, Options]) -> tuple[Term, int]:
-    match = _TERM.match(piece)
-    if match is None:
-        raise _mistake(text, start, len(piece), _choices(known))
-    name = match["name"]
-    if name not in known:
-        raise _mistake(text, start, len(name), _choices(known, near=name))
-    steps = _read_steps(text, start, match, wanted=known is SOLVERS)
-    if match.end() < len(piece):
-        after = piece[match.end() :]
-        remedy = "close the bracket" if after.startswith("(") else "remove this"
-        raise _mistake(text, start + match.end(), len(after), remedy)
-    return Term(name, _read_options(text, start, match, known[name])), steps
+def _resampling(term: Term, levels: Sequence[int], timesteps: int) -> Iterator[_Detour]:
+    for index, (high, low) in enumerate(itertools.pairwise(levels), start=1):
+        if high <= _timestep(term, "below", timesteps):
+            yield index, [_Leg(low, high), _Leg(high, low)] * term.get("n", int)
 
 
-def _read_steps(text: str, start: int, match: re.Match[str], wanted: bool) -> int:
-    if not wanted:
-        if match["colon"]:
-            at, length = start + match.start("colon"), len(match["colon"])
-            raise _mistake(text, at, length, f"{match['name']} takes no steps: leave them out")
-        return 0
-    digits = match["steps"] or ""
-    if not re.fullmatch("[0-9]+", digits) or int(digits) < 1:
-        at = start + (match.start("steps") if match["colon"] else match.end("name"))
-        remedy = f"give the number of steps, 1 or more, as in {match['name']}:50"
-        raise _mistake(text, at, len(digits), remedy)
-    return int(digits)
+def _jumps(
+    schedule: Schedule, term: Term, levels: Sequence[int], timesteps: int
+) -> Iterator[_Detour]:
+    steps, length = schedule.steps, term.get("length", int)
+    if length >= steps:
+        remedy = f"no jump is that long in {steps} steps: give less than {steps}"
+        raise impossible(schedule, term, "length", remedy)
+    for above_last in range(0, steps - length, length):
+        index = steps - 1 - above_last
+        path = levels[index - length : index + 1]
+        if path[0] <= _timestep(term, "below", timesteps):
+            ups = [_Leg(low, high) for high, low in reversed(list(itertools.pairwise(path)))]
+            if term.name == "travel":
+                ups = [_Leg(path[-1], path[0], afresh=True)]
+            yield index, (ups + _way_down(path)) * (term.get("times", int) - 1)
 
 
-def _read_options(
-    text: str, start: int, match: re.Match[str], declared: Options
-) -> tuple[tuple[str, Value], ...]:
-    given: dict[str, Value] = {}
-    at = start + match.start("options")
-    for entry in match["options"].split(",") if match["open"] else []:
-        key, equals, written = entry.partition("=")
-        if key not in declared or not equals:
-            raise _mistake(text, at, len(entry), _usage(match["name"], declared))
-        if key in given:
-            raise _mistake(text, at, len(entry), f"give {key} once")
-        try:
-            given[key] = declared[key].read(written)
-        except ValueError:
-            remedy = f"{key} must be {declared[key].wants}"
-            raise _mistake(text, at + len(key) + 1, len(written), remedy) from None
-        at += len(entry) + 1
-    defaults = {k: option.default for k, option in declared.items() if option.default is not None}
-    values = defaults | given
-    if values.keys() != declared.keys():
-        raise _mistake(text, start, match.end(), _usage(match["name"], declared))
-    return tuple((key, values[key]) for key in declared)
+def _restart(schedule: Schedule, term: Term, levels: Sequence[int], timesteps: int) -> _Detour:
+    wanted = _timestep(term, "low", timesteps)
+    index = min(range(1, len(levels)), key=lambda i: abs(levels[i] - wanted))
+    low = levels[index]
+    high = round(_timestep(term, "high", timesteps))
+    steps = term.get("steps", int)
+    if high <= low:
+        remedy = f"its restarts begin at {(low + 1) / timesteps:.4g}: give more than that"
+        raise impossible(schedule, term, "high", remedy)
+    if steps > high - low:
+        remedy = f"from the timestep {high} to {low} there are fewer: give at most {high - low}"
+        raise impossible(schedule, term, "steps", remedy)
+    path = [low + round(Fraction((high - low) * left, steps)) for left in range(steps, -1, -1)]
+    return index, [_Leg(low, high), *_way_down(path)] * term.get("times", int)
 
 
-def _usage(name: str, declared: Options) -> str:
-    if not declared:
-        return f"{name} has no options: leave the brackets out"
-    listed = "; ".join(f"{key} is {option.wants}" for key, option in declared.items())
-    return f"write {name}({','.join(f'{key}=…' for key in declared)}), where {listed}"
+def _way_down(path: Sequence[int]) -> list[_Leg]:
+    return [_Leg(high, low) for high, low in itertools.pairwise(path)]
 
 
-def _choices(known: Mapping[str, Options], near: str = "") -> str:
-    guess = difflib.get_close_matches(near, known, n=1)
-    if guess:
-        return f"did you mean {guess[0]}?"
-    if known is SOLVERS:
-        return f"begin with SOLVER:STEPS; the solvers are {', '.join(known)}"
-    return f"write MOVE(key=value); the moves are {', '.join(known)}"
+def _timestep(term: Term, key: str, timesteps: int) -> Decimal:
+    return term.get(key, Decimal) * timesteps - 1
 
 
-def _mistake(text: str, at: int, length: int, remedy: str) -> BadInput:
-    caret = " " * at + "^" * max(1, length)
-    return BadInput(f"cannot read this schedule\n  {text}\n  {caret} {remedy}")
+def _moves(schedule: Schedule, walk: Sequence[_Leg]) -> Iterator[Move]:
+    solver, injects = schedule.solver.name, schedule.has("inject")
+    fresh = True  # whether no clean estimate is of this very way down
+    for source, target, afresh in walk:
+        rises = target > source
+        if rises:
+            yield Move(Kind.UP, source, target, afresh=afresh)
+        else:
+            second = target != CLEAN and (solver == "heun" or (solver == "dpmpp" and not fresh))
+            evaluations = 2 if second and solver == "heun" else 1
+            yield Move(Kind.DOWN, source, target, 1 + second, evaluations)
+        if injects and (afresh or not rises):
+            yield Move(Kind.INJECT, target, target)
+        fresh = rises

@@ -2,30 +2,49 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 from vidfill import seeding
 from vidfill.data.shards import Example
 from vidfill.jobs import BadInput
 from vidfill.modeling.autoencoder import Autoencoder
-from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, LatentSpace, alpha_bars, expand
-from vidfill.modeling.unet import VideoUNet
-from vidfill.sampling.sampler import Request, Result, condition_of, inpaint, sample
-from vidfill.sampling.schedules import CLEAN, compile_schedule, parse
+from vidfill.modeling.diffusion import Denoiser
+from vidfill.sampling.sampler import (
+    CAPACITY,
+    Request,
+    Result,
+    condition_of,
+    find_capacity,
+    inpaint,
+    known_of,
+    largest_batch,
+    sample,
+)
+from vidfill.sampling.schedules import compile_schedule, parse
 
 MakeExample = Callable[[str], Example]
-MIXED = ["ddpm:5+resample(n=2)", "ddim:7", "ddpm:3(variance=large)", "ddim:2+resample(n=1)"]
+MIXED = [
+    "ddpm:5+resample(n=2)",
+    "ddim:7",
+    "ddpm:3(variance=large)",
+    "ddim:2+resample(n=1)",
+    "ddim:4(eta=0.5)+jump(length=2,times=2)+inject",
+    "dpmpp:5+restart(low=0.2,high=0.6,times=1,steps=2)",
+    "heun:3+travel(length=1,times=2)+inject",
+    "euler:3+ablate_clamp",
+]
+NFES = [15, 7, 3, 4, 6, 7, 9, 3]
 CLIPS = ["a", "bb", "ccc"]
 
 
-def run(denoiser: Denoiser, requests: Sequence[Request], capacity: int) -> dict[str, Result]:
-    results = sample(denoiser, requests, capacity=capacity, seed=1)
+def run(
+    denoiser: Denoiser, requests: Sequence[Request], capacity: int, padded: bool = False
+) -> dict[str, Result]:
+    results = sample(denoiser, requests, capacity=capacity, seed=1, padded=padded)
     return {f"{result.request.clip} {result.request.name}": result for result in results}
 
 
@@ -38,6 +57,7 @@ def requests_for(
             schedule,
             compile_schedule(parse(schedule), denoiser.timesteps),
             functools.partial(condition_of, denoiser, make_example(clip)),
+            functools.partial(known_of, denoiser, make_example(clip)),
         )
         for clip in clips
         for schedule in schedules
@@ -57,6 +77,43 @@ def test_batched_equals_alone(denoiser: Denoiser, make_example: MakeExample) -> 
         alone |= run(denoiser, [request], capacity=1)
     assert len(alone) == len(requests)
     assert_same(run(denoiser, requests, capacity=5), alone)
+
+
+def test_draws_are_those_of_seed_clip_and_number_whatever_the_batch(
+    denoiser: Denoiser, make_example: MakeExample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = requests_for(denoiser, make_example, MIXED, ["a"])
+    generator, drawn = seeding.generator, list[tuple[str | int, ...]]()
+
+    def recording(*parts: str | int) -> torch.Generator:
+        drawn.append(parts)
+        return generator(*parts)
+
+    monkeypatch.setattr(seeding, "generator", recording)
+    by_capacity = []
+    for capacity in (1, 3, 8):
+        drawn.clear()
+        run(denoiser, requests, capacity)
+        by_capacity.append(sorted(drawn, key=str))
+    assert by_capacity[0] == by_capacity[1] == by_capacity[2]
+    # Of ddpm:5+resample(n=2): the start, 2 ups a level, and 3 downs at all levels but the last.
+    assert set(by_capacity[0]) == {(1, "a", draw) for draw in range(1 + 10 + 12)}
+
+
+@pytest.mark.parametrize("watched", [1, 4, 5, 6])
+def test_a_padded_result_is_the_same_bit_for_bit_whatever_the_other_slots_hold(
+    denoiser: Denoiser, make_example: MakeExample, watched: int
+) -> None:
+    # The longest programs start first, in the order given: the watched one takes the first slot
+    # beside any that are no longer.
+    (request,) = requests_for(denoiser, make_example, [MIXED[watched]], ["a"])
+    others = requests_for(denoiser, make_example, MIXED, ["bb", "ccc"])
+    beside = [other for other in others if other.program.nfe <= request.program.nfe]
+    name = f"a {MIXED[watched]}"
+    alone = run(denoiser, [request], capacity=4, padded=True)[name]
+    for company in (beside[:1], beside):
+        together = run(denoiser, [request, *company], capacity=4, padded=True)[name]
+        assert torch.equal(together.latents, alone.latents)
 
 
 def test_the_order_of_the_requests_does_not_matter(
@@ -106,7 +163,7 @@ def test_counted_network_evaluations_are_the_programs(
     requests = requests_for(denoiser, make_example, MIXED, CLIPS)
     told: list[int] = []
     list(sample(denoiser, requests, capacity=5, seed=0, on_evaluations=told.append))
-    assert sum(calls) == sum(request.program.nfe for request in requests) == 3 * (15 + 7 + 3 + 4)
+    assert sum(calls) == sum(request.program.nfe for request in requests) == 3 * sum(NFES)
     assert calls == told
 
 
@@ -114,7 +171,7 @@ def test_a_finished_trajectorys_slot_is_taken_by_the_next(
     denoiser: Denoiser, make_example: MakeExample
 ) -> None:
     # 15 evaluations beside 7 + 4 + 3: with the longest first, two slots need no more than 15 calls.
-    requests = requests_for(denoiser, make_example, MIXED[::-1], ["a"])
+    requests = requests_for(denoiser, make_example, MIXED[3::-1], ["a"])
     calls: list[int] = []
     list(sample(denoiser, requests, capacity=2, seed=0, on_evaluations=calls.append))
     assert len(calls) == 15
@@ -178,96 +235,58 @@ def test_an_example_without_pixels_is_refused_with_a_remedy(
         list(inpaint(denoiser, autoencoder, [bare], "ddim:1", seed=0, capacity=1))
 
 
-# A Gaussian: every value of the data is N(MEAN, std²), so the denoiser is known in closed form.
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp", "heun"])
+def test_injected_latents_stand_at_the_end_where_the_mask_shows_them(
+    denoiser: Denoiser, make_example: MakeExample, solver: str
+) -> None:
+    example = make_example("a")
+    shown = known_of(denoiser, example).mask.expand(-1, 4, -1, -1) == 0
+    assert shown.any() and not shown.all()
+    known = torch.from_numpy(example.masked_latents).float()
+    schedule = f"{solver}:3+resample(n=1)"
+    with_known, plain = (
+        run(denoiser, requests_for(denoiser, lambda key: example, [text], ["a"]), capacity=1)
+        for text in (f"{schedule}+inject", schedule)
+    )
+    (injected,), (free,) = with_known.values(), plain.values()
+    torch.testing.assert_close(injected.latents[shown], known[shown])
+    assert float((free.latents - known)[shown].abs().min()) > 1e-4
+    assert float((injected.latents - known)[~shown].abs().min()) > 1e-4
 
-MEAN = 0.7
-SHAPE = (4, 4, 32, 32)
-SAMPLES = math.prod(SHAPE)
 
+class SmallMemory(Denoiser):
+    """Runs out of memory as an accelerator does."""
 
-class GaussianDenoiser(Denoiser):
-    def __init__(self, std: float) -> None:
-        space = LatentSpace(shape=[], mean=[0.0] * 4, std=[], autoencoder={})
-        super().__init__(
-            VideoUNet(block_out_channels=(32,)), DiffusionConfig(normalise=False), space
-        )
-        self.std = std
+    most = 0
 
     def denoise(self, latents: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        ab = expand(self.alpha_bar(timestep))
-        gain = ab.sqrt() * self.std**2 / (ab * self.std**2 + 1 - ab)
-        return MEAN + gain * (latents - ab.sqrt() * MEAN)
+        if len(latents) > self.most:
+            raise torch.OutOfMemoryError
+        return latents
 
 
-def sample_gaussian(schedule: str, std: float) -> Tensor:
-    program = compile_schedule(parse(schedule))
-    request = Request("clip", schedule, program, lambda: torch.zeros(SHAPE, dtype=torch.float64))
-    (result,) = sample(GaussianDenoiser(std), [request], capacity=1, seed=0)
-    return result.latents
-
-
-def test_the_programs_last_level_has_no_noise() -> None:
-    assert GaussianDenoiser(std=1.0).alpha_bar(torch.tensor([CLEAN])) == 1
-
-
-def assert_gaussian(values: Tensor, std: float, slack: float = 0.0) -> None:
-    """Mean and deviation within four standard errors, and `slack` of the deviation."""
-    error = std / math.sqrt(SAMPLES)
-    assert float(values.mean()) == pytest.approx(MEAN, abs=4 * error)
-    assert float(values.std()) == pytest.approx(std, abs=4 * error / math.sqrt(2) + slack * std)
-
-
-@pytest.mark.parametrize("std", [0.5, 2.0])
-@pytest.mark.parametrize("schedule", ["ddpm:250", "ddim:250", "ddim:250+resample(n=1)"])
-def test_many_steps_reproduce_a_gaussians_distribution(schedule: str, std: float) -> None:
-    assert_gaussian(sample_gaussian(schedule, std), std, slack=0.03)
-
-
-@pytest.mark.parametrize(("steps", "n"), [(1, 0), (5, 0), (50, 0), (50, 4), (5, 10)])
-def test_large_variance_is_exact_on_unit_gaussians_and_resampling_leaves_it_so(
-    steps: int, n: int
+@pytest.mark.parametrize("wanted", [1, 5, 64, 1000])
+@pytest.mark.parametrize("most", [2, 3, 9, 63, 64, 500])
+def test_the_largest_batch_is_the_largest_that_fits_with_an_eighth_to_spare(
+    denoiser: Denoiser, make_example: MakeExample, most: int, wanted: int
 ) -> None:
-    # The reverse step is then exact, and so is the forward one: no level's distribution changes.
-    # Only the last DOWN gives the posterior mean in place of a draw: from a variance v of the clean
-    # state, UP and DOWN at the last level make ab·(ab·v + 1 − ab).
-    last = alpha_bars(DiffusionConfig())[round(1000 / steps) - 1].item()
-    variance = last
-    for _ in range(n):
-        variance = last * (last * variance + 1 - last)
-    values = sample_gaussian(f"ddpm:{steps}(variance=large)+resample(n={n})", std=1.0)
-    assert float(values.var()) == pytest.approx(variance, rel=4 * math.sqrt(2 / SAMPLES))
+    small = SmallMemory(denoiser.network, denoiser.config, denoiser.space)
+    small.most = most
+    found = largest_batch(small, condition_of(denoiser, make_example("a")), wanted)
+    assert found == min(wanted, most * 8 // 9)
 
 
-@pytest.mark.parametrize("steps", [1, 10, 50, 500])
-def test_ddim_is_diffusers_ddim(steps: int) -> None:
-    denoiser = GaussianDenoiser(std=0.5)
-    theirs = DDIMScheduler(
-        beta_schedule="linear",
-        beta_start=1e-4,
-        beta_end=0.02,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="trailing",
-        prediction_type="sample",
-    )
-    theirs.alphas_cumprod = alpha_bars(DiffusionConfig())  # theirs are in float32
-    theirs.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-    theirs.set_timesteps(steps)
-    noise = torch.randn(SHAPE, generator=seeding.generator(0, "clip", 0))
-    state = noise.double()[None]
-    for timestep in theirs.timesteps:
-        clean = denoiser.denoise(state, timestep[None], torch.empty(0))
-        state = theirs.step(clean, int(timestep), state).prev_sample
-    torch.testing.assert_close(
-        sample_gaussian(f"ddim:{steps}", std=0.5), state[0], rtol=1e-5, atol=1e-5
-    )
+def test_a_clip_that_does_not_fit_is_refused_with_a_remedy(
+    denoiser: Denoiser, make_example: MakeExample
+) -> None:
+    small = SmallMemory(denoiser.network, denoiser.config, denoiser.space)
+    with pytest.raises(BadInput, match="one clip does not fit into the memory of cpu"):
+        largest_batch(small, condition_of(denoiser, make_example("a")), 4)
 
 
-def test_draw_0_is_the_state_that_every_schedule_starts_from() -> None:
-    # One DDIM step on a Gaussian is linear in its start, so the start can be read off its result.
-    noise = torch.randn(SHAPE, generator=seeding.generator(0, "clip", 0)).double()
-    ab = alpha_bars(DiffusionConfig())[999]
-    gain = ab.sqrt() * 0.25 / (ab * 0.25 + 1 - ab)
-    expected = MEAN + gain * (noise - ab.sqrt() * MEAN)
-    torch.testing.assert_close(sample_gaussian("ddim:1", std=0.5), expected)
-    torch.testing.assert_close(sample_gaussian("ddpm:1", std=0.5), expected)
+def test_no_more_slots_are_taken_than_shorten_the_run(
+    denoiser: Denoiser, make_example: MakeExample
+) -> None:
+    requests = requests_for(denoiser, make_example, ["ddim:20", "ddim:4"], ["a", "bb"])
+    assert find_capacity(denoiser, requests) == 3  # 48 evaluations, of which 20 follow each other
+    assert find_capacity(denoiser, requests * 20) == CAPACITY
