@@ -110,3 +110,77 @@ def test_a_clip_without_a_hole_has_no_hole_metrics(truth: np.ndarray) -> None:
     values = metrics.measure(truth, truth, np.zeros(truth.shape[:3], np.uint8))
     nan = {name for name, value in values.items() if np.isnan(value)}
     assert nan == {"psnr_hole", "colour_error", "temporal_error"}
+
+
+def test_ssim_65_is_scikit_images_with_that_window() -> None:
+    truth = RANDOM.integers(0, 256, (2, 70, 81, 3), dtype=np.uint8)
+    result = np.clip(truth + RANDOM.normal(0, 30, truth.shape), 0, 255).astype(np.uint8)
+    theirs = [
+        structural_similarity(t, r, win_size=65, channel_axis=-1)
+        for t, r in zip(truth, result, strict=True)
+    ]
+    assert metrics.ssim_65(result, truth) == pytest.approx(np.mean(theirs), abs=1e-9)
+
+
+def test_frames_smaller_than_its_window_have_no_ssim_65(truth: np.ndarray) -> None:
+    assert np.isnan(metrics.ssim_65(truth, truth))
+
+
+def test_flicker_is_the_jump_of_the_holes_whole_colour() -> None:
+    truth = grey(100, 100, 100)
+    assert metrics.flicker(grey(110, 110, 110), truth, whole(3)) == 0
+    assert metrics.flicker(grey(100, 110, 95), truth, whole(3)) == (10 + 15) / 2
+
+
+def test_what_cancels_within_a_hole_does_not_flicker() -> None:
+    result = grey(100, 100)
+    result[1, 0] += 20
+    result[1, 1] -= 20
+    assert metrics.flicker(result, grey(100, 100), whole(2)) == 0
+    assert metrics.temporal_error(result, grey(100, 100), whole(2)) == 20
+
+
+def test_flicker_compares_frames_that_follow_each_other_only() -> None:
+    mask = whole(4)
+    mask[1] = 0
+    assert metrics.flicker(grey(0, 0, 110, 117), grey(100, 0, 100, 100), mask) == 7
+
+
+def test_a_stationary_hole_flickers_no_more_than_its_temporal_error(
+    truth: np.ndarray, result: np.ndarray, mask: np.ndarray
+) -> None:
+    error = metrics.temporal_error(result, truth, mask)
+    assert 0 < metrics.flicker(result, truth, mask) < error
+
+
+def test_a_patch_of_another_shade_is_off_by_that_at_its_seam(mask: np.ndarray) -> None:
+    truth = np.full((*mask.shape, 3), 100, np.uint8)
+    for shade in (93, 107):
+        result = np.where(mask[..., None] == 1, shade, truth).astype(np.uint8)
+        assert metrics.seam_error(result, truth, mask) == 7
+
+
+def test_what_lies_inside_the_hole_does_not_show_at_its_seam(
+    truth: np.ndarray, mask: np.ndarray
+) -> None:
+    result = truth.copy()
+    result[:, 7:11, 6:9] = 0
+    assert metrics.seam_error(result, truth, mask) == 0
+    result[:, 6, 5] = 255 - truth[:, 6, 5]
+    assert metrics.seam_error(result, truth, mask) > 0
+
+
+def test_the_steps_across_a_seam_are_those_to_the_sides_and_above_and_below() -> None:
+    truth = np.zeros((1, 3, 3, 3), np.uint8)
+    mask = np.zeros((1, 3, 3), np.uint8)
+    mask[0, 1, 1] = 1
+    truth[0, 1, 0], truth[0, 1, 2], truth[0, 0, 1], truth[0, 2, 1] = 10, 20, 30, 40
+    result = truth.copy()
+    result[0, 1, 1] = 25  # steps of 15, 5, 5, 15 where the truth's are 10, 20, 30, 40
+    assert metrics.seam_error(result, truth, mask) == (5 + 15 + 25 + 25) / 4
+
+
+@pytest.mark.parametrize("hole", [0, 1])
+def test_without_a_border_there_is_no_seam(truth: np.ndarray, hole: int) -> None:
+    mask = np.full(truth.shape[:3], hole, np.uint8)
+    assert np.isnan(metrics.seam_error(truth, truth, mask))
