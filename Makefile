@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check soak format clean
 
 demo: $(INSTALLED)
 	$(RUN)/vidfill demo --out runs/demo
@@ -17,6 +17,9 @@ check: $(INSTALLED)
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 	$(RUN)/pytest
+
+soak: $(INSTALLED)
+	$(RUN)/python -m benchmarks.soak
 
 format: $(INSTALLED)
 	$(RUN)/ruff check --fix .

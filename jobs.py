@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import hashlib
 import itertools
@@ -66,14 +67,17 @@ def _say_error(verb: str, error: BadInput | OSError) -> None:
     if rank and isinstance(error, BadInputEverywhere):
         return
     process = f"[rank {rank}] " if rank else ""
-    said = _describe(error) if isinstance(error, OSError) else error
-    print(f"{process}vidfill {verb}: error: {said}", file=sys.stderr)
+    print(f"{process}vidfill {verb}: error: {describe(error)}", file=sys.stderr)
 
 
-def _describe(error: OSError) -> str:
+def describe(error: Exception) -> str:
+    """What is said of an error that ends a job: the text of a BadInput, a line of any other."""
+    if isinstance(error, BadInput):
+        return str(error)
     # A full disk comes without the file's name, and a library's own OSError without either.
-    known = [str(part) for part in (error.filename, error.strerror) if part]
-    return ": ".join(known) or str(error).partition("\n")[0] or type(error).__name__
+    known = [error.filename, error.strerror] if isinstance(error, OSError) else []
+    said = ": ".join(str(part) for part in known if part)
+    return said or str(error).partition("\n")[0] or type(error).__name__
 
 
 def parse(
@@ -85,6 +89,8 @@ def parse(
     describes the job and each field's docstring is its help. `--config FILE.yaml` and
     `--print_config` come with every job.
     """
+    import argparse
+
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -93,15 +99,38 @@ def parse(
         description=config_class.__doc__,
         epilog=examples,
         formatter_class=_HelpFormatter(),
+        exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="A YAML file of the options below.")
     parser.add_class_arguments(config_class, as_group=False, as_positional=True)
     words = sys.argv[1:] if argv is None else argv
-    namespace = parser.parse_args(_complete_switches(words, _find_switches(config_class)))
+    try:
+        namespace = parser.parse_args(_complete_switches(words, _find_switches(config_class)))
+    except argparse.ArgumentError as error:
+        options = [option.lstrip("-") for option in parser._option_string_actions]
+        said = _explain(str(error), options)
+        _say_error(verb, BadInputEverywhere(f"{said} (`vidfill {verb} --help` lists all)"))
+        sys.exit(2)
     fields = parser.instantiate(namespace)
     return config_class(
         **{field.name: fields[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     )
+
+
+def _explain(message: str, options: Sequence[str]) -> str:
+    """The parser's message in one line, with the option that may have been meant."""
+    said = re.sub(
+        r"Expected a typing\.Literal\[(.*?)\]\.", lambda m: f"give one of {m[1]}.", message
+    )
+    said = re.sub(r"Expected a <class '(\w+)'>\.", r"give a value of type \1.", said)
+    unknown = re.search(r"unrecognized arguments: --([\w.]+)|ption '([\w.]+)'", message)
+    if unknown:
+        group = re.search(r"Group '([\w.]+)'", message)
+        wrong = unknown[1] or (f"{group[1]}.{unknown[2]}" if group else unknown[2])
+        near = difflib.get_close_matches(wrong, options, n=1)
+        near = near or [option for option in options if option.endswith(f".{wrong}")]
+        said += f": did you mean {near[0]}?" if near else ""
+    return " ".join(said.split())
 
 
 def _find_switches(config_class: type, prefix: str = "--") -> set[str]:

@@ -11,7 +11,6 @@ import os
 import platform
 import random
 import shlex
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,11 +25,11 @@ from vidfill.data.encode import EncodeConfig, encode
 from vidfill.data.layout import index_name, shard_name
 from vidfill.data.order import Order, choose_lanes
 from vidfill.data.synth import SynthConfig, synth
-from vidfill.modeling.autoencoder import Precision
+from vidfill.modeling.precision import Precision
 from webdataset import shuffle
 
 from . import readers, throttled
-from .machine import processor
+from .machine import processor, spread, summarise
 from .readers import FRAMES, LIMIT, LOADED, OURS, PLAIN, READERS, Rates, Work
 
 EXAMPLES = """examples:
@@ -137,11 +136,6 @@ def summarise_readers(
     }
 
 
-def summarise(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, least, most."""
-    return statistics.median(values), min(values), max(values)
-
-
 def readers_table(found: dict[str, Any]) -> str:
     lines = [
         "| reader | cores | examples/s | MB/s | of webdataset | of the copy limit | first epoch |",
@@ -159,11 +153,6 @@ def readers_table(found: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def spread(values: tuple[float, float, float], style: str) -> str:
-    middle, least, most = (style.format(value) for value in values)
-    return f"{middle} ({least}–{most})"
 
 
 # The shuffle

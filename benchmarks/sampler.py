@@ -6,17 +6,12 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import platform
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import diffusers
 import torch
-import vidfill
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 from vidfill import jobs, seeding
@@ -26,7 +21,7 @@ from vidfill.modeling.unet import VideoUNet
 from vidfill.sampling.sampler import Request, sample
 from vidfill.sampling.schedules import CLEAN, Schedule, compile_schedule, parse
 
-from .machine import processor
+from .machine import clock, describe, spread, summarise
 
 EXAMPLES = """examples:
   python -m benchmarks.sampler
@@ -221,15 +216,9 @@ def time_rounds(work: Work, rounds: int) -> list[dict[str, float]]:
 
 
 def time_way(work: Work, way: Callable[[Work], Samples]) -> float:
-    began = clock(work)
+    began = clock(work.device, work.processor_time)
     way(work)
-    return clock(work) - began
-
-
-def clock(work: Work) -> float:
-    if work.device.type == "cuda":
-        torch.cuda.synchronize(work.device)
-    return time.process_time() if work.processor_time else time.perf_counter()
+    return clock(work.device, work.processor_time) - began
 
 
 # What is printed
@@ -241,31 +230,12 @@ def table(work: Work, calls: dict[str, int], measured: list[dict[str, float]]) -
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in WAYS:
-        seconds = spread([each[name] for each in measured], "{:.2f}")
-        ratio = spread([each[LIMIT] / each[name] for each in measured], "{:.2f}")
+        seconds = spread(summarise([each[name] for each in measured]), "{:.2f}")
+        ratios = [each[LIMIT] / each[name] for each in measured]
         used = work.evaluations / (calls[name] * work.capacity)
         counts = f"{work.evaluations} | {calls[name]} | {used:.0%}"
-        lines.append(f"| {name} | {counts} | {seconds} | {ratio} |")
+        lines.append(f"| {name} | {counts} | {seconds} | {spread(summarise(ratios), '{:.2f}')} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float], style: str) -> str:
-    middle, least, most = (
-        style.format(each) for each in (statistics.median(values), min(values), max(values))
-    )
-    return f"{middle} ({least}–{most})"
-
-
-def describe(device: torch.device) -> str:
-    """Versions and hardware."""
-    versions = (
-        f"vidfill {vidfill.__version__}, diffusers {diffusers.__version__}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    hardware = f"{processor()}, {torch.get_num_threads()} thread(s)"
-    if device.type == "cuda":
-        hardware = f"{torch.cuda.get_device_name(device)}; {hardware}"
-    return f"{versions}\n{hardware}"
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:

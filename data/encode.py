@@ -32,7 +32,8 @@ from torch import Tensor
 
 from .. import jobs
 from ..crew import Crew, choose_device
-from ..modeling.autoencoder import PAPERS, Autoencoder, Precision, load_autoencoder, to_pixels
+from ..modeling.autoencoder import PAPERS, Autoencoder, load_autoencoder, to_pixels
+from ..modeling.precision import Precision
 from . import masks, shards, sources
 from .layout import SKIPPED
 from .order import choose_lanes

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..jobs import BadInput
 from .attention import attention_backend
+from .precision import Precision, autocast
 from .unet import VideoUNet
 
 
@@ -118,31 +118,50 @@ class Cost:
 
     parameters: int
     multiply_adds: int  # of matrix products, convolutions and attention, in a forward pass
-    kept_bytes: int  # of activations, in float32, that a forward pass keeps for the backward pass
+    kept_bytes: int  # of activations that a forward pass keeps for the backward pass
+
+    @property
+    def training_operations(self) -> int:
+        """Of a forward and a backward pass, which takes two forward passes' operations."""
+        return 3 * 2 * self.multiply_adds
 
 
 def measure(name: str, frames: int, height: int, width: int) -> Cost:
-    """The cost of a preset on one clip of 4-channel latents and a condition of as many.
+    """The cost of a preset on one clip of 4-channel latents and a condition of as many."""
+    return cost_of(lambda: build(name, 4, 4), frames, height, width)
+
+
+def cost_of(
+    make: Callable[[], VideoUNet],
+    frames: int,
+    height: int,
+    width: int,
+    precision: Precision = "float32",
+) -> Cost:
+    """The cost of the network that `make` makes, on one clip.
 
     Nothing is computed: shapes alone are followed.
     """
-    attention_backend("cpu", torch.float32)  # probes with real tensors, which it finds here alone
+    # Probes with real tensors, which it finds here alone.
+    attention_backend("cpu", getattr(torch, precision))
     with FakeTensorMode():
-        network = build(name, 4, 4)
-        latents = torch.empty(1, frames, 4, height, width)
-        kept = _kept_bytes(network, latents)
+        kept = _kept_bytes(make(), (1, frames, height, width), precision)
     with torch.device("meta"):
-        network = build(name, 4, 4)
-        latents = torch.empty(1, frames, 4, height, width)
+        network = make()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(latents, torch.zeros(1), latents)
+            _forward(network, (1, frames, height, width))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Cost(parameters, counter.get_total_flops() // 2, kept)
 
 
-def _kept_bytes(
-    network: VideoUNet, latents: Float[Tensor, "1 frames channels height width"]
-) -> int:
+def _forward(network: VideoUNet, shape: tuple[int, int, int, int]) -> Tensor:
+    batch, frames, height, width = shape
+    latents = torch.empty(batch, frames, network.config["latent_channels"], height, width)
+    condition = torch.empty(batch, frames, network.config["condition_channels"], height, width)
+    return network(latents, torch.zeros(batch), condition)
+
+
+def _kept_bytes(network: VideoUNet, shape: tuple[int, int, int, int], precision: Precision) -> int:
     """Bytes of the distinct tensors that a backward pass needs, without the parameters."""
     owned = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, Tensor] = {}
@@ -153,8 +172,11 @@ def _kept_bytes(
             kept[storage] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = network(latents, torch.zeros(1), latents)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        autocast(torch.device("cpu"), precision),
+    ):
+        output = _forward(network, shape)
     assert output.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

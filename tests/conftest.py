@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 install_import_hook(
-    ["vidfill.crew", "vidfill.modeling", "vidfill.data", "vidfill.sampling", "vidfill.train"],
+    [f"vidfill.{part}" for part in ("crew", "data", "launch", "modeling", "sampling", "train")],
     "beartype.beartype",
 )
 

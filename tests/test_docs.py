@@ -17,6 +17,7 @@ MODULE_VERBS = {
     "vidfill.data.encode": "data.encode",
     "vidfill.train": "train.loop",
     "vidfill.train.autoencoder": "train.autoencoder",
+    "vidfill.train.doctor": "train.doctor",
 }
 
 

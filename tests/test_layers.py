@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "data": {"jobs", "seeding", "crew", "modeling"},
     "sampling": {"jobs", "seeding", "crew", "modeling", "data"},
     "train": {"jobs", "seeding", "crew", "modeling", "data", "sampling"},
-    "launch": {"jobs", "train.config"},
+    "launch": {"jobs", "train.config", "train.deepspeed"},
 }
 HEAVY = ("torch", "numpy", "diffusers", "accelerate", "av", "cv2", "matplotlib", "jsonargparse")
 

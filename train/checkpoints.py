@@ -1,202 +1,263 @@
-"""Checkpoints: one format, by parameter name, for any number of processes and either ZeRO stage.
+"""The run's checkpoints: one format, by parameter name, for any number of processes and ZeRO stage.
 
-checkpoints/latest                     the newest checkpoint's name, written last
-checkpoints/step-00001000/model/       the averaged weights, as `Denoiser.load` reads them
-checkpoints/step-00001000/weights.safetensors
-checkpoints/step-00001000/moments.safetensors
-checkpoints/step-00001000/state.json   the step, and each file's hash
+The first process gathers the state into its memory, which is all that the loop waits for; a thread
+of it writes that aside, flushed and hashed, while training goes on. `modeling/checkpoint.py` says
+what lies where.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import json
 import shutil
-import sys
-from collections.abc import Iterator
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from safetensors.torch import load_file, save_file
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import jobs
+from ..modeling.checkpoint import (
+    LATEST,
+    MODEL,
+    Damaged,
+    name_of,
+    newest_first,
+    newest_whole,
+    read_state,
+    seal,
+)
 from ..modeling.diffusion import Denoiser
-from .state import TrainState
+from ..modeling.unet import VideoUNet
+from .config import TrainConfig
+from .state import TrainState, kinds, read_full, write_full
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class Damaged(Exception):
-    """A checkpoint whose files are not what was written."""
+_AVERAGE = "average_"  # begins the kinds that are written as models
 
 
-def save_checkpoint(
-    folder: Path, state: TrainState, denoiser: Denoiser, accelerator: Accelerator, keep: int
-) -> None:
-    """Write the state; every process calls this, the first one writes."""
-    weights, moments = _gather(state, accelerator)
-    if accelerator.is_main_process:
-        path = folder / f"step-{state.step:08}"
-        with jobs.aside(path) as partial:
-            _write(partial, weights, moments, state, denoiser)
-            if path.exists():  # a damaged one, which the run did not continue from
-                shutil.rmtree(path)
-        jobs.write_atomically(folder / "latest", path.name.encode())
-        for old in _newest_first(folder)[keep:]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def folder_of_average(which: int) -> str:
+    """Where in a checkpoint average number `which` lies, as a model."""
+    return f"average-{which}" if which else MODEL
 
 
-def _write(
-    path: Path,
-    weights: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    state: TrainState,
-    denoiser: Denoiser,
-) -> None:
-    path.mkdir()
-    save_file(weights, path / "weights.safetensors")
-    save_file(moments, path / "moments.safetensors")
-    denoiser.with_network(state.average).save(path / "model")
-    written = sorted(file for file in path.rglob("*") if file.is_file())
-    described = {
-        "step": state.step,
-        "files": {str(file.relative_to(path)): jobs.hash_file(file) for file in written},
-        "latents": dataclasses.asdict(denoiser.space),
-    }
-    (path / "state.json").write_text(json.dumps(described, indent=2))
+class Checkpoints:
+    """The checkpoints of one run; every process has one, and the first writes.
 
-
-def load_checkpoint(
-    folder: Path, state: TrainState, denoiser: Denoiser, accelerator: Accelerator
-) -> None:
-    """Continue from the newest checkpoint that is whole, where there is one.
-
-    A damaged one is named on stderr and the one before it is used.
-
-    Raises:
-        BadInput: There are checkpoints, but all of them are damaged, or they are of other shards.
+    Args:
+        config: Names the folder, and how many are kept.
+        denoiser: Of the run; tells the latents and the process.
+        accelerator: Of the run.
     """
-    candidates = _newest_first(folder) if folder.is_dir() else []
-    for path in candidates:
+
+    def __init__(self, config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator) -> None:
+        self._folder = config.out / "checkpoints"
+        self._keep = config.keep_checkpoints
+        self._decays = list(config.optimizer.ema_decays)
+        self._denoiser = denoiser
+        self._accelerator = accelerator
+        # The last snapshot, by kind and parameter; the next one takes its place.
+        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._models: dict[str, Denoiser] = {}  # around the snapshot's averages
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
+
+    def load(self, state: TrainState) -> None:
+        """Continue from the newest checkpoint that is whole, where there is one.
+
+        Every process calls this; the first one chooses. A damaged one is named on stderr and the
+        one before it is used.
+
+        Raises:
+            BadInputEverywhere: There are checkpoints, but all are damaged, or of other latents, or
+                a process cannot see the one that the first has chosen.
+        """
+        choice: list[Any] = [self._choose() if self._accelerator.is_main_process else None]
+        broadcast_object_list(choice)
+        name, facts, refusal = choice[0]
+        if refusal:
+            raise jobs.BadInputEverywhere(refusal)
+        if not name:
+            return
+        with contextlib.ExitStack() as opened:
+            self._restore(state, self._open(self._folder / name, facts, kinds(state), opened))
+        state.set_counters(facts["counters"])
+
+    def _choose(self) -> tuple[str, dict[str, Any], str]:
+        """The checkpoint to continue from, what it says, and why there is none to continue from."""
         try:
-            step, latents = _verify(path)
-        except Damaged as damage:
-            if accelerator.is_main_process:
-                print(f"vidfill train: {damage}; trying the one before", file=sys.stderr)
-            continue
-        if latents != dataclasses.asdict(denoiser.space):
-            raise jobs.BadInputEverywhere(
+            _remove_leftovers(self._folder)
+            if not newest_first(self._folder):
+                return "", {}, ""
+            path, facts = newest_whole(self._folder)
+        except (jobs.BadInput, OSError) as error:  # the others wait to hear of it
+            return "", {}, jobs.describe(error)
+        if facts["latents"] != dataclasses.asdict(self._denoiser.space):
+            refusal = (
                 f"{path} was trained on other latents (shape, scale or autoencoder) than these "
                 "shards hold: name the shards that it was begun with, or another out"
             )
-        _restore(path, step, state, accelerator)
-        return
-    if candidates:
-        raise jobs.BadInputEverywhere(
-            f"every checkpoint in {folder} is damaged: remove it to start again"
-        )
+            return "", {}, refusal
+        return path.name, facts, ""
+
+    def _open(
+        self,
+        path: Path,
+        facts: dict[str, Any],
+        wanted: tuple[str, ...],
+        opened: contextlib.ExitStack,
+    ) -> dict[str, dict[str, Any]]:
+        """By kind and parameter the open file that holds the tensor, once all processes have it."""
+        sources: dict[str, dict[str, Any]] = {}
+        try:
+            sees = read_state(path) == facts
+            for kind in wanted:
+                files = [opened.enter_context(safe_open(file, "pt")) for file in _files(path, kind)]
+                sources[kind] = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        except (Damaged, OSError, SafetensorError):
+            sees = False
+        answer = torch.tensor([int(sees)], device=self._accelerator.device)
+        answers = self._accelerator.gather(answer).tolist()
+        if not all(answers):
+            blind = ", ".join(str(rank) for rank, answer in enumerate(answers) if not answer)
+            raise jobs.BadInputEverywhere(
+                f"process {blind} does not see {path} as process 0 does: "
+                "let out be a folder that all nodes share"
+            )
+        return sources
+
+    def _restore(self, state: TrainState, sources: dict[str, dict[str, Any]]) -> None:
+        for name, parameter in state.network.named_parameters():
+            for kind, files in sources.items():
+                write_full(state, parameter, kind, files[name].get_tensor(name))
+
+    def save(self, state: TrainState) -> float:
+        """Take a snapshot and begin to write it; return the seconds that this took.
+
+        Every process calls this. Where the last write is not done, this waits for it.
+        """
+        began = time.perf_counter()
+        broken = self._end_of_last_write()
+        self._snapshot(state)
+        if not self._models:
+            self._wrap_averages(state.blank)
+        if self._accelerator.is_main_process and not broken:
+            facts = {
+                "counters": state.counters(),
+                "latents": dataclasses.asdict(self._denoiser.space),
+                "ema_decays": self._decays,
+            }
+            self._writing = self._thread.submit(self._write, facts)
+        return time.perf_counter() - began
+
+    def failure(self) -> Exception | None:
+        """Why the last write failed; None on other processes, and while it goes on."""
+        if self._writing is None or not self._writing.done():
+            return None
+        return self._end_of_last_write()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk.
+
+        Raises:
+            BadInput: On the first process, which could not write it.
+        """
+        failure = self._end_of_last_write()
+        if failure:
+            raise failure
+
+    def _end_of_last_write(self) -> Exception | None:
+        failure = self._writing.exception() if self._writing else None
+        assert failure is None or isinstance(failure, Exception)
+        return failure
+
+    @torch.no_grad()
+    def _snapshot(self, state: TrainState) -> None:
+        """Copy the state into the first process's memory; the others drop each tensor at once."""
+        for name, parameter in state.network.named_parameters():
+            for kind in kinds(state):
+                full = read_full(state, parameter, kind)
+                if self._accelerator.is_main_process:
+                    self._remember(kind, name, full)
+        if self._accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self._accelerator.device)
+
+    def _remember(self, kind: str, name: str, full: Tensor) -> None:
+        of_kind = self._memory.setdefault(kind, {})
+        if name not in of_kind:  # memory that a GPU can copy to while it computes is slow to get
+            of_kind[name] = torch.empty(full.shape, pin_memory=full.is_cuda)
+        of_kind[name].copy_(full, non_blocking=True)
+
+    def _wrap_averages(self, blank: VideoUNet) -> None:
+        """Once, and not in the thread: a model that is loaded meanwhile changes how all are made.
+
+        (diffusers' `from_pretrained` replaces torch's own methods while it works.)
+        """
+        for kind, tensors in self._memory.items():
+            if kind.startswith(_AVERAGE):
+                network = copy.deepcopy(blank)
+                network.load_state_dict(tensors, assign=True)
+                self._models[kind] = self._denoiser.with_network(network)
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        step = facts["counters"]["step"]
+        try:
+            self._write_aside(self._folder / name_of(step), facts)
+        except (OSError, SafetensorError) as error:
+            raise jobs.BadInput(
+                f"the checkpoint of step {step} cannot be written into {self._folder} "
+                f"({jobs.describe(error)}): mend that, and the same command continues from the "
+                "one before"
+            ) from error
+
+    def _write_aside(self, path: Path, facts: dict[str, Any]) -> None:
+        with jobs.aside(path) as partial:
+            partial.mkdir()
+            for kind, tensors in self._memory.items():
+                if kind in self._models:
+                    self._models[kind].save(partial / _place(kind))
+                else:
+                    save_file(tensors, partial / _place(kind))
+            seal(partial, facts)
+            if path.exists():  # a damaged one, which the run did not continue from
+                _remove(path)
+        jobs.write_atomically(self._folder / LATEST, path.name.encode())
+        found = newest_first(self._folder)
+        # Newer ones are damaged: the run did not continue from them.
+        kept = found[found.index(path) :][: self._keep]
+        for old in set(found) - set(kept):
+            _remove(old)
+        _remove_leftovers(self._folder)
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), reverse=True)
+def _place(kind: str) -> str:
+    """Where in a checkpoint a kind lies: an average as a model, any other as one file."""
+    if kind.startswith(_AVERAGE):
+        return folder_of_average(int(kind.removeprefix(_AVERAGE)))
+    return f"{kind}.safetensors"
 
 
-def _verify(path: Path) -> tuple[int, dict[str, Any]]:
-    """The step of a checkpoint that is whole, and the latents that it was trained on."""
-    try:
-        described = json.loads((path / "state.json").read_text())
-        for name, digest in described["files"].items():
-            if jobs.hash_file(path / name) != digest:
-                raise Damaged(f"{path / name} is damaged: its hash differs from state.json's")
-        return described["step"], described["latents"]
-    except (OSError, ValueError, KeyError) as error:
-        raise Damaged(f"{path} is damaged: {error}") from error
+def _files(path: Path, kind: str) -> list[Path]:
+    """The files of a kind; a large model has several."""
+    place = path / _place(kind)
+    return sorted((place / "unet").glob("*.safetensors")) if place.is_dir() else [place]
 
 
-def _parameters(
-    state: TrainState, accelerator: Accelerator
-) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return accelerator.unwrap_model(state.network).named_parameters()
+def _remove(path: Path) -> None:
+    """Remove a checkpoint: for whoever looks it is there whole, or not at all."""
+    path.rename(path.with_name(f"{jobs.PARTIAL}old-{path.name}"))
 
 
-def _gather(
-    state: TrainState, accelerator: Accelerator
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for name, parameter in _parameters(state, accelerator):
-        weights[name] = parameter.detach().float().cpu().contiguous()
-        for moment in MOMENTS:
-            moments[f"{moment}.{name}"] = _moment(parameter, moment, state, accelerator)
-    return weights, moments
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what is not whole: of a killed run, or what `_remove` has put aside.
 
-
-def _moment(
-    parameter: torch.nn.Parameter, moment: str, state: TrainState, accelerator: Accelerator
-) -> Tensor:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        full = safe_get_full_optimizer_state(parameter, moment)
-    else:
-        full = state.optimizer.state[parameter][moment]
-    return full.detach().float().cpu().contiguous()
-
-
-def _restore(path: Path, step: int, state: TrainState, accelerator: Accelerator) -> None:
-    weights = load_file(path / "weights.safetensors")
-    moments = load_file(path / "moments.safetensors")
-    under_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if under_deepspeed:
-        _make_deepspeed_moments(state, step)
-    for name, parameter in _parameters(state, accelerator):
-        values = {moment: moments[f"{moment}.{name}"] for moment in MOMENTS}
-        restore = _restore_deepspeed if under_deepspeed else _restore_plain
-        restore(parameter, weights[name], values, step, state)
-    averages = load_file(path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    state.average.load_state_dict(averages)
-    state.step = step
-
-
-@torch.no_grad()
-def _restore_plain(
-    parameter: torch.nn.Parameter,
-    weights: Tensor,
-    moments: dict[str, Tensor],
-    step: int,
-    state: TrainState,
-) -> None:
-    parameter.copy_(weights)
-    device = {name: value.to(parameter.device) for name, value in moments.items()}
-    state.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **device}
-
-
-def _restore_deepspeed(
-    parameter: torch.nn.Parameter,
-    weights: Tensor,
-    moments: dict[str, Tensor],
-    step: int,
-    state: TrainState,
-) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    with torch.no_grad():
-        parameter.copy_(weights)
-    safe_set_full_fp32_param(parameter, weights)
-    for name, value in moments.items():
-        safe_set_full_optimizer_state(parameter, value, name)
-
-
-def _make_deepspeed_moments(state: TrainState, step: int) -> None:
-    """Give the partitioned optimizer its moments, which DeepSpeed makes only at the first step."""
-    zero = state.network.optimizer
-    for group in zero.optimizer.param_groups:
-        for partition in group["params"]:
-            moments = {name: torch.zeros_like(partition) for name in MOMENTS}
-            zero.optimizer.state[partition] = {"step": torch.tensor(float(step)), **moments}
-    zero._lazy_init_hp_params_optimizer_state()
+    A network's file system may keep a file that a reader has open; the next call removes it.
+    """
+    for path in folder.glob(f"{jobs.PARTIAL}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +10,11 @@ from typing import Any, Literal
 from ..data.cache import CacheConfig
 from ..jobs import BadInputEverywhere
 from ..modeling.attention import Choice as AttentionBackend
-from ..modeling.autoencoder import Precision
 from ..modeling.blocks import Conditioning
 from ..modeling.noise import DiffusionConfig, LossConfig, check_diffusion, check_loss
+from ..modeling.precision import Precision
 from ..modeling.presets import PRESETS
+from .profiling import profiled_steps
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class OptimizerConfig:
     """Decoupled weight decay; 0 is the paper's setting."""
     clip: float = 1.0
     """The gradient's largest norm."""
-    ema_decay: float = 0.9995
-    """Decay of the weights' average, a step; lower during the first steps."""
+    ema_decays: tuple[float, ...] = (0.9995, 0.9999)
+    """Decays, a step, of the averages of the weights that are kept; lower during the first steps.
+    The first is the model that is evaluated, shown and loaded; `vidfill export` writes any."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,23 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """The loss on held-out clips, at noise and timesteps that never change."""
+
+    every: int = 1000
+    """Optimizer steps between evaluations; 0 makes none."""
+    clips: int = 64
+    """Validation clips, spread over the split; fewer where it holds fewer."""
+    quantiles: int = 4
+    """Ranges of timesteps of equal length; each clip is measured once in each."""
+
+
+@dataclass(frozen=True)
 class PreviewConfig:
-    """The inpainted validation frames that TensorBoard shows."""
+    """The inpainted validation clips that TensorBoard shows, as frames and as GIF.
+
+    One process makes them while the others wait: let them be few, and the schedule short.
+    """
 
     every: int = 1000
     """Optimizer steps between previews; 0 makes none."""
@@ -96,8 +114,11 @@ class PreviewConfig:
 class TrainConfig:
     """Train a conditional video UNet on encoded shards.
 
-    The same command continues a run that was stopped. `steps` and the intervals may change then;
-    nothing else may.
+    `--config demo`, `paper`, `base` or `collisions` takes a recipe that the package carries; a path
+    takes a YAML file of one's own. Options after it change it.
+
+    The same command continues a run that was stopped, on any number of processes and any ZeRO
+    stage. What does not change the result may change then, such as `steps` and the intervals.
     """
 
     shards: str
@@ -111,15 +132,33 @@ class TrainConfig:
     seed: int = 0
     """Seed of the weights, the order of the clips, the timesteps and the noise."""
     precision: Precision = "float32"
-    """Precision of the network's forward pass; weights and averages stay float32."""
-    zero_stage: Literal[0, 2] = 0
-    """DeepSpeed ZeRO stage; 0 is plain data parallel training without DeepSpeed."""
+    """Precision of the network's forward pass; weights, moments and averages stay float32."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what the processes share out, 1 the optimizer's state, 2 the gradients
+    too, 3 the weights too; 0 is plain data parallel training without DeepSpeed."""
+    gradient_accumulation: int = 1
+    """Parts in which a process takes its clips of a step, one after the other: less memory."""
+    compile: bool = False
+    """Compile the network (torch.compile): minutes at the start, faster steps."""
+    deterministic: bool = False
+    """Use deterministic GPU kernels only, so that a resumed run repeats every bit; slower."""
+    max_skipped: int = 0
+    """Steps that may be left out because their loss or gradient is not finite; 0 stops the run at
+    the first. Each is listed in OUT/not-finite.jsonl."""
+    timeout: float = 10.0
+    """Minutes that a process waits for the others before it gives them up for lost."""
     log_every: int = 10
     """Optimizer steps between TensorBoard scalars."""
     checkpoint_every: int = 1000
     """Optimizer steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are removed once a newer one is whole."""
+    profile: str = ""
+    """Steps to profile, as "100:105"; their traces lie in OUT/profile, for Perfetto."""
+    plan: bool = False
+    """Measure a few steps here, say what the run needs and how long it takes, and start nothing."""
+    plan_gpus: int = 0
+    """GPUs that --plan counts with; 0 takes the processes that there are."""
     data: DataConfig = field(default_factory=DataConfig)
     """The stream."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -130,12 +169,29 @@ class TrainConfig:
     """The network."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The held-out loss."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """The preview."""
 
 
+RECIPES = Path(__file__).parent / "recipes"
+
 MAY_CHANGE = (
     "steps",
+    "gradient_accumulation",
+    "compile",
+    "deterministic",
+    "max_skipped",
+    "timeout",
+    "profile",
+    "plan",
+    "plan_gpus",
+    "evaluation.every",
+    "evaluation.clips",
+    "evaluation.quantiles",
+    "model.attention_backend",
+    "model.gradient_checkpointing",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
@@ -160,9 +216,11 @@ def check(config: TrainConfig) -> None:
     at_least_one = {
         "steps": config.steps,
         "batch_size": config.batch_size,
+        "gradient_accumulation": config.gradient_accumulation,
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
         "keep_checkpoints": config.keep_checkpoints,
+        "evaluation.quantiles": config.evaluation.quantiles,
         "data.workers": config.data.workers,
         "model.block_out_channels": len(config.model.block_out_channels),
         "model.layers_per_block": config.model.layers_per_block,
@@ -172,6 +230,12 @@ def check(config: TrainConfig) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise BadInputEverywhere(f"{name} is {value}: give 1 or more")
+    if not config.optimizer.ema_decays or not all(0 <= d < 1 for d in config.optimizer.ema_decays):
+        decays = list(config.optimizer.ema_decays)
+        raise BadInputEverywhere(
+            f"optimizer.ema_decays is {decays}: give one or more, from 0 to below 1, as [0.9999]"
+        )
+    profiled_steps(config.profile)
     _check_preset(config.model)
     check_diffusion(config.diffusion)
     check_loss(config.loss)
@@ -190,3 +254,23 @@ def _check_preset(model: ModelConfig) -> None:
                 f"model.{name} is {getattr(model, name)!r} and model.preset {model.preset!r}, "
                 "which has sizes of its own: give one of the two"
             )
+
+
+def find_recipe(words: Sequence[str]) -> list[str]:
+    """A command line in which `--config NAME` names the package's recipe of that name.
+
+    A file of that name goes first.
+    """
+    found = list(words)
+    for at, word in enumerate(words):
+        option, equals, name = word.partition("=")
+        if option == "--config" and not equals and at + 1 < len(words):
+            found[at + 1] = _recipe(words[at + 1])
+        elif option == "--config" and equals:
+            found[at] = f"--config={_recipe(name)}"
+    return found
+
+
+def _recipe(name: str) -> str:
+    path = RECIPES / f"{name}.yaml"
+    return str(path) if path.is_file() and not Path(name).exists() else name

@@ -12,11 +12,10 @@ from .. import jobs
 from ..data.encode import EncodeConfig, encode
 from ..data.synth import SynthConfig, synth
 from ..modeling.autoencoder import SHIPPED
-from ..modeling.diffusion import DiffusionConfig
 from ..sampling.report import ReportConfig, report
 from ..sampling.results import Sweep, read_sweep
 from ..sampling.sweep import SweepConfig, show_results, sweep
-from .config import OptimizerConfig, PreviewConfig, TrainConfig
+from .config import RECIPES, TrainConfig
 from .loop import train
 from .monitoring import tensorboard_command
 
@@ -85,18 +84,9 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
         masks_per_clip=2,
         seed=seed,
     )
-    training = TrainConfig(
-        str(out / "shards"),
-        out / "train",
-        steps=config.steps,
-        batch_size=8,
-        seed=seed,
-        precision="bfloat16",
-        checkpoint_every=250,
-        diffusion=DiffusionConfig(target="v", mask_channel=True),
-        optimizer=OptimizerConfig(learning_rate=1e-3, decay="cosine", ema_decay=0.99),
-        preview=PreviewConfig(every=250),
-    )
+    words = [str(out / "shards"), str(out / "train"), "--config", str(RECIPES / "demo.yaml")]
+    words += ["--steps", str(config.steps), "--seed", str(seed)]
+    training = jobs.parse(TrainConfig, words, verb="train", examples="")
     compared = SweepConfig(
         out / "train",
         str(out / "shards"),

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
 import sys
-import time
 from collections.abc import Sequence
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 
 from .. import jobs
 from ..data.shards import ShardedDataset
 from ..data.stream import Stream
 from ..modeling.diffusion import Denoiser
-from .checkpoints import load_checkpoint, save_checkpoint
-from .config import MAY_CHANGE, TrainConfig, check
-from .monitoring import Monitor, Preview, SkipLog, open_preview, tensorboard_command
-from .state import TrainState, make_accelerator, make_denoiser, make_state
+from .checkpoints import Checkpoints
+from .config import MAY_CHANGE, TrainConfig, check, find_recipe
+from .control import Control, Stopped
+from .evaluation import HeldOut, open_held_out
+from .monitoring import Monitor, tensorboard_command
+from .plan import plan
+from .previews import Preview, open_preview
+from .state import TrainState, averaged_network, make_accelerator, make_denoiser, make_state
 from .step import train_step
 
 EXAMPLES = """\
 examples:
   vidfill train shards runs/first --steps 5000
-  vidfill train shards runs/paper --diffusion.normalise false --optimizer.learning_rate 2e-5
+  vidfill train shards runs/first --steps 5000 --plan
+  vidfill train shards runs/base --config base --optimizer.learning_rate 5e-5
   accelerate launch --config_file launch/node.yaml --num_processes 2 \\
       -m vidfill.train shards runs/two
   accelerate launch --config_file launch/node.yaml -m vidfill.train shards runs/zero --zero_stage 2
@@ -37,87 +42,107 @@ def train(config: TrainConfig) -> None:
 
     Raises:
         BadInput: A setting is wrong, the shards cannot be used, or the loss is not finite.
+        Stopped: A signal ended the run early; its state is saved.
     """
     check(config)
     dataset = ShardedDataset(config.shards, "train", config.data.cache)
+    if config.plan:
+        return plan(config, dataset)
     accelerator = make_accelerator(config)
     process, processes = accelerator.process_index, accelerator.num_processes
+    denoiser = make_denoiser(config, dataset.manifest)
+    preview, held_out = _open_and_claim(config, denoiser, accelerator)
     stream = Stream(
         dataset, config.batch_size, config.seed, process, processes, damaged=config.data.damaged
     )
-    denoiser = make_denoiser(config, dataset.manifest)
-    preview = _open_and_claim(config, denoiser, accelerator)
     state = make_state(config, accelerator, denoiser.network)
-    checkpoints = config.out / "checkpoints"
-    load_checkpoint(checkpoints, state, denoiser, accelerator)
-    skips = SkipLog(config.out, process)
+    checkpoints = Checkpoints(config, denoiser, accelerator)
+    checkpoints.load(state)
     with (
-        _monitor(config, state, preview, accelerator) as monitor,
+        Control(config.out, process, processes) as control,
         _progress(config, state, accelerator) as progress,
         contextlib.closing(stream.run(state.step, config.data.workers)) as batches,
+        Monitor(config, state, denoiser, stream, preview, accelerator) as monitor,
     ):
-        while state.step < config.steps:
-            began = time.perf_counter()
+        reason = None
+        while state.step < config.steps and not reason:
             result = train_step(state, next(batches), denoiser, accelerator, config)
-            skips.write(stream.skipped)
-            speed = config.batch_size / (time.perf_counter() - began)
-            progress.advance(1, note=f"loss {result.loss:.4f}, {speed:.1f} clips/s")
-            if monitor and _is_due(state.step, config.log_every, config.steps):
-                monitor.scalars(state.step, result, speed)
-            if _is_due(state.step, config.checkpoint_every, config.steps):
-                save_checkpoint(checkpoints, state, denoiser, accelerator, config.keep_checkpoints)
-            if monitor and _is_due(state.step, config.preview.every, config.steps):
-                monitor.preview(state.step, denoiser.with_network(state.average))
+            progress.advance(1, note=monitor.step(state, result))
+            if held_out and _is_due(state.step, config.evaluation.every, config.steps):
+                averaged = denoiser.with_network(averaged_network(state))
+                monitor.evaluation(state.step, held_out.measure(averaged, accelerator))
+            if _is_due(state.step, config.preview.every, config.steps):
+                monitor.preview(state.step, denoiser.with_network(averaged_network(state)))
+            reason = control.stop(state.step, checkpoints.failure())
+            if reason or _is_due(state.step, config.checkpoint_every, config.steps):
+                monitor.checkpoint(state.step, checkpoints.save(state))
+        checkpoints.wait()
+        stopped = reason if state.step < config.steps else None
+        if stopped:
+            control.leave_marker(state.step, stopped)
+        accelerator.wait_for_everyone()  # or a launcher ends the first process while it writes
     accelerator.end_training()
+    if stopped:
+        _say_stopped(state, stopped, accelerator)
+        raise Stopped(stopped)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
+def _say_stopped(state: TrainState, reason: signal.Signals, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        print(
+            f"vidfill train: stopped by {reason.name} after step {state.step}, which is saved; "
+            "the same command continues",
+            file=sys.stderr,
+        )
+
+
 def _open_and_claim(
     config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator
-) -> Preview | None:
-    """The first process opens the preview and takes the folder; all learn whether it could."""
+) -> tuple[Preview | None, HeldOut | None]:
+    """Take the folder, and open what is shown and measured; all learn whether that worked.
+
+    Each process opens its own held-out clips; the first one opens the preview too.
+    """
     preview: Preview | None = None
-    refusal: list[str | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            preview = open_preview(config, denoiser)
+    held_out: HeldOut | None = None
+    refusal = ""
+    try:
+        held_out = open_held_out(
+            config, denoiser, accelerator.process_index, accelerator.num_processes
+        )
+        if accelerator.is_main_process:
+            preview = open_preview(config, denoiser, accelerator.device)
             located = dataclasses.replace(config, shards=jobs.locate(config.shards))
             jobs.claim(config.out, "train", located, MAY_CHANGE)
-        except (jobs.BadInput, OSError) as error:  # the others wait to hear of either
-            refusal = [str(error)]
-    broadcast_object_list(refusal)
-    if refusal[0] is not None:
-        raise jobs.BadInputEverywhere(refusal[0])
-    return preview
-
-
-def _monitor(
-    config: TrainConfig, state: TrainState, preview: Preview | None, accelerator: Accelerator
-) -> contextlib.AbstractContextManager[Monitor | None]:
-    if not accelerator.is_main_process:
-        return contextlib.nullcontext()
-    parameters = sum(parameter.numel() for parameter in state.average.parameters())
-    print(
-        f"vidfill train: {parameters / 1e6:.2f} M parameters on {accelerator.num_processes} "
-        f"process(es), step {state.step} of {config.steps}; watch it with\n"
-        f"  {tensorboard_command(config.out)}",
-        file=sys.stderr,
-    )
-    return Monitor(config.out, state.step, preview)
+    except (jobs.BadInput, OSError) as error:  # the others wait to hear of either
+        refusal = jobs.describe(error)
+    refusals = [said for said in gather_object([refusal]) if said]
+    if refusals:
+        raise jobs.BadInputEverywhere(refusals[0])
+    return preview, held_out
 
 
 def _progress(
     config: TrainConfig, state: TrainState, accelerator: Accelerator
 ) -> contextlib.AbstractContextManager[jobs.Progress]:
-    """Progress on the first process; the others work in silence."""
+    """Progress on the first process, which says what begins; the others work in silence."""
     if not accelerator.is_main_process:
         return contextlib.nullcontext(jobs.Progress())
+    parameters = sum(parameter.numel() for parameter in state.blank.parameters())
+    print(
+        f"vidfill train: {parameters / 1e6:.2f} M parameters on {accelerator.num_processes} "
+        f"process(es), step {state.step} of {config.steps}; watch it with\n"
+        f"  {tensorboard_command(config.out)}   # http://localhost:6006/#custom_scalars",
+        file=sys.stderr,
+    )
     return jobs.progress("train", config.steps, "steps", done=state.step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of `vidfill train`."""
-    return jobs.main(TrainConfig, train, argv, verb="train", examples=EXAMPLES)
+    words = find_recipe(sys.argv[1:] if argv is None else argv)
+    return jobs.main(TrainConfig, train, words, verb="train", examples=EXAMPLES)

@@ -1,69 +1,117 @@
-"""All that changes during a run, and how it is made."""
+"""All that changes during a run, how it is made, and how its tensors are read and written whole.
+
+The averages of the weights lie beside Adam's moments, in the optimizer's state: whole under plain
+training, shared out wherever ZeRO shares out the moments.
+"""
 
 from __future__ import annotations
 
 import copy
+import datetime
+import logging
 import os
+import time
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..data.shards import Manifest
 from ..modeling.diffusion import Denoiser, LatentSpace
+from ..modeling.precision import Precision, autocast
 from ..modeling.presets import build
 from ..modeling.unet import VideoUNet
 from .config import ModelConfig, OptimizerConfig, TrainConfig
+from .deepspeed import deepspeed_config
+
+FIRST_SCALE = 65536.0  # of float16's loss
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ALONE = dict(zip(PLACE, ("0", "0", "1", "1", "127.0.0.1", "0"), strict=True))
+COUNTERS = ("step", "skipped", "scale", "scale_age", "began", "productive")
 
 
 @dataclass
 class TrainState:
     """The run's state; the position in the stream is `step` global batches."""
 
-    step: int  # optimizer steps done
-    network: Any  # the trained network as Accelerate wraps it
-    optimizer: Any  # AdamW as Accelerate wraps it
-    average: VideoUNet  # the exponential moving average of the weights, float32
+    step: int  # global batches taken
+    skipped: int  # of them, those whose update was left out because it was not finite
+    scale: float  # what the loss is multiplied by in float16; 1 elsewhere
+    scale_age: int  # updates since the scale last changed
+    began: float  # unix time of the run's first start
+    productive: float  # seconds of the steps so far; what a restart repeats is counted once
+    engine: Any  # the network as it is trained: itself, DDP or a DeepSpeedEngine
+    network: VideoUNet  # the network inside of it; under ZeRO-3 its parameters are empty
+    optimizer: torch.optim.AdamW  # its state is of this process's float32 tensors
+    blank: VideoUNet  # the network's structure, without memory
+
+    @property
+    def updates(self) -> int:
+        """Updates that the weights have had."""
+        return self.step - self.skipped
+
+    def counters(self) -> dict[str, int | float]:
+        """The plain numbers of the state."""
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    def set_counters(self, counters: Mapping[str, int | float]) -> None:
+        """The inverse of `counters`; Adam's own count of updates follows."""
+        for name in COUNTERS:
+            setattr(self, name, counters[name])
+        for values in self.optimizer.state.values():
+            values["step"].fill_(self.updates)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Accelerate, alone or with DeepSpeed; on a machine without a GPU over gloo.
 
-    Precision is the step's business, so that ZeRO keeps float32 weights whatever the forward pass
-    computes in.
+    Precision is the network's business (`make_state`), so that ZeRO keeps float32 weights whatever
+    the forward pass computes in.
     """
     on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may choose
+    torch.use_deterministic_algorithms(config.deterministic)
+    timeout = datetime.timedelta(minutes=config.timeout)
     if config.zero_stage == 0:
         # Explicitly "no", or a default of the user's own Accelerate configuration would win.
-        return Accelerator(cpu=on_cpu, mixed_precision="no")
+        return Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no",
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timeout),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    _quieten_deepspeed()
     # Without this, and with `cpu=True`, a process under DeepSpeed believes that it is alone.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if "LOCAL_RANK" not in os.environ:  # started without a launcher, on which DeepSpeed counts
+        os.environ |= ALONE
     backend = "gloo" if on_cpu else "nccl"
     return Accelerator(
         mixed_precision="no",
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=_deepspeed_config(config)),
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend)],
+        deepspeed_plugin=DeepSpeedPlugin(
+            hf_ds_config=deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1"))),
+            zero3_init_flag=False,
+        ),
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
         step_scheduler_with_optimizer=False,
     )
 
 
-def _deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return {
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-        },
-        "gradient_clipping": config.optimizer.clip,
-        "gradient_accumulation_steps": 1,
-        "train_micro_batch_size_per_gpu": -(-config.batch_size // processes),
-        "steps_per_print": 2**31,
-    }
+def _quieten_deepspeed() -> None:
+    """No pages of settings, and no word at every collective that torch renames it one day."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
 
 
 def make_denoiser(config: TrainConfig, manifest: Manifest) -> Denoiser:
@@ -97,23 +145,181 @@ def space_of(manifest: Manifest) -> LatentSpace:
 
 
 def make_state(config: TrainConfig, accelerator: Accelerator, network: VideoUNet) -> TrainState:
-    """The state before the first step."""
-    average = copy.deepcopy(network).to(accelerator.device).eval().requires_grad_(False)
+    """The state before the first step, whole: moments of zero, averages that are the weights."""
+    blank = copy.deepcopy(network).to_empty(device="meta").eval().requires_grad_(False)
+    network.to(accelerator.device).train()
     if config.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    _compute_in(config.precision, network)
     optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=config.optimizer.learning_rate,
         weight_decay=config.optimizer.weight_decay,
+        fused=True,
     )
-    network.train()
-    prepared, optimizer = accelerator.prepare(network, optimizer)
-    return TrainState(step=0, network=prepared, optimizer=optimizer, average=average)
+    if config.compile:
+        # Before it is compiled einops shall have met what it meets in it, or that would be done
+        # again in the second step.
+        with torch.no_grad():
+            network(*_small_input(network))
+    if config.zero_stage:
+        engine, _ = accelerator.prepare(network, optimizer)
+    else:
+        engine = accelerator.prepare_model(network)
+        if isinstance(engine, DistributedDataParallel):
+            _settle_buckets(engine, network)
+    if config.compile:
+        network.compile()
+    _fill_optimizer(engine, optimizer, config)
+    return TrainState(
+        step=0,
+        skipped=0,
+        scale=FIRST_SCALE if config.precision == "float16" else 1.0,
+        scale_age=0,
+        began=time.time(),
+        productive=0.0,
+        engine=engine,
+        network=network,
+        optimizer=optimizer,
+        blank=blank,
+    )
+
+
+def _compute_in(precision: Precision, network: VideoUNet) -> None:
+    """Put the autocast into the network: DeepSpeed's engine turns off one that is around it."""
+    network.forward = autocast(network.device, precision)(network.forward)  # type: ignore[method-assign]
+
+
+def _settle_buckets(engine: DistributedDataParallel, network: VideoUNet) -> None:
+    """One backward pass, by which DistributedDataParallel fixes how it cuts the gradient.
+
+    Else it would do so in the first step of every life of a run, and from there on add up what the
+    processes have in another order.
+    """
+    engine(*_small_input(network)).sum().backward()
+    network.zero_grad()
+
+
+def _small_input(network: VideoUNet) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents of one small frame, a timestep and a condition, all zero."""
+    sizes = (network.config["latent_channels"], network.config["condition_channels"])
+    latents, condition = (torch.zeros(1, 1, size, 8, 8, device=network.device) for size in sizes)
+    return latents, torch.zeros(1, device=network.device), condition
+
+
+def _fill_optimizer(engine: Any, optimizer: torch.optim.AdamW, config: TrainConfig) -> None:
+    """Give the optimizer all its state, which AdamW and DeepSpeed make only as they need it."""
+    match config.zero_stage:
+        case 0:
+            tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        case 3:
+            tensors = engine.optimizer.fp32_partitioned_groups_flat
+        case _:
+            tensors = engine.optimizer.single_partition_of_fp32_groups
+    for tensor in tensors:
+        weights = tensor.detach()
+        optimizer.state[tensor] = {
+            "step": torch.zeros((), device=weights.device),
+            "exp_avg": torch.zeros_like(weights),
+            "exp_avg_sq": torch.zeros_like(weights),
+        } | {f"average_{n}": weights.clone() for n in range(len(config.optimizer.ema_decays))}
+    if config.zero_stage in (1, 2):
+        # Links each parameter with its part of these tensors.
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 @torch.no_grad()
-def update_average(state: TrainState, weights: VideoUNet, config: OptimizerConfig) -> None:
-    """Move the average towards the weights; its decay rises as (1 + step) / (10 + step)."""
-    decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
-    averages: list[torch.Tensor] = list(state.average.parameters())
-    torch._foreach_lerp_(averages, list(weights.parameters()), 1 - decay)
+def update_averages(state: TrainState, config: OptimizerConfig) -> None:
+    """Move the averages towards the weights of the update just made.
+
+    After n updates the decay is at most (1 + n) / (10 + n), so that the first weights are soon
+    forgotten.
+    """
+    most = (1 + state.updates) / (10 + state.updates)
+    weights = list(state.optimizer.state)
+    for number, decay in enumerate(config.ema_decays):
+        averages = [values[f"average_{number}"] for values in state.optimizer.state.values()]
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, most))
+
+
+def kinds(state: TrainState) -> tuple[str, ...]:
+    """What there is of each parameter: "weights", "exp_avg", "exp_avg_sq", "average_0" and on."""
+    values = next(iter(state.optimizer.state.values()))
+    return ("weights", *(kind for kind in values if kind != "step"))
+
+
+@torch.no_grad()
+def read_full(state: TrainState, parameter: torch.nn.Parameter, kind: str) -> Tensor:
+    """A parameter's whole float32 tensor of a kind, on its device.
+
+    It may be the state's own memory, which the next step changes. Under ZeRO this is a collective:
+    every process calls it, in the same order.
+    """
+    partitioned = hasattr(parameter, "ds_id")
+    if kind == "weights" and not partitioned:
+        return parameter.detach()
+    if not is_under_zero(state.engine):
+        return state.optimizer.state[parameter][kind]
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if kind == "weights":
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, kind)
+
+
+@torch.no_grad()
+def write_full(state: TrainState, parameter: torch.nn.Parameter, kind: str, value: Tensor) -> None:
+    """The inverse of `read_full`; every process is given the whole tensor."""
+    if hasattr(parameter, "ds_id"):
+        _write_partition(parameter, kind, value)
+    elif is_under_zero(state.engine):
+        _write_fragment(parameter, kind, value)
+    elif kind == "weights":
+        parameter.copy_(value)
+    else:
+        state.optimizer.state[parameter][kind].copy_(value)
+
+
+def is_under_zero(engine: Any) -> bool:
+    """Whether DeepSpeed trains the network; asked without importing it."""
+    return hasattr(engine, "zero_optimization_stage")
+
+
+def _write_fragment(parameter: torch.nn.Parameter, kind: str, value: Tensor) -> None:
+    """ZeRO 1 and 2: every process has the weights, and its part of all else in float32."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    if kind == "weights":
+        parameter.copy_(value)
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, kind)
+
+
+def _write_partition(parameter: Any, kind: str, value: Tensor) -> None:
+    """ZeRO-3: equal parts of the flattened tensor, the last one padded."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+    from torch import distributed
+
+    size = parameter.ds_tensor.numel()
+    first = distributed.get_rank() * size
+    part = torch.zeros(size, device=parameter.device)
+    held = value.flatten()[first : first + size]
+    part[: len(held)] = held
+    if kind == "weights":
+        safe_set_local_fp32_param(parameter, part)
+        parameter.ds_tensor.copy_(part)
+        if parameter.numel():  # a small one, which every process also has whole
+            parameter.copy_(value)
+    else:
+        safe_set_local_optimizer_state(parameter, part, kind)
+
+
+@torch.no_grad()
+def averaged_network(state: TrainState, which: int = 0) -> VideoUNet:
+    """A copy of the network in eval mode that holds an average; under ZeRO a collective."""
+    network = copy.deepcopy(state.blank).to_empty(device=state.network.device)
+    averages = network.named_parameters()
+    for parameter, (_, average) in zip(state.network.parameters(), averages, strict=True):
+        average.copy_(read_full(state, parameter, f"average_{which}"))
+    return network

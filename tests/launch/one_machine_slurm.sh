@@ -3,7 +3,8 @@
 #   bash tests/launch/one_machine_slurm.sh && pytest -m slurm tests/launch
 #   bash tests/launch/one_machine_slurm.sh stop
 # It installs Slurm and writes /etc/slurm: use a machine, or a container, that runs no other Slurm.
-# Each node claims one GPU, so that jobs can ask for one; there need not be any.
+# Each node claims one GPU, so that jobs can ask for one; there need not be any. A lost node is noticed
+# after SlurmdTimeout, and a job that comes back waits for cred_expire: both shorter than a cluster's.
 
 set -euo pipefail
 
@@ -18,6 +19,10 @@ fi
 if [ -e /etc/slurm/slurm.conf ] && ! grep -q "$STATE" /etc/slurm/slurm.conf; then
     echo "/etc/slurm/slurm.conf is another Slurm's: use another machine" >&2
     exit 1
+fi
+if sinfo --noheader > /dev/null 2>&1; then
+    echo "it runs"
+    exit
 fi
 
 export DEBIAN_FRONTEND=noninteractive
@@ -42,6 +47,10 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 ReturnToService=2
+SlurmdTimeout=30
+AuthInfo=cred_expire=5
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1
 GresTypes=gpu
 NodeName=n1 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=17001 CPUs=2 Gres=gpu:1
 NodeName=n2 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=17002 CPUs=2 Gres=gpu:1

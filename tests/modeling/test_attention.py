@@ -180,6 +180,14 @@ def test_rotated_scores_depend_on_distances_alone(axes: int) -> None:
         assert not torch.allclose(score(origin, origin), score(origin, step))
 
 
+def test_rotation_turns_halves_of_the_channels_as_complex_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 3, 16, generator=generator, dtype=torch.float64)
+    angle = torch.rand(5, 1, 8, generator=generator, dtype=torch.float64) * 7
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * angle)
+    torch.testing.assert_close(rotate(x, angle), torch.cat([turned.real, turned.imag], dim=-1))
+
+
 def test_places_of_two_grids_of_one_clip_meet() -> None:
     generator = torch.Generator().manual_seed(0)
     feature = torch.randn(1, 8, generator=generator)

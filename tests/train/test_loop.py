@@ -45,11 +45,12 @@ def newest(run: Path) -> Path:
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = newest(run)
+    files = sorted(newest(run).rglob("*.safetensors"))
+    assert len(files) == 5  # weights, two moments, two averages
     return {
-        f"{file}:{name}": tensor
-        for file in ("weights", "moments", "model/unet/diffusion_pytorch_model")
-        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items()
+        f"{file.relative_to(newest(run))}:{name}": tensor
+        for file in files
+        for name, tensor in load_file(file).items()
     }
 
 
@@ -96,13 +97,9 @@ def test_the_model_overfits_one_clip(
     assert last < 0.2 * first
     events = EventAccumulator(str(config.out / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {
-        "train/loss",
-        "train/learning_rate",
-        "train/gradient_norm",
-        "train/clips_per_second",
-    }
-    assert events.Tags()["images"] == ["validation/inpainted"]
+    scalars = set(events.Tags()["scalars"])
+    assert {"train/loss", "held_out/loss", "speed/clips_per_second"} <= scalars
+    assert len(events.Tags()["images"]) == 2  # a picture and a film
 
 
 def test_resumed_run_equals_uninterrupted_run(tiny_config: TrainConfig, tmp_path: Path) -> None:
@@ -229,7 +226,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     train(tiny_config)
     expected = tmp_path / "expected"
     shutil.copytree(tiny_config.out, expected)
-    damaged = newest(tiny_config.out) / "moments.safetensors"
+    damaged = newest(tiny_config.out) / "exp_avg.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(tiny_config)
     assert str(damaged) in capsys.readouterr().err

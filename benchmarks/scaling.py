@@ -1,0 +1,113 @@
+"""What a run needs of storage, network and memory at several sizes of a cluster, by `make_plan`.
+
+Counted for a data set that exists in numbers alone; nothing is measured, and no GPU is needed. The
+time of a step is what its operations take at `--rate`, communication not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from vidfill.data.order import choose_lanes
+from vidfill.data.shards import Manifest, ShardTable, Span
+from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
+from vidfill.train.plan import GPUS_A_NODE, in_bytes, make_plan, state_memory
+
+GRADIENTS = 0.1  # share of a step that averaging the gradients may take, were it not overlapped
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 16, 256])
+    parser.add_argument("--preset", default="base")
+    parser.add_argument("--side", type=int, default=32, help="height and width of the latents")
+    parser.add_argument("--clips", type=int, default=10_000_000, help="in the data set")
+    parser.add_argument("--shard_megabytes", type=float, default=256.0)
+    parser.add_argument("--clips_per_gpu", type=int, default=8, help="of a step")
+    parser.add_argument("--examples_seen", type=float, default=1e8, help="by the whole run")
+    parser.add_argument("--rate", type=float, default=100.0, help="TFLOP/s that a GPU is to reach")
+    given = parser.parse_args(argv)
+    manifest = imagine(given.clips, given.side, given.shard_megabytes)
+    columns = [column(given, manifest, nodes) for nodes in given.nodes]
+    print(f"| | {' | '.join(f'{nodes} node(s)' for nodes in given.nodes)} |")
+    print(f"| --- |{' ---: |' * len(columns)}")
+    for name in columns[0]:
+        print(f"| {name} | {' | '.join(column[name] for column in columns)} |")
+
+
+def imagine(clips: int, side: int, shard_megabytes: float) -> Manifest:
+    """The manifest of shards of `clips` clips of 20 frames, which nobody has written."""
+    empty = Manifest(
+        split="train",
+        autoencoder={},
+        posterior="mean",
+        pixels=False,
+        clip={"frames": 20, "height": 8 * side, "width": 8 * side},
+        latent_shape=(20, 4, side, side),
+        masks={},
+        fill="median",
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
+        examples=clips,
+        shards=ShardTable((), (), ()),
+        lanes=1,
+        block=1,
+        skipped=0,
+    )
+    example = Span.of(empty).bytes
+    count = math.ceil(clips * example / (shard_megabytes * 1e6))
+    examples = [clips // count + (number < clips % count) for number in range(count)]
+    lanes, block = choose_lanes(examples)
+    table = ShardTable(tuple(examples), tuple(example * n for n in examples), ("",) * count)
+    return dataclasses.replace(empty, shards=table, lanes=lanes, block=block)
+
+
+def column(given: argparse.Namespace, manifest: Manifest, nodes: int) -> dict[str, str]:
+    """What so many nodes need, by name."""
+    gpus = nodes * GPUS_A_NODE
+    batch = gpus * given.clips_per_gpu
+    config = TrainConfig(
+        "",
+        Path(),
+        steps=math.ceil(given.examples_seen / batch),
+        batch_size=batch,
+        precision="bfloat16",
+        model=ModelConfig(preset=given.preset),
+        optimizer=OptimizerConfig(ema_decays=(0.9995, 0.9999)),
+    )
+    plan = make_plan(config, manifest, gpus)
+    averages = len(config.optimizer.ema_decays)
+    states = {n: state_memory(4 * plan.parameters, averages, n, gpus) for n in (0, 2, 3)}
+    activations = plan.memory["activations"]
+    seconds = plan.operations / (given.rate * 1e12)
+    return {
+        "GPUs, clips a step": f"{gpus}, {batch}",
+        "steps": f"{config.steps:,}",
+        f"a step at {given.rate:g} TFLOP/s": f"{seconds:.3g} s",
+        "hours in all": f"{config.steps * seconds / 3600:.3g}",
+        "activations of a GPU": in_bytes(activations),
+        **{
+            f"memory of a GPU, ZeRO {stage}": in_bytes(sum(parts.values()) + activations)
+            for stage, parts in states.items()
+        },
+        "gradients out of a GPU, a step": in_bytes(plan.traffic),
+        f"so its network, for {GRADIENTS:.0%} of a step": (
+            f"{in_bytes(round(plan.traffic / (GRADIENTS * seconds)))}/s"
+        ),
+        "shards": f"{plan.shards:,}, {in_bytes(plan.shard_bytes)}",
+        "cache of a node": in_bytes(plan.cache),
+        "storage gives, all nodes": f"{in_bytes(round(plan.fetched / seconds))}/s",
+        "a node fetches": f"{in_bytes(round(plan.fetched / seconds / nodes))}/s",
+        "checkpoint": in_bytes(plan.checkpoint),
+        "written in 1000 steps by one node": (
+            f"{in_bytes(round(plan.checkpoint / (1000 * seconds)))}/s"
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main()

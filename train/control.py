@@ -1,0 +1,110 @@
+"""How a run ends early: signals, and failures of one process, agreed upon between two steps.
+
+The processes talk through the store that torch keeps for them: each looks into it before each of
+its steps, which is no collective and waits for nobody. A process that wants to end announces,
+before its step s, that all end before step s + 1. Nobody can finish step s without that process's
+gradient, which it gives after its announcement; so all have seen it before they would begin step
+s + 1, and all end before the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from torch import distributed
+from torch.distributed import distributed_c10d
+
+from .. import jobs
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+MARKER = "stopped.json"  # in the run's folder: the run ended early, and the same command continues
+
+_KEY = "vidfill/stop"
+
+
+class Stopped(SystemExit):
+    """The run was told to end before its last step; its state is saved."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(128 + signal_number)
+
+
+class Control:
+    """What ends a run early; every process has one, entered with `with` in its main thread.
+
+    The first signal ends the run after the present step. A second SIGINT interrupts at once.
+    """
+
+    def __init__(self, out: Path, rank: int, size: int) -> None:
+        self._marker = out / MARKER
+        self._rank = rank
+        self._size = size
+        self._store: distributed.Store = (
+            distributed_c10d._get_default_store() if size > 1 else distributed.HashStore()
+        )
+        self._caught: signal.Signals | None = None
+        self._announced = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Control:
+        if self._rank == 0:
+            self._marker.unlink(missing_ok=True)
+        self._handlers = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self._caught = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def stop(self, step: int, failure: Exception | None = None) -> signal.Signals | None:
+        """Why the run ends before `step`: the signal that any process got, or None: it goes on.
+
+        Every process calls this before each of its steps; all get the same answer.
+
+        Args:
+            step: Optimizer steps done.
+            failure: What went wrong in this process since the last step and lets no run go on.
+
+        Raises:
+            BadInputEverywhere: A process had a failure.
+        """
+        if (failure or self._caught) and not self._announced:
+            self._announce(step, failure)
+        if not self._store.check([_KEY]):
+            return None
+        notice = json.loads(self._store.get(_KEY))
+        if step < notice["before"]:
+            return None
+        if notice["failure"]:
+            raise jobs.BadInputEverywhere(notice["failure"])
+        return signal.Signals(notice["signal"])
+
+    def _announce(self, step: int, failure: Exception | None) -> None:
+        alone = self._size == 1
+        notice = {
+            "before": step if alone else step + 1,
+            "failure": jobs.describe(failure) if failure else "",
+            "signal": self._caught,
+        }
+        self._store.compare_set(_KEY, "", json.dumps(notice))
+        self._announced = True
+
+    def leave_marker(self, step: int, reason: signal.Signals) -> None:
+        """Say in the run's folder that it ended early: a job script starts it again by this."""
+        if self._rank == 0:
+            said = {"step": step, "reason": reason.name, "time": time.time()}
+            jobs.write_atomically(self._marker, json.dumps(said).encode())

@@ -1,0 +1,249 @@
+"""`vidfill train --plan`: what a run needs and how long it takes, before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from .. import jobs
+from ..data.shards import Manifest, ShardedDataset
+from ..data.stream import Stream
+from ..modeling.attention import attention_backend
+from ..modeling.precision import autocast
+from ..modeling.presets import cost_of
+from ..modeling.unet import VideoUNet
+from .config import TrainConfig
+from .state import make_accelerator, make_denoiser, make_state
+from .step import train_step
+
+WARM_UP, MEASURED = 2, 3  # steps
+GPUS_A_NODE = 8
+DEEPSPEED_BUCKETS = 2 * 4 * 50_000_000  # bytes that it reduces and gathers in
+SUPPOSED = 100e12  # operations a second of a GPU, where there is none to measure
+WIDTH = 100  # columns where there is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs, counted and not measured. Memory and traffic are bytes of one GPU."""
+
+    gpus: int
+    parameters: int
+    operations: int  # of a step, on one GPU
+    clips: int  # of a step, on one GPU
+    clips_at_once: int  # of them, in one forward pass
+    memory: dict[str, int]  # by part
+    checkpoint: int  # bytes of one checkpoint
+    traffic: int  # bytes that a GPU sends, and receives, to average the gradients of a step
+    epochs: float
+    examples: int
+    shards: int
+    shard_bytes: int
+    fetched: int  # bytes of shards that all nodes together fetch for a step
+    cache: int  # bytes that a node keeps of shards behind a URL
+
+
+def make_plan(config: TrainConfig, manifest: Manifest, gpus: int) -> Plan:
+    """Count what `config` needs on `gpus` GPUs; nothing is computed or allocated."""
+    frames, _, height, width = manifest.latent_shape
+
+    def make_network() -> VideoUNet:
+        return make_denoiser(config, manifest).network
+
+    cost = cost_of(make_network, frames, height, width, config.precision)
+    clips = math.ceil(config.batch_size / gpus)
+    at_once = math.ceil(clips / config.gradient_accumulation)
+    weights, averages = 4 * cost.parameters, len(config.optimizer.ema_decays)
+    nodes = math.ceil(gpus / GPUS_A_NODE)
+    lanes = math.ceil(manifest.lanes / nodes)
+    readers = max(1.0, nodes / manifest.lanes)  # nodes that need the same shard
+    shard_bytes = sum(manifest.shards.bytes)
+    return Plan(
+        gpus=gpus,
+        parameters=cost.parameters,
+        operations=clips * cost.training_operations,
+        clips=clips,
+        clips_at_once=at_once,
+        memory=state_memory(weights, averages, config.zero_stage, gpus)
+        | {"activations": activation_memory(config, manifest, make_network, at_once)},
+        checkpoint=(3 + averages) * weights,
+        traffic=round(2 * (gpus - 1) / gpus * weights),
+        epochs=config.steps * config.batch_size / manifest.examples,
+        examples=manifest.examples,
+        shards=len(manifest.shards.bytes),
+        shard_bytes=shard_bytes,
+        fetched=round(config.batch_size * shard_bytes / manifest.examples * readers),
+        cache=min(shard_bytes, 2 * lanes * manifest.block * shard_bytes // manifest.examples),
+    )
+
+
+def state_memory(weights: int, averages: int, stage: int, gpus: int) -> dict[str, int]:
+    """Bytes of the training state on one of `gpus` GPUs, by part.
+
+    DeepSpeed keeps float32 weights beside the network's own, which it shares out from stage 1 on,
+    like moments and averages; gradients from stage 2 on; the network's weights at stage 3
+    (Rajbhandari et al. 2020, "ZeRO", section 5).
+
+    Args:
+        weights: Bytes of all weights in float32.
+        averages: How many averages of the weights are kept.
+        stage: Of ZeRO.
+        gpus: That share.
+    """
+    share = math.ceil(weights / gpus)
+    optimizer = (share if stage else weights) * (2 + averages)
+    parts = {
+        "weights": share if stage == 3 else weights,
+        "gradients": share if stage >= 2 else weights,
+        "moments and averages": optimizer + (share if stage else 0),
+    }
+    if stage:
+        return parts | {"buckets": min(DEEPSPEED_BUCKETS, 2 * weights)}
+    return parts | ({"buckets": weights} if gpus > 1 else {})
+
+
+def activation_memory(
+    config: TrainConfig, manifest: Manifest, make_network: Callable[[], VideoUNet], clips: int
+) -> int:
+    """Bytes at the peak of a forward and backward pass over `clips`, without weights and gradients.
+
+    Shapes alone are followed, with the CPU's kernels: a GPU's attention keeps less in 16 bits.
+    """
+    attention_backend("cpu", getattr(torch, config.precision))  # probes with real tensors
+    with FakeTensorMode():
+        network = make_network().train()
+        if config.model.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        frames, channels, height, width = manifest.latent_shape
+        latents = torch.empty(clips, frames, channels, height, width)
+        condition = latents.new_empty(
+            clips, frames, network.config["condition_channels"], height, width
+        )
+        tracker = MemTracker()
+        tracker.track_external(network, latents, condition)
+        with tracker:
+            with autocast(torch.device("cpu"), config.precision):
+                predicted = network(latents, torch.zeros(clips), condition)
+            (predicted.float() - latents).square().mean().backward()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+    return sum(size for kind, size in peak.items() if str(kind).endswith(("ACT", "TEMP")))
+
+
+def measure_step(config: TrainConfig, dataset: ShardedDataset, clips: int) -> tuple[float, int]:
+    """Seconds of a training step with `clips` clips on this machine, and a GPU's peak of bytes.
+
+    The median of a few real steps in one process, after some to warm up. The peak is 0 without a
+    GPU.
+    """
+    alone = dataclasses.replace(config, batch_size=clips, zero_stage=0)
+    accelerator = make_accelerator(alone)
+    denoiser = make_denoiser(alone, dataset.manifest)
+    state = make_state(alone, accelerator, denoiser.network)
+    stream = Stream(dataset, clips, config.seed)
+    seconds = []
+    on_gpu = accelerator.device.type == "cuda"
+    for number in range(WARM_UP + MEASURED):
+        batch = stream.batch(number)
+        began = time.perf_counter()
+        train_step(state, batch, denoiser, accelerator, alone)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    return statistics.median(seconds[WARM_UP:]), peak
+
+
+def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
+    """Print what the run needs and how long it takes; start nothing.
+
+    Raises:
+        BadInput: A launcher started several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise jobs.BadInputEverywhere(
+            "--plan runs in one process: start it without a launcher, and give --plan_gpus"
+        )
+    gpus = config.plan_gpus or 1
+    if config.batch_size < gpus:
+        raise jobs.BadInput(
+            f"batch_size is {config.batch_size} and plan_gpus {gpus}: give each GPU a clip or more"
+        )
+    needs = make_plan(config, dataset.manifest, gpus)
+    seconds, peak = None, 0
+    if torch.cuda.is_available() or not config.plan_gpus:
+        print(f"measuring {MEASURED} steps of {needs.clips} clip(s) here…", file=sys.stderr)
+        seconds, peak = measure_step(config, dataset, needs.clips)
+    _show(config, needs, seconds, peak)
+
+
+def _show(config: TrainConfig, needs: Plan, seconds: float | None, peak: int) -> None:
+    console = Console()
+    table = Table("", "", title=f"{config.steps} steps on {needs.gpus} GPU(s)", show_header=False)
+    for section in (_size(config, needs), _memory(needs, peak), _time(config, needs, seconds)):
+        for name, value in section:
+            table.add_row(name, value)
+        table.add_section()
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+
+
+def _size(config: TrainConfig, needs: Plan) -> list[tuple[str, str]]:
+    accumulated = config.gradient_accumulation
+    per_pass = f", {needs.clips_at_once} in a pass" if accumulated > 1 else ""
+    return [
+        ("parameters", f"{needs.parameters / 1e6:.2f} M"),
+        ("clips a step", f"{config.batch_size}, {needs.clips} on a GPU{per_pass}"),
+        ("epochs", f"{needs.epochs:.1f} of {needs.examples} examples"),
+        ("shards", f"{needs.shards}, {in_bytes(needs.shard_bytes)} in all"),
+        ("cache of a node, behind a URL", f"{in_bytes(needs.cache)} ({GPUS_A_NODE} GPUs a node)"),
+        ("checkpoint", f"{in_bytes(needs.checkpoint)}, {config.keep_checkpoints + 1} at most"),
+    ]
+
+
+def _memory(needs: Plan, peak: int) -> list[tuple[str, str]]:
+    rows = [(f"memory of a GPU: {part}", in_bytes(size)) for part, size in needs.memory.items()]
+    rows.append(("memory of a GPU: in all", in_bytes(sum(needs.memory.values()))))
+    if peak:
+        rows.append(("measured here, one GPU without ZeRO", in_bytes(peak)))
+    return rows
+
+
+def _time(config: TrainConfig, needs: Plan, measured: float | None) -> list[tuple[str, str]]:
+    seconds = measured or needs.operations / SUPPOSED
+    rate = needs.operations / seconds / 1e12
+    days = config.steps * seconds / 86400
+    source = "measured here" if measured else "supposed: no GPU is here to measure on"
+    return [
+        ("operations of a step", f"{needs.operations / 1e12:.3g} TFLOP on a GPU"),
+        ("a step", f"{seconds:.3g} s, {rate:.3g} TFLOP/s on a GPU ({source})"),
+        ("clips a second", f"{config.batch_size / seconds:.3g} in all"),
+        (
+            "reading",
+            f"{in_bytes(round(needs.fetched / seconds))}/s in all, where shards lie behind a URL",
+        ),
+        ("gradients", f"{in_bytes(needs.traffic)} a step out of each GPU, and as much in"),
+        ("time, without communication", f"{_days(days)}, {days * 24 * needs.gpus:.3g} GPU hours"),
+    ]
+
+
+def in_bytes(count: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _days(days: float) -> str:
+    if days >= 1:
+        return f"{days:.1f} days"
+    return f"{days * 24:.1f} hours" if days * 24 >= 1 else f"{days * 1440:.1f} minutes"
