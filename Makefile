@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# A thread for each of the tests' processes; those that drive a Slurm want it for themselves.
+TEST := OMP_NUM_THREADS=1 $(RUN)/pytest
+TOGETHER := -m "not slurm" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test check soak format clean
 
@@ -10,13 +13,15 @@ demo: $(INSTALLED)
 	$(RUN)/vidfill demo --out runs/demo
 
 test: $(INSTALLED)
-	$(RUN)/pytest
+	$(TEST) $(TOGETHER)
+	$(TEST) -m slurm tests/launch
 
 check: $(INSTALLED)
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
-	$(RUN)/pytest
+	$(TEST) $(TOGETHER)
+	$(TEST) -m slurm tests/launch
 
 soak: $(INSTALLED)
 	$(RUN)/python -m benchmarks.soak

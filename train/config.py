@@ -132,7 +132,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of the weights, the order of the clips, the timesteps and the noise."""
     precision: Precision = "float32"
-    """Precision of the network's forward pass; weights, moments and averages stay float32."""
+    """Precision of the network's forward pass; weights, moments and averages stay float32. The loss
+    of float16 is scaled, and a batch whose gradient overflows is tried again at half the scale."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: what the processes share out, 1 the optimizer's state, 2 the gradients
     too, 3 the weights too; 0 is plain data parallel training without DeepSpeed."""
@@ -230,15 +231,34 @@ def check(config: TrainConfig) -> None:
     for name, value in at_least_one.items():
         if value < 1:
             raise BadInputEverywhere(f"{name} is {value}: give 1 or more")
+    _check_training(config)
+    profiled_steps(config.profile)
+    _check_preset(config.model)
+    check_diffusion(config.diffusion)
+    check_loss(config.loss)
+
+
+def _check_training(config: TrainConfig) -> None:
+    more_than_zero = {
+        "optimizer.learning_rate": config.optimizer.learning_rate,
+        "optimizer.clip": config.optimizer.clip,
+        "timeout": config.timeout,
+    }
+    for name, value in more_than_zero.items():
+        if value <= 0:
+            raise BadInputEverywhere(f"{name} is {value:g}: give more than 0")
+    if config.max_skipped < 0:
+        raise BadInputEverywhere(f"max_skipped is {config.max_skipped}: give 0 or more")
+    if config.compile and config.zero_stage == 3:
+        raise BadInputEverywhere(
+            "compile is true and zero_stage 3, whose hooks interrupt the compiled network at every "
+            "layer: give zero_stage 2, or compile false"
+        )
     if not config.optimizer.ema_decays or not all(0 <= d < 1 for d in config.optimizer.ema_decays):
         decays = list(config.optimizer.ema_decays)
         raise BadInputEverywhere(
             f"optimizer.ema_decays is {decays}: give one or more, from 0 to below 1, as [0.9999]"
         )
-    profiled_steps(config.profile)
-    _check_preset(config.model)
-    check_diffusion(config.diffusion)
-    check_loss(config.loss)
 
 
 def _check_preset(model: ModelConfig) -> None:

@@ -319,7 +319,6 @@ def _write_partition(parameter: Any, kind: str, value: Tensor) -> None:
 def averaged_network(state: TrainState, which: int = 0) -> VideoUNet:
     """A copy of the network in eval mode that holds an average; under ZeRO a collective."""
     network = copy.deepcopy(state.blank).to_empty(device=state.network.device)
-    averages = network.named_parameters()
-    for parameter, (_, average) in zip(state.network.parameters(), averages, strict=True):
+    for parameter, average in zip(state.network.parameters(), network.parameters(), strict=True):
         average.copy_(read_full(state, parameter, f"average_{which}"))
     return network

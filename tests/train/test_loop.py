@@ -274,6 +274,10 @@ def test_checkpoints_are_pruned_and_the_averaged_model_loads(tiny_config: TrainC
         ("--model.preset", "tiny", "has sizes of its own"),
         ("--diffusion.shift", "2", "only a flow has one"),
         ("--loss.hole", "0", "loss.hole is 0"),
+        ("--optimizer.clip", "0", "optimizer.clip is 0: give more than 0"),
+        ("--optimizer.ema_decays", "[]", "ema_decays is []"),
+        ("--profile", "3", "as 100:105"),
+        ("--max_skipped", "-1", "max_skipped is -1"),
     ],
 )
 def test_wrong_setting_is_refused_and_its_correction_is_not(
