@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -110,7 +111,7 @@ def check_versions(requirements: Sequence[str]) -> Iterator[Finding]:
         yield Finding("versions", "good", f"torch {torch.__version__}, and all others in range")
 
 
-def check_launcher(environment: dict[str, str] | os._Environ[str]) -> Iterator[Finding]:
+def check_launcher(environment: Mapping[str, str]) -> Iterator[Finding]:
     """Does the environment say what a launcher of several processes has to say?"""
     world = int(environment.get("WORLD_SIZE", "1"))
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
@@ -137,16 +138,16 @@ def check_launcher(environment: dict[str, str] | os._Environ[str]) -> Iterator[F
         yield _check_signals(environment)
 
 
-def _check_signals(environment: dict[str, str] | os._Environ[str]) -> Finding:
-    handled = environment.get("PET_SIGNALS_TO_HANDLE", "")
-    if "SIGUSR1" in handled:
-        return Finding("signals", "good", "Slurm's warning reaches the run")
+def _check_signals(environment: Mapping[str, str]) -> Finding:
+    handled = "SIGUSR1" in environment.get("PET_SIGNALS_TO_HANDLE", "")
+    ignored = signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN  # as this process inherited it
+    if handled or ignored:
+        return Finding("signals", "good", "the launcher outlives Slurm's warning")
     return Finding(
         "signals",
         "warning",
         "the launcher dies of Slurm's warning signal, and its processes are orphans then",
-        "export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1, as `vidfill launch` "
-        "does",
+        "start it by `vidfill launch`, or after trap '' USR1",
     )
 
 
