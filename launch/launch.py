@@ -193,11 +193,6 @@ def read_tasks(config: LaunchConfig) -> list[Task]:
     outs = [task.marker for task in tasks if task.marker]
     if len(set(outs)) < len(outs):
         raise jobs.BadInput("job has two runs in one folder: give each task its own")
-    if verbs == ["sweep"] and config.processes > 1:
-        raise jobs.BadInput(
-            f"sweep runs in one process, and nodes × processes is {config.processes}: give it "
-            "--nodes 1 --gpus_per_node 1, and a line for each of several sweeps"
-        )
     return tasks
 
 

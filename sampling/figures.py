@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import math
@@ -77,7 +78,8 @@ class Point:
     family: str
     """The solver: its points share a colour and a marker."""
     label: str
-    nfe: int
+    cost: float
+    """Network evaluations, or seconds."""
     values: tuple[float, ...]
     """One for each panel."""
 
@@ -89,6 +91,10 @@ class Panel:
     title: str
     references: tuple[tuple[str, float], ...]
     """The baselines' names and values: horizontal lines."""
+
+
+Fronts = Sequence[tuple[Sequence[Point], str]]
+"""Of each panel the points on its front, the cheapest first, and what they cost."""
 
 
 def draw_film(
@@ -252,16 +258,8 @@ def quality_figure(
         _draw_lines(axes, index, points, lines, looks)
         _style_panel(axes, panel, points)
         _draw_references(axes, panel)
-        _label_points(axes, index, points, lines, panel, looks)
-    figure.legend(
-        *grid[0].get_legend_handles_labels(),
-        loc="upper left",
-        bbox_to_anchor=(0.03, 1.0),
-        ncols=len(families),
-        frameon=False,
-        handlelength=1.2,
-        borderaxespad=0,
-    )
+        _label_points(axes, index, points, lines, panel, looks, named=points)
+    _draw_legend(figure, grid[0], len(families))
     return figure
 
 
@@ -274,11 +272,17 @@ def _draw_lines(
 ) -> None:
     for line in lines:
         colour, _ = looks[line[0].family]
-        axes.plot([p.nfe for p in line], [p.values[index] for p in line], color=colour, lw=1.0)
+        axes.plot([p.cost for p in line], [p.values[index] for p in line], color=colour, lw=1.0)
+    _draw_dots(axes, index, points, looks)
+
+
+def _draw_dots(
+    axes: Axes, index: int, points: Sequence[Point], looks: dict[str, tuple[str, str]]
+) -> None:
     for rank, (family, (colour, marker)) in enumerate(looks.items()):
         own = [point for point in points if point.family == family]
         axes.plot(
-            [p.nfe for p in own],
+            [p.cost for p in own],
             [p.values[index] for p in own],
             color=colour,
             marker=marker,
@@ -293,14 +297,65 @@ def _draw_lines(
         )
 
 
+def draw_front(points: Sequence[Sequence[Point]], panels: Sequence[Panel], fronts: Fronts) -> bytes:
+    """A PNG of one measure against several costs, side by side, with the front of each.
+
+    `points` are each panel's; only those on its front are named.
+    """
+    with matplotlib.style.context(["default", STYLE]):
+        return _png(front_figure(points, panels, fronts), bbox_inches="tight", pad_inches=0.02)
+
+
+def front_figure(
+    points: Sequence[Sequence[Point]], panels: Sequence[Panel], fronts: Fronts
+) -> Figure:
+    """What `draw_front` draws."""
+    families = list(dict.fromkeys(point.family for point in points[0]))
+    looks = {f: FAMILY_LOOKS[index % len(FAMILY_LOOKS)] for index, f in enumerate(families)}
+    figure = Figure(figsize=(7.2, 2.9), dpi=DPI)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure.subplots_adjust(left=0.05, right=0.9, top=0.86, bottom=0.15, wspace=0.45)
+    for axes, panel, own, (front, name) in zip(grid, panels, points, fronts, strict=True):
+        line = _stairs(front)
+        axes.plot([p.cost for p in line], [p.values[0] for p in line], color=INK, lw=0.8, zorder=1)
+        _draw_dots(axes, 0, own, looks)
+        _style_panel(axes, panel, own)
+        axes.set_xlabel(name)
+        _draw_references(axes, panel)
+        _label_points(axes, 0, own, [line], panel, looks, named=front)
+    _draw_legend(figure, grid[0], len(families))
+    return figure
+
+
+def _stairs(front: Sequence[Point]) -> list[Point]:
+    """The border of what the front's points are better than."""
+    corners = [
+        (before, dataclasses.replace(before, cost=after.cost))
+        for before, after in itertools.pairwise(front)
+    ]
+    return [point for pair in corners for point in pair] + list(front[-1:])
+
+
+def _draw_legend(figure: Figure, axes: Axes, families: int) -> None:
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="upper left",
+        bbox_to_anchor=(0.03, 1.0),
+        ncols=families,
+        frameon=False,
+        handlelength=1.2,
+        borderaxespad=0,
+    )
+
+
 def _style_panel(axes: Axes, panel: Panel, points: Sequence[Point]) -> None:
-    costs = [point.nfe for point in points]
+    costs = [point.cost for point in points]
     axes.set_xscale("log")
     axes.set_xlim(min(costs) / 1.6, max(costs) * 3)  # room for a name beside the last point
     first, last = axes.get_xlim()
     decades = math.log10(last / first)
     round_numbers = (1, 2, 5) if decades < 1.7 else (1, 3) if decades < 2.7 else (1,)
-    ticks = [digit * 10**power for power in range(8) for digit in round_numbers]
+    ticks = [digit * 10.0**power for power in range(-4, 8) for digit in round_numbers]
     axes.set_xticks([tick for tick in ticks if first <= tick <= last], minor=False)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -362,18 +417,19 @@ def _label_points(
     lines: Sequence[Sequence[Point]],
     panel: Panel,
     looks: dict[str, tuple[str, str]],
+    named: Sequence[Point],
 ) -> None:
-    """Name every point where its name covers no other point or name, and few lines."""
-    dots = {point: _pixel(axes, point.nfe, point.values[index]) for point in points}
+    """Name points where its name covers no other point or name, and few lines."""
+    dots = {point: _pixel(axes, point.cost, point.values[index]) for point in points}
     taken = [Bbox.from_extents(x - 8, y - 8, x + 8, y + 8) for x, y in dots.values()]
     drawn = _along_lines(axes, index, lines, panel)
-    for point, dot in sorted(dots.items(), key=lambda item: tuple(item[1])):
-        colour, _ = looks[point.family]
+    for point in sorted(named, key=lambda point: dots[point]):
+        dot, (colour, _) = dots[point], looks[point.family]
         away, box = _free_place(axes, point.label, dot, taken, drawn)
         taken.append(box)
         axes.annotate(
             point.label,
-            xy=(point.nfe, point.values[index]),
+            xy=(point.cost, point.values[index]),
             xytext=((box.x0 + box.x1) / 2 - dot[0], (box.y0 + box.y1) / 2 - dot[1]),
             textcoords="offset pixels",
             ha="center",
@@ -419,7 +475,7 @@ def _along_lines(
 ) -> Float[np.ndarray, "vertices 2"]:
     """Places all along the drawn lines, in figure pixels."""
     ends = [
-        (_pixel(axes, a.nfe, a.values[index]), _pixel(axes, b.nfe, b.values[index]))
+        (_pixel(axes, a.cost, a.values[index]), _pixel(axes, b.cost, b.values[index]))
         for line in lines
         for a, b in itertools.pairwise(line)
     ]
@@ -428,6 +484,6 @@ def _along_lines(
     return np.concatenate([np.linspace(a, b, 100) for a, b in ends] or [np.empty((0, 2))])
 
 
-def _pixel(axes: Axes, nfe: float | int, value: float) -> tuple[float, float]:
-    x, y = axes.transData.transform((nfe, value))
+def _pixel(axes: Axes, cost: float, value: float) -> tuple[float, float]:
+    x, y = axes.transData.transform((cost, value))
     return float(x), float(y)

@@ -7,78 +7,94 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .. import jobs
-from .results import MEASURES
-
-COLUMNS = ("schedule", "clip", *(m.column for m in MEASURES if m.column != "clips"))
 
 Row = dict[str, str]
 
 
 class Ledger:
-    """clips.csv: a row for each finished clip and schedule, flushed as it is written.
+    """clips.csv: a row for each finished clip and schedule.
 
-    Beside it run.json keeps what the sweep began with and the seconds spent so far.
+    While a sweep runs, each of its processes writes its rows to a part of its own,
+    clips-PROCESS.csv, flushed row by row; `gather` puts them all into clips.csv.
     """
 
-    def __init__(self, out: Path, fingerprint: Mapping[str, str]) -> None:
-        """Read what earlier runs of the same command finished.
-
-        Raises:
-            BadInput: the model, the shards or the autoencoder have changed since.
-        """
+    def __init__(self, out: Path, columns: Sequence[str], process: int = 0) -> None:
         self.path = out / "clips.csv"
-        self._run = out / "run.json"
-        self._fingerprint = dict(fingerprint)
-        self._spent = self._resume(out)
-        self._began = time.monotonic()
-        self.rows = self._read_rows()
+        self.rows: dict[tuple[str, str], Row] = {}
+        self._columns = columns
+        self._part = out / f"clips-{process}.csv"
 
-    def _resume(self, out: Path) -> float:
-        if not self._run.is_file():
-            self._save(0.0)
-            return 0.0
-        run = json.loads(self._run.read_text())
-        for name, before in run["inputs"].items():
-            if before != self._fingerprint[name]:
-                raise jobs.BadInput(
-                    f"the {name} has changed since the sweep in {out} began: "
-                    "choose another folder for the results"
-                )
-        return float(run["seconds"])
+    def read(self) -> None:
+        """Learn of the rows of all processes, also of those that a kill cut short."""
+        for path in (self.path, *self._parts()):
+            content = path.read_text() if path.is_file() else ""
+            whole = content[: content.rfind("\n") + 1]  # the last row may be cut off
+            for row in csv.DictReader(io.StringIO(whole), self._columns):
+                if path != self.path or row["schedule"] != "schedule":
+                    self.rows[row["schedule"], row["clip"]] = row
 
-    def _save(self, seconds: float) -> None:
-        content = {"inputs": self._fingerprint, "seconds": seconds}
-        jobs.write_atomically(self._run, json.dumps(content, indent=2).encode())
+    def gather(self) -> None:
+        """Write what was read, and remove the parts; no other process may be at work."""
+        lines = [csv_line(self._columns)]
+        lines += [self._line(row) for _, row in sorted(self.rows.items())]
+        jobs.write_atomically(self.path, b"".join(lines))
+        for part in self._parts():
+            part.unlink()
 
-    def _read_rows(self) -> dict[tuple[str, str], Row]:
-        if not self.path.is_file():
-            jobs.write_atomically(self.path, csv_line(COLUMNS))
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:  # the end of a row that a kill cut off
-            jobs.write_atomically(self.path, whole)
-        rows = list(csv.DictReader(io.StringIO(whole.decode())))
-        return {(row["schedule"], row["clip"]): row for row in rows}
+    def add(self, row: Row) -> None:
+        with self._part.open("ab") as file:
+            file.write(self._line(row))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows[row["schedule"], row["clip"]] = row
 
     def __contains__(self, name_and_clip: tuple[str, str]) -> bool:
         return name_and_clip in self.rows
 
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob("clips-*.csv"))
+
+    def _line(self, row: Row) -> bytes:
+        return csv_line([row[column] for column in self._columns])
+
+
+class Account:
+    """run.json: what a sweep began with, the batch it found, and the seconds spent so far."""
+
+    def __init__(
+        self, out: Path, inputs: Mapping[str, str], find_capacity: Callable[[], int]
+    ) -> None:
+        """Continue the account of earlier runs, or begin it.
+
+        Raises:
+            BadInput: the model, the shards or a network has changed since.
+        """
+        self._path = out / "run.json"
+        self._inputs = dict(inputs)
+        before = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        for name, was in before.get("inputs", {}).items():
+            if was != self._inputs.get(name):
+                raise jobs.BadInput(
+                    f"the {name} has changed since the sweep in {out} began: "
+                    "choose another folder for the results"
+                )
+        self.capacity: int = before.get("capacity") or find_capacity()
+        self._spent: float = before.get("seconds", 0.0)
+        self._began = time.monotonic()
+        self.save()
+
     @property
     def seconds(self) -> float:
-        """Wall seconds of all runs of this command, up to each run's last row."""
+        """Wall seconds of all runs of this command, up to when each was last saved."""
         return self._spent + time.monotonic() - self._began
 
-    def add(self, row: Row) -> None:
-        with self.path.open("ab") as file:
-            file.write(csv_line([row[column] for column in COLUMNS]))
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows[row["schedule"], row["clip"]] = row
-        self._save(self.seconds)
+    def save(self) -> None:
+        content = {"inputs": self._inputs, "capacity": self.capacity, "seconds": self.seconds}
+        jobs.write_atomically(self._path, json.dumps(content, indent=2).encode())
 
 
 def csv_line(values: Sequence[str]) -> bytes:

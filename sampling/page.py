@@ -7,7 +7,9 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .results import MEASURES, Measure, Row, Sweep
+from . import players, tables
+from .results import Sweep, best_of, front_of
+from .tables import code
 
 BASELINES = {
     "fill": "the input itself, its hole in one colour: the median of the visible pixels unless "
@@ -34,10 +36,13 @@ class Drawing:
 def render_page(sweep: Sweep, drawings: Sequence[Drawing], pictures: Sequence[bytes]) -> str:
     """The page's HTML, with every picture inside it."""
     return _PAGE.format(
-        style=_STYLE,
+        style=_STYLE + tables.STYLE + players.STYLE,
+        script=tables.SCRIPT + players.SCRIPT,
         title=html.escape(f"Schedules compared: {sweep.about['model']}"),
         summary=_summary(sweep),
-        table=_table(sweep),
+        results=tables.render_results(sweep),
+        comparison=tables.render_comparison(sweep),
+        players=players.render_players(sweep) or "<p>No clip's frames were kept.</p>",
         figures="\n".join(map(_figure, drawings, pictures)),
         made=_how_made(sweep),
     )
@@ -53,60 +58,20 @@ def _summary(sweep: Sweep) -> str:
         f"{': ' if count > 1 else ', reaches '}"
         f"{best['psnr_hole']:.2f} dB PSNR in the hole, <strong>{abs(gain):.2f} dB "
         f"{'above' if gain >= 0 else 'below'} {code('fill')}</strong>, for {best['nfe']:,.0f} "
-        f"network evaluations a clip, on {best['clips']:,.0f} clips."
+        f"network evaluations a clip, on {best['clips']:,.0f} clips.{_leading(sweep)}"
     )
 
 
-def _table(sweep: Sweep) -> str:
-    heads = "".join(
-        f'<th scope="col">{m.title}{f"&#160;{m.arrow}" if m.arrow else ""}'
-        f'<span class="unit">{m.unit}</span></th>'
-        for m in MEASURES
-    )
-    bests = _best_texts(sweep.schedules)
+def _leading(sweep: Sweep) -> str:
+    """Who is best by the lead measure, and who is on its front."""
+    lead, best = sweep.lead, best_of(sweep.schedules, sweep.lead)
+    if not best:
+        return ""
+    names = ", ".join(code(row.name) for row in front_of(sweep.schedules, "nfe", lead))
     return (
-        f'<table><thead><tr><th scope="col">Schedule</th>{heads}</tr></thead>\n'
-        f'<tbody class="baselines">{_group("Baselines")}{_rows(sweep.baselines, {})}</tbody>\n'
-        f'<tbody class="schedules">{_group("Schedules")}{_rows(sweep.schedules, bests)}</tbody>'
-        "</table>"
+        f" By {lead.title}, which tells more than squared error does, {code(best.name)} is best "
+        f"({tables.rounded(best, lead)}); on the front of {lead.title} against NFE: {names}."
     )
-
-
-def _group(title: str) -> str:
-    return (
-        f'<tr class="group"><th scope="rowgroup" colspan="{len(MEASURES) + 1}">{title}</th></tr>\n'
-    )
-
-
-def _rows(rows: Sequence[Row], bests: Mapping[str, str]) -> str:
-    return "".join(
-        f'<tr><th scope="row">{code(row.name)}</th>'
-        + "".join(_cell(row, measure, bests.get(measure.column)) for measure in MEASURES)
-        + "</tr>\n"
-        for row in rows
-    )
-
-
-def _cell(row: Row, measure: Measure, best: str | None) -> str:
-    """A value as a reader wants it, and to a machine exactly as results.csv has it."""
-    text = _rounded(row, measure)
-    value = f'<data value="{html.escape(row.texts[measure.column])}">{text}</data>'
-    return f"<td>{f'<strong>{value}</strong>' if text == best else value}</td>"
-
-
-def _best_texts(rows: Sequence[Row]) -> dict[str, str]:
-    """By column the best value, as it is shown: schedules that show the same are equally good."""
-    if len(rows) < 2:
-        return {}
-    return {
-        m.column: _rounded(max(rows, key=lambda row: m.better * row[m.column]), m)
-        for m in MEASURES
-        if m.better
-    }
-
-
-def _rounded(row: Row, measure: Measure) -> str:
-    return f"{row[measure.column]:,.{measure.digits}f}"
 
 
 def _figure(drawing: Drawing, picture: bytes) -> str:
@@ -128,6 +93,7 @@ def _how_made(sweep: Sweep) -> str:
         "Masks": _described(about["masks"]),
         "Clips": f"{sweep.best['clips']:,.0f} of {clip['frames']} frames, {clip['width']}×"
         f"{clip['height']} pixels; the frames of {len(sweep.kept)} were kept",
+        "Without a value": _left_out(sweep),
         "Noise": "the same for every schedule of a clip; a diffusion of "
         f"{about['timesteps']} timesteps",
         "Device": f"{html.escape(str(about['device']))}; the whole sweep took "
@@ -136,11 +102,18 @@ def _how_made(sweep: Sweep) -> str:
         "on 8-bit RGB frames",
     }
     baselines = {code(row.name): BASELINES.get(row.name, "") for row in sweep.baselines}
-    measures = {measure.title: measure.meaning for measure in MEASURES}
+    measures = {measure.title: measure.meaning for measure in sweep.measures}
     return (
         f"{_definitions(facts)}\n<h3>What is measured</h3>{_definitions(measures)}\n"
         f"<h3>What the schedules are compared with</h3>{_definitions(baselines)}"
     )
+
+
+def _left_out(sweep: Sweep) -> str:
+    titles = {measure.column: measure.title for measure in sweep.measures}
+    counts = sweep.about["without_value"]
+    said = (f"{count} clips of {titles[column]}" for column, count in counts.items())
+    return f"left out of means and comparisons: {', '.join(said) or 'none'}"
 
 
 def _definitions(entries: Mapping[str, str]) -> str:
@@ -160,10 +133,6 @@ def _described(value: object) -> str:
     return html.escape(str(value))
 
 
-def code(text: object) -> str:
-    return f"<code>{html.escape(str(text))}</code>"
-
-
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -177,13 +146,19 @@ _PAGE = """<!DOCTYPE html>
 <h1>Which schedule fills the hole best</h1>
 <p class="summary">{summary}</p>
 <h2>Results</h2>
-<div class="scroll">{table}</div>
-<p class="key">Arrows point to better; bold is the best schedule of a column.</p>
+{results}
+<h2>Compared, clip by clip</h2>
+{comparison}
 <h2>Figures</h2>
 {figures}
+<h2>Clips</h2>
+<p class="key">Beside a name, the clip's PSNR of the hole. The frames are compressed here;
+the sweep's folder has them as they are.</p>
+{players}
 <h2>How this was made</h2>
 {made}
 </main>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -192,9 +167,11 @@ _STYLE = """
 :root {
   color-scheme: light dark;
   --ink: #1a1a1a; --soft: #5c5c5c; --page: #ffffff; --panel: #f5f5f3; --rule: #d9d9d6;
+  --good: #00704f; --bad: #b03a00;
 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e6; --soft: #a5a5a2; --page: #161617; --panel: #212123; --rule: #3a3a3d; }
+  :root { --ink: #e8e8e6; --soft: #a5a5a2; --page: #161617; --panel: #212123; --rule: #3a3a3d;
+    --good: #4cc79a; --bad: #ff9a66; }
 }
 * { box-sizing: border-box; }
 body {
@@ -224,7 +201,7 @@ tbody .group th { font-size: 0.8rem; color: var(--soft); padding-top: 0.7rem; }
 .schedules tr + tr > * { border-top: 1px solid var(--rule); }
 tbody:last-child tr:last-child > * { border-bottom: 2px solid var(--ink); }
 figure { margin: 1.5rem 0 2.5rem; }
-img { display: block; max-width: none; width: 100%; background: #fff; border-radius: 4px; }
+figure img { display: block; max-width: none; width: 100%; background: #fff; border-radius: 4px; }
 figcaption { color: var(--soft); font-size: 0.9rem; margin-top: 0.6rem; max-width: 52rem; }
 figcaption strong { color: var(--ink); }
 figcaption code, dd code { overflow-wrap: anywhere; }
@@ -235,6 +212,6 @@ dt { font-weight: 600; }
 dd { margin: 0; }
 @media (max-width: 40rem) {
   dl div { grid-template-columns: 1fr; gap: 0; }
-  img { width: 44rem; }
+  figure img { width: 44rem; }
 }
 """

@@ -14,9 +14,10 @@ import numpy as np
 from .. import jobs
 from ..data.shards import family_of
 from . import figures
-from .page import Drawing, code, render_page
-from .results import MEASURES, Measure, Row, Sweep, read_sweep
+from .page import Drawing, render_page
+from .results import Measure, Row, Sweep, front_of, read_sweep
 from .schedules import SOLVERS, Schedule, parse
+from .tables import code
 
 EXAMPLES = """examples:
   vidfill report runs/sweep
@@ -27,16 +28,20 @@ COLUMNS_SHOWN = 8  # frames across a figure, at most
 
 FIGURE_OF_FAMILY = {"stationary": 2, "variable": 3}  # the paper's numbering
 
-PLOTTED = ("psnr_hole", "colour_error", "temporal_error")
+PLOTTED = ("lpips", "temporal_error", "colour_error", "psnr_hole", "psnr")
+PANELS = 3  # of them in the plot: the first that every schedule has
+COSTS = {"nfe": "network evaluations per clip", "seconds_per_clip": "network seconds per clip"}
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """Write a page and figures for print from a finished sweep.
 
-    OUT/index.html is self-contained: it can be mailed or opened from a phone. The figures are PNGs
-    at 300 dpi: figure2 and figure3 (masked, true and generated frames, for stationary and for
-    variable masks), figure4 (one row for each number of resamplings) and quality-nfe.
+    OUT/index.html is self-contained: it can be mailed or opened from a phone, its tables are sorted
+    and filtered by hand, and the kept clips play in it. The figures are PNGs at 300 dpi: front (the
+    Pareto front of quality against cost), figure2 and figure3 (masked, true and generated frames,
+    for stationary and for variable masks), figure4 (one row for each number of resamplings) and
+    quality-nfe.
     """
 
     sweep: Path
@@ -77,7 +82,7 @@ def plan_drawings(sweep: Sweep, asked: str = "") -> list[Drawing]:
     """
     if asked and asked not in sweep.kept:
         raise jobs.BadInput(f"clip is {asked}; the sweep kept {', '.join(sweep.kept) or 'none'}")
-    drawings = [_quality_drawing(sweep)]
+    drawings = [_front_drawing(sweep), _quality_drawing(sweep)]
     for family, number in FIGURE_OF_FAMILY.items():
         clips = [key for key in sweep.kept if family_of(key) == family]
         if clips:
@@ -165,14 +170,21 @@ def _families(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _without_resampling(row: Row) -> Schedule:
+    """What a family has in common: how far up it resamples belongs to that."""
     schedule = parse(row.name)
-    others = tuple(move for move in schedule.moves if move.name != "resample")
+    others = tuple(
+        dataclasses.replace(move, options=(("n", 0), *move.options[1:]))
+        if move.name == "resample"
+        else move
+        for move in schedule.moves
+        if move.name != "resample" or move["below"] != 1
+    )
     return dataclasses.replace(schedule, moves=others)
 
 
 def _resamplings(row: Row) -> int:
     """The paper's n."""
-    return sum(int(move["n"]) for move in parse(row.name).moves if move.name == "resample")
+    return sum(move.get("n", int) for move in parse(row.name).moves if move.name == "resample")
 
 
 def _decibels(sweep: Sweep, row: Row, clip: str) -> str:
@@ -187,7 +199,7 @@ def _draw_film(sweep: Sweep, clip: str, rows: Iterable[tuple[str, str, str]]) ->
 
 
 def _quality_drawing(sweep: Sweep) -> Drawing:
-    measures = [measure for measure in MEASURES if measure.column in PLOTTED]
+    measures = _plotted(sweep)
     points = {
         row.name: _point(row, measures, begun=_resamplings(family[0]) == 0)
         for family in sorted(_families(sweep.schedules), key=_solver_rank)
@@ -212,6 +224,48 @@ def _quality_drawing(sweep: Sweep) -> Drawing:
     )
 
 
+def _plotted(sweep: Sweep) -> list[Measure]:
+    there = {measure.column: measure for measure in sweep.measures}
+    measures = [there[column] for column in PLOTTED if column in there]
+    rows = [*sweep.schedules, *sweep.baselines]
+    whole = [m for m in measures if not any(math.isnan(row[m.column]) for row in rows)]
+    return whole[:PANELS]
+
+
+def _front_drawing(sweep: Sweep) -> Drawing:
+    """The lead measure against each cost."""
+    lead = sweep.lead
+    title = f"{lead.title} ({lead.unit}) {lead.arrow}"
+    references = _near(sweep, lead)
+    ranked = [row for rows in sorted(_families(sweep.schedules), key=_solver_rank) for row in rows]
+    points, fronts = [], []
+    for cost, name in COSTS.items():
+        own = {
+            row.name: dataclasses.replace(_point(row, [lead], begun=False), cost=row[cost])
+            for row in ranked
+            if not math.isnan(row[lead.column])
+        }
+        points.append(list(own.values()))
+        fronts.append(([own[row.name] for row in front_of(ranked, cost, lead)], name))
+    return Drawing(
+        "front.png",
+        f"The Pareto front of {lead.title} against cost",
+        "Each point is a schedule. Those that the black line joins, and that are named by their "
+        "steps and moves, are on the front: no other is as cheap and as good, and better in one. "
+        "The seconds are the sweep's device's. Horizontal lines are the baselines that are near.",
+        lambda: figures.draw_front(points, [figures.Panel(title, references)] * 2, fronts),
+    )
+
+
+def _near(sweep: Sweep, measure: Measure) -> tuple[tuple[str, float], ...]:
+    """The baselines whose value is not far from all schedules'."""
+    values = [row[measure.column] for row in sweep.schedules if not math.isnan(row[measure.column])]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    reach = (high - low) / 2
+    lines = ((row.name, row[measure.column]) for row in sweep.baselines)
+    return tuple(line for line in lines if low - reach <= line[1] <= high + reach)
+
+
 def _solver_rank(family: Sequence[Row]) -> tuple[int, str]:
     """Sorts by solver in the language's order, so that a solver's colour is mostly the same."""
     solver = parse(family[0].name).solver
@@ -232,11 +286,11 @@ def _point(row: Row, measures: Sequence[Measure], begun: bool) -> figures.Point:
     """A schedule's point; where its line is `begun` by a point with n = 0, it need only say n."""
     schedule = parse(row.name)
     family = schedule.solver.name.upper() + schedule.solver.written_options()
-    n = [f"n={_resamplings(row)}"] if _resamplings(row) else []
+    n = [m.written_options().strip("()") for m in schedule.moves if m.name == "resample"]
     others = [str(move) for move in schedule.moves if move.name != "resample"]
     label = ", ".join(n if n and begun else [str(schedule.steps), *others, *n])
     return figures.Point(
-        family, label, int(row["nfe"]), tuple(row[measure.column] for measure in measures)
+        family, label, row["nfe"], tuple(row[measure.column] for measure in measures)
     )
 
 

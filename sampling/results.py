@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .. import jobs
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of results.csv as a reader wants it."""
+    """A column of results.csv as a reader wants it; docs/metrics.md has the exact definitions."""
 
     column: str
     title: str
@@ -29,6 +30,10 @@ class Measure:
     better: int
     """1: higher is better; -1: lower is better; 0: neither."""
     meaning: str
+    needs: str = ""
+    """The network without which there is no such column: lpips or i3d."""
+    of_set: bool = False
+    """Of all clips of a schedule together; else of each clip, then averaged."""
 
     @property
     def arrow(self) -> str:
@@ -42,6 +47,34 @@ MEASURES = (
         "for the schedules, and for mean: the network's share of the wall time of sampling, an "
         "evaluation shared by several clips split evenly among them, without decoding; for the "
         "other baselines: the wall time of computing the clip",
+    ),
+    Measure(
+        *("lpips", "LPIPS", "0 at best", 4, -1),
+        "how different the whole frames look: LPIPS 0.1 with AlexNet, averaged over the frames",
+        needs="lpips",
+    ),
+    Measure(
+        *("temporal_error", "Temporal error", "8-bit units", 2, -1),
+        "mean |change of the result − change of the truth| from one frame to the next, over the "
+        "hole's pixels: flicker, and motion that is not the true one",
+    ),
+    Measure(
+        *("colour_error", "Colour error", "8-bit units", 2, -1),
+        "|mean of result − truth over the hole's pixels of all frames|, averaged over R, G and B: "
+        "how far the colour of the whole hole is off",
+    ),
+    Measure(
+        *("flicker", "Flicker", "8-bit units", 2, -1),
+        "how much the mean colour error of the hole jumps from one frame to the next",
+    ),
+    Measure(
+        *("seam_error", "Seam error", "8-bit units", 2, -1),
+        "mean ||step of the result| − |step of the truth|| across the hole's border",
+    ),
+    Measure(
+        *("warping_error", "Warping error", "of [0, 1]²", 6, 0),
+        "mean squared difference of each frame and the next one warped back along the truth's DIS "
+        "flow; a blurred result has less than the truth, so lower is not better",
     ),
     Measure(
         *("psnr", "PSNR", "dB", 2, 1),
@@ -58,17 +91,40 @@ MEASURES = (
         "σ = 1.5, averaged over RGB and frames",
     ),
     Measure(
-        *("colour_error", "Colour error", "8-bit units", 2, -1),
-        "|mean of result − truth over the hole's pixels of all frames|, averaged over R, G and B: "
-        "how far the colour of the whole hole is off",
+        *("ssim_65", "SSIM 65", "1 at best", 4, 1),
+        "the same in a flat window of 65×65 pixels, as papers of video inpainting have it",
     ),
     Measure(
-        *("temporal_error", "Temporal error", "8-bit units", 2, -1),
-        "mean |change of the result − change of the truth| from one frame to the next, over the "
-        "hole's pixels: flicker, and motion that is not the true one",
+        *("fvd", "FVD", "of the set", 1, -1),
+        "Fréchet distance between the I3D logits of a schedule's clips and of the true ones; "
+        "comparable only at an equal number of clips",
+        *("i3d", True),
+    ),
+    Measure(
+        *("vfid", "VFID", "of the set", 2, -1),
+        "the same between the averages of I3D's last layer before its classifier",
+        *("i3d", True),
     ),
     Measure("clips", "Clips", "", 0, 0, "how many a row is averaged over"),
 )
+
+
+COMPARED = (
+    *("masks", "schedule", "reference", "measure", "clips"),
+    *("difference", "low", "high", "improved", "margin", "verdict"),
+)  # the columns of comparison.csv
+LEADING = ("lpips", "temporal_error", "psnr")
+
+
+def measures_with(networks: Collection[str]) -> list[Measure]:
+    """The columns of a sweep that was given these networks."""
+    return [measure for measure in MEASURES if not measure.needs or measure.needs in networks]
+
+
+def clip_columns(measures: Sequence[Measure]) -> list[str]:
+    """The columns of clips.csv."""
+    own = [m.column for m in measures if not m.of_set and m.column != "clips"]
+    return ["schedule", "clip", *own]
 
 
 @dataclass(frozen=True)
@@ -92,13 +148,25 @@ class Sweep:
     """sweep.json."""
     baselines: Sequence[Row]
     schedules: Sequence[Row]
+    measures: Sequence[Measure]
+    """Those that it has columns of."""
     hole_psnr: Mapping[tuple[str, str], float]
     """Decibels by (schedule, clip)."""
+    comparison: Sequence[Mapping[str, str]]
+    """The lines of comparison.csv."""
 
     @functools.cached_property
     def best(self) -> Row:
         """The schedule with the highest PSNR of the hole; of equals the cheapest."""
-        return max(self.schedules, key=lambda row: (row["psnr_hole"], -row["nfe"]))
+        measure = next(measure for measure in MEASURES if measure.column == "psnr_hole")
+        return best_of(self.schedules, measure) or self.schedules[0]
+
+    @functools.cached_property
+    def lead(self) -> Measure:
+        """What schedules are judged by first."""
+        by_column = {measure.column: measure for measure in self.measures}
+        there = [by_column[column] for column in LEADING if column in by_column]
+        return next((m for m in there if best_of(self.schedules, m)), there[-1])
 
     @property
     def kept(self) -> Sequence[str]:
@@ -128,6 +196,26 @@ class Sweep:
         return np.any(self.frames("mask", clip) > 0, axis=-1).astype(np.uint8)
 
 
+def best_of(rows: Sequence[Row], measure: Measure) -> Row | None:
+    """The best by one measure, of equals the cheapest; none where none has a value."""
+    known = [row for row in rows if not math.isnan(row[measure.column])]
+    return max(
+        known, key=lambda row: (measure.better * row[measure.column], -row["nfe"]), default=None
+    )
+
+
+def front_of(rows: Sequence[Row], cost: str, measure: Measure) -> list[Row]:
+    """The Pareto front, the cheapest first: no other row is as cheap and as good, and more so."""
+    front: list[Row] = []
+    known = [row for row in rows if not math.isnan(row[measure.column])]
+    for row in sorted(known, key=lambda row: (row[cost], -measure.better * row[measure.column])):
+        gain = measure.better * (row[measure.column] - front[-1][measure.column]) if front else 1.0
+        equal = bool(front) and gain == 0 and row[cost] == front[-1][cost]
+        if gain > 0 or equal:
+            front.append(row)
+    return front
+
+
 def read_sweep(folder: Path) -> Sweep:
     """What a finished sweep's folder says.
 
@@ -135,24 +223,24 @@ def read_sweep(folder: Path) -> Sweep:
         BadInput: something that a finished sweep has is missing or malformed.
     """
     about = _read_about(folder)
-    rows = [
-        Row(line["schedule"], line)
-        for line in _read_csv(folder, "results.csv", ["schedule", *(m.column for m in MEASURES)])
-    ]
+    measures = measures_with(about["networks"])
+    columns = ["schedule", *(m.column for m in measures)]
+    rows = [Row(line["schedule"], line) for line in _read_csv(folder, "results.csv", columns)]
     named = [row.name for row in rows]
     for name in [*about["baselines"], *(entry["schedule"] for entry in about["schedules"])]:
         if name not in named:
             raise _unfinished(folder, f"results.csv has no row {name}")
-    per_clip = [m.column for m in MEASURES if m.column != "clips"]
     sweep = Sweep(
         folder,
         about,
         baselines=[row for row in rows if row.name in about["baselines"]],
         schedules=[row for row in rows if row.name not in about["baselines"]],
+        measures=measures,
         hole_psnr={
             (line["schedule"], line["clip"]): float(line["psnr_hole"])
-            for line in _read_csv(folder, "clips.csv", ["schedule", "clip", *per_clip])
+            for line in _read_csv(folder, "clips.csv", clip_columns(measures))
         },
+        comparison=_read_csv(folder, "comparison.csv", list(COMPARED)),
     )
     for slug in ["truth", "masked", "mask", *(sweep.slug(row.name) for row in rows)]:
         for clip in sweep.kept:
@@ -171,7 +259,16 @@ def _read_about(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _unfinished(folder, f"sweep.json: {error}") from None
     wanted = ("model", "shards", "autoencoder", "masks", "clip", "kept", "schedules")
-    for field in (*wanted, "baselines", "timesteps", "seconds", "device"):
+    for field in (
+        *wanted,
+        "networks",
+        "reference",
+        "without_value",
+        "baselines",
+        "timesteps",
+        "seconds",
+        "device",
+    ):
         if field not in about:
             raise _unfinished(folder, f"sweep.json has no {field}")
     if not about["schedules"]:

@@ -111,11 +111,33 @@ def sample(
     Raises:
         BadInput: a result is not finite.
     """
-    waiting = deque(sorted(requests, key=lambda request: -request.program.nfe))
+    yield from sample_in_order(
+        denoiser,
+        sorted(requests, key=lambda request: -request.program.nfe),
+        capacity=capacity,
+        seed=seed,
+        padded=padded,
+        on_evaluations=on_evaluations,
+    )
+
+
+def sample_in_order(
+    denoiser: Denoiser,
+    requests: Iterable[Request],
+    *,
+    capacity: int,
+    seed: int,
+    padded: bool = False,
+    on_evaluations: Callable[[int], object] = lambda count: None,
+) -> Iterator[Result]:
+    """As `sample`, but each request is drawn, in the order given, when a slot is free."""
+    waiting = iter(requests)
     slots = _Slots(denoiser, capacity, seed, padded)
-    while waiting or slots.running:
-        while waiting and slots.free:
-            slots.start(waiting.popleft())
+    while True:
+        for request in itertools.islice(waiting, len(slots.free)):
+            slots.start(request)
+        if not slots.running:
+            return
         evaluations = len(slots.running)
         results = slots.advance()
         on_evaluations(evaluations)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -22,15 +25,32 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import jobs
+from ..crew import Crew, choose_device
 from ..data.shards import MANIFEST, Example, ShardedDataset, family_of
-from ..modeling.autoencoder import Autoencoder, Precision, hash_weights, load_autoencoder
+from ..modeling.autoencoder import Autoencoder, hash_weights, load_autoencoder
 from ..modeling.diffusion import Denoiser
+from ..modeling.precision import Precision
 from . import baselines
-from .ledger import Ledger, Row, csv_line
-from .metrics import Frames, measure
-from .results import MEASURES
-from .sampler import Condition, Request, condition_of, decode_result, pixels_of, sample
+from .board import write_board
+from .features import has_features, write_features
+from .ledger import Account, Ledger, Row
+from .metrics import Frames
+from .networks import FVD_FRAMES
+from .outcome import TRUTH, Finished, compare_all, format_number, table
+from .results import COMPARED, Measure, clip_columns, measures_with, read_sweep
+from .sampler import (
+    Condition,
+    Known,
+    Request,
+    condition_of,
+    decode_result,
+    find_capacity,
+    known_of,
+    pixels_of,
+    sample,
+)
 from .schedules import Program, compile_schedule, parse
+from .scores import Judges, describe_clip, load_judges, score_clip
 
 EXAMPLES = """examples:
   vidfill sweep runs/train runs/shards runs/sweep
@@ -38,16 +58,18 @@ EXAMPLES = """examples:
   vidfill sweep runs/train runs/shards runs/paper --clips 4 --plan \\
       --schedules "ddpm:1000 ddpm:1000+resample(n=4)"
       what two of the paper's own settings would cost; nothing is written
+  accelerate launch --config_file launch/node.yaml --num_processes 8 -m vidfill.sampling.sweep \\
+      runs/train runs/shards runs/sweep --clips 0
+      the same results on any number of GPUs
 """
 
 DEFAULT_SCHEDULES = (
     "ddim:50 ddpm:50 ddpm:50+resample(n=4) ddpm:50+resample(n=6) ddpm:50+resample(n=10)"
 )
 
-RESULT_COLUMNS = ("schedule", *(m.column for m in MEASURES))
-AVERAGED = RESULT_COLUMNS[2:-1]  # all but the schedule, its NFE and the number of clips
 BASELINES = ("fill", "classic", "mean", "autoencoder")
-TABLE_WIDTH = 120  # characters, where there is no terminal to ask
+TABLE_WIDTH = 200  # characters, where there is no terminal to ask
+VISIBLE = 60.0  # seconds in which a file on a shared file system shows on every node
 
 
 @dataclass(frozen=True)
@@ -56,9 +78,11 @@ class SweepConfig:
 
     All schedules see the same clips, masks and noise; what is visible stays as it was. A row is
     written for every clip and schedule as it is finished: the same command continues a sweep that
-    was stopped. Beside the schedules stand four baselines: `fill` (the model's input), `classic`
-    (the nearest frame in which a pixel is visible, else OpenCV's inpainting), `mean` (one network
-    evaluation) and `autoencoder` (the true clip encoded and decoded: the ceiling).
+    was stopped, on any number of processes. Beside the schedules stand four baselines: `fill` (the
+    model's input), `classic` (the nearest frame in which a pixel is visible, else OpenCV's
+    inpainting), `mean` (one network evaluation) and `autoencoder` (the true clip encoded and
+    decoded: the ceiling). Each schedule is compared, clip by clip, with its own without resampling
+    and with a reference.
     """
 
     model: Path
@@ -68,26 +92,34 @@ class SweepConfig:
     out: Path
     """Folder for the results: new, empty, or begun by this same command."""
     schedules: str = DEFAULT_SCHEDULES
-    """Schedules, separated by spaces, each SOLVER:STEPS[(key=value)][+MOVE(key=value)]. Solvers:
-    ddpm (variance=small or large), ddim. Moves: resample(n=K), the paper's resampling."""
+    """Schedules, separated by spaces, each SOLVER:STEPS[(key=value)][+MOVE(key=value)], as
+    `vidfill schedule --help` has them."""
+    reference: str = ""
+    """The schedule with which each is compared, beside its own without resampling; empty is the
+    first."""
     clips: int = 16
     """Clips to fill: the split's first ones; 0 takes all."""
     masks: str = ""
     """Take only the clips under these mask families, separated by spaces; empty takes all."""
     split: str = "validation"
     """Split of the shards; it must keep its clips' pixels."""
-    batch_size: int = 16
-    """Clips that the network evaluates at once."""
+    batch_size: int = 0
+    """Clips that the network evaluates at once; 0 finds once what is fastest."""
     seed: int = 0
     """Seed of the noise."""
     autoencoder: str = ""
     """Where the autoencoder is now, if not where the model's record says: a name or a folder."""
+    lpips: str = ""
+    """LPIPS's network, a safetensors file or hf://OWNER/NAME/FILE; empty leaves its column out."""
+    i3d: str = ""
+    """I3D, for FVD and VFID, likewise; FVD wants clips of ten frames or more."""
     keep: int = 4
     """Clips whose frames are kept as pictures: the first ones."""
     precision: Precision = "float32"
     """Of the networks; bfloat16 is several times faster where the hardware has it."""
     device: str = "auto"
-    """Where the networks run: "cpu", "cuda", "cuda:1"…; "auto" is a GPU if there is one."""
+    """Where the networks run: "cpu", "cuda", "cuda:1"…; "auto" is each process's own GPU if
+    there is one."""
     plan: bool = False
     """Say what the sweep would cost, from one measured evaluation, and write nothing."""
 
@@ -103,6 +135,7 @@ class Inputs:
     """The clips by their keys, in the split's order, and where each is in the dataset."""
     programs: Mapping[str, Program]
     """By their schedules' canonical texts."""
+    judges: Judges
     device: torch.device
 
     @property
@@ -112,28 +145,44 @@ class Inputs:
             self.programs
         )
 
+    @property
+    def measures(self) -> list[Measure]:
+        """The columns of the results."""
+        return measures_with(_networks(self.judges))
+
+
+def _networks(judges: Judges) -> list[str]:
+    found = dataclasses.fields(judges)
+    return [field.name for field in found if getattr(judges, field.name) is not None]
+
 
 def sweep(config: SweepConfig) -> list[Row]:
     """Run every schedule and baseline that has no row yet, and write the tables.
 
+    One process or many, under any launcher: each takes the next of what is left to do.
+
     Returns:
-        The lines of results.csv; none where only the plan was asked for.
+        The lines of results.csv; none where only the plan was asked for, and in a process that is
+        not the first.
 
     Raises:
         BadInput: a setting is wrong, or model, shards and autoencoder do not fit together.
     """
-    inputs = open_inputs(config)
-    if config.plan:
-        show_plan(inputs, config.batch_size)
-        return []
-    located = dataclasses.replace(config, shards=jobs.locate(config.shards))
-    jobs.claim(config.out, "sweep", located)
-    ledger = Ledger(config.out, fingerprint(inputs))
-    book = functools.partial(_book, config, inputs, ledger)
-    keep_inputs(config, inputs)
-    run_baselines(inputs, ledger, book)
-    run_schedules(config, inputs, ledger, book)
-    return write_results(config, inputs, ledger)
+    with contextlib.ExitStack() as stack:
+        crew = stack.enter_context(Crew.join("sweep"))
+        inputs = open_inputs(config)
+        if config.plan:
+            if crew.rank == 0:
+                show_plan(inputs, config.batch_size, crew.size)
+            return []
+        work = _begin(config, inputs, crew, stack)
+        tasks, requests = work.tasks(), work.requests()
+        run_schedules(work, requests)
+        run_baselines(work, tasks)
+        if not work.account:
+            return []
+        _await_rows(work, len(tasks) + len(requests))
+        return write_results(work, work.account)
 
 
 # What goes in
@@ -147,7 +196,8 @@ def open_inputs(config: SweepConfig) -> Inputs:
     """
     _check_settings(config)
     schedules = read_schedules(config.schedules)
-    device = jobs.choose_device(config.device)
+    _choose_reference(config, schedules)
+    device = choose_device(config.device)
     dataset = ShardedDataset(config.shards, config.split)
     denoiser = Denoiser.load(config.model, str(device), config.precision)
     programs = {name: compile_schedule(parse(name), denoiser.timesteps) for name in schedules}
@@ -160,12 +210,18 @@ def open_inputs(config: SweepConfig) -> Inputs:
             f"autoencoder is {name} (sha256 {autoencoder.sha256[:12]}); the model was trained on "
             f"{_identity(denoiser.autoencoder)}: give that one with --autoencoder"
         )
-    return Inputs(denoiser, autoencoder, dataset, clips, programs, device)
+    frames = dataset.manifest.clip["frames"]
+    if config.i3d and frames < FVD_FRAMES:
+        raise jobs.BadInput(
+            f"i3d is {config.i3d}; the clips have {frames} frames, and FVD wants at least "
+            f"{FVD_FRAMES}: leave --i3d out, or encode longer clips"
+        )
+    judges = load_judges(config.lpips, config.i3d, device)
+    return Inputs(denoiser, autoencoder, dataset, clips, programs, judges, device)
 
 
 def _check_settings(config: SweepConfig) -> None:
-    jobs.refuse_launcher("sweep")
-    for field, least in {"clips": 0, "batch_size": 1, "keep": 0}.items():
+    for field, least in {"clips": 0, "batch_size": 0, "keep": 0}.items():
         if getattr(config, field) < least:
             raise jobs.BadInput(f"{field} is {getattr(config, field)}: give {least} or more")
 
@@ -183,6 +239,18 @@ def read_schedules(text: str) -> list[str]:
         if schedule in schedules[:index]:
             raise jobs.BadInput(f"schedules has {schedule} twice: give it once")
     return schedules
+
+
+def _choose_reference(config: SweepConfig, schedules: Sequence[str]) -> str:
+    if not config.reference:
+        return schedules[0]
+    reference = str(parse(config.reference))
+    if reference not in schedules:
+        raise jobs.BadInput(
+            f"reference is {reference}; the schedules are {' '.join(schedules)}: choose of these, "
+            "or add it to them"
+        )
+    return reference
 
 
 def _place(config: SweepConfig) -> str:
@@ -237,26 +305,30 @@ def _choose_clips(config: SweepConfig, dataset: ShardedDataset) -> dict[str, int
 # What is planned
 
 
-def show_plan(inputs: Inputs, batch_size: int) -> None:
+def show_plan(inputs: Inputs, batch_size: int, processes: int = 1) -> None:
     """Print each schedule's evaluations, and the network's time from one measured evaluation.
 
-    The time is t(C) · max(ΣNFE / C, longest), t(C) that of one evaluation of a full batch of C.
+    The time is t(C) · max(ΣNFE / C, longest), t(C) that of one evaluation of a full batch of C,
+    of all processes together.
     """
     clips = len(inputs.clips)
-    slots = min(batch_size, clips * len(inputs.sampled))
-    seconds = time_evaluation(inputs, slots)
-    table = Table("schedule", "NFE", "clips", "evaluations", "network time")
+    requests = make_requests(inputs)
+    batch = batch_size or find_capacity(inputs.denoiser, requests)
+    batch = min(_share_of(batch, requests, processes), len(requests))
+    seconds = time_evaluation(inputs, batch)
+    slots = batch * processes
+    shown = Table("schedule", "NFE", "clips", "evaluations", "network time")
     for name, program in inputs.sampled.items():
         evaluations = program.nfe * clips
         spent = f"{evaluations * seconds / slots:,.1f} s"
-        table.add_row(name, f"{program.nfe:,}", str(clips), f"{evaluations:,}", spent)
+        shown.add_row(name, f"{program.nfe:,}", str(clips), f"{evaluations:,}", spent)
     nfes = [program.nfe for program in inputs.sampled.values()]
     whole = seconds * max(sum(nfes) * clips / slots, max(nfes))
-    table.add_section()
-    table.add_row("all", "", str(clips), f"{sum(nfes) * clips:,}", f"{whole:,.1f} s")
-    _console().print(table)
+    shown.add_section()
+    shown.add_row("all", "", str(clips), f"{sum(nfes) * clips:,}", f"{whole:,.1f} s")
+    _console().print(shown)
     print(
-        f"one evaluation of {slots} clips takes {seconds:.3f} s on {inputs.device}; "
+        f"one evaluation of {batch} clips takes {seconds:.3f} s on {inputs.device}; "
         "decoding and metrics come on top"
     )
 
@@ -281,7 +353,88 @@ def time_evaluation(inputs: Inputs, slots: int) -> float:
 # What is done
 
 
-Book = Callable[[str, int, float, Example, Frames], None]
+class Task(NamedTuple):
+    """A clip to finish under a baseline; under `TRUTH`, to be described."""
+
+    name: str
+    clip: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """A sweep that has begun, as one of its processes sees it."""
+
+    config: SweepConfig
+    inputs: Inputs
+    crew: Crew
+    ledger: Ledger
+    account: Account | None
+    """The first process's."""
+    capacity: int
+    """Clips that a process's network evaluates at once, at most."""
+    finished: frozenset[Task]
+    """By earlier runs."""
+
+    def requests(self) -> list[Request]:
+        """What the sampler has yet to do, the longest first."""
+        everything = make_requests(self.inputs)
+        return [r for r in everything if Task(r.name, r.clip) not in self.finished]
+
+    def tasks(self) -> list[Task]:
+        """What else there is to do."""
+        makers = [TRUTH] if self.inputs.judges.i3d else []
+        makers += [name for name in BASELINES if name != "mean"]
+        everything = [Task(name, clip) for clip in self.inputs.clips for name in makers]
+        return [task for task in everything if task not in self.finished]
+
+    def example(self, clip: str) -> Example:
+        return self.inputs.dataset[self.inputs.clips[clip]]
+
+
+def _begin(config: SweepConfig, inputs: Inputs, crew: Crew, stack: contextlib.ExitStack) -> Work:
+    """Claim the folder, and read what earlier runs did there: by the first process, for all."""
+    accounts: list[Account] = []
+    ours = fingerprint(inputs)
+    ledger = Ledger(config.out, clip_columns(inputs.measures), crew.rank)
+
+    def begin() -> str:
+        jobs.claim(config.out, "sweep", _located(config), may_change=("reference",))
+        stack.enter_context(jobs.hold(config.out))
+        found = functools.partial(find_capacity, inputs.denoiser, make_requests(inputs))
+        accounts.append(Account(config.out, ours, lambda: config.batch_size or found()))
+        ledger.read()
+        ledger.gather()
+        keep_inputs(config, inputs)
+        described = [(TRUTH, clip) for clip in inputs.clips if _is_described(config, inputs, clip)]
+        return json.dumps(
+            {
+                "inputs": ours,
+                "capacity": accounts[0].capacity,
+                "finished": [*ledger.rows, *described],
+            }
+        )
+
+    begun = json.loads(crew.share("begun", begin))
+    if begun["inputs"] != ours:
+        raise jobs.BadInput(
+            f"process {crew.rank} found another model, autoencoder, network or other shards than "
+            "the first one: give all the same, none that is still being written"
+        )
+    finished = frozenset(Task(*task) for task in begun["finished"])
+    account = accounts[0] if accounts else None
+    return Work(config, inputs, crew, ledger, account, begun["capacity"], finished)
+
+
+def _located(config: SweepConfig) -> SweepConfig:
+    """With whole paths: the same command continues from another folder."""
+    lpips, i3d = (jobs.locate(file) if file else "" for file in (config.lpips, config.i3d))
+    shards = jobs.locate(config.shards)
+    return dataclasses.replace(config, shards=shards, lpips=lpips, i3d=i3d)
+
+
+def _is_described(config: SweepConfig, inputs: Inputs, clip: str) -> bool:
+    columns = [measure.column for measure in inputs.measures if measure.of_set]
+    return all(has_features(config.out, column, TRUTH, clip) for column in columns)
 
 
 def fingerprint(inputs: Inputs) -> dict[str, str]:
@@ -291,29 +444,32 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "model": hash_weights(inputs.denoiser.network),
         "shards' manifest": hashlib.sha256(manifest).hexdigest(),
         "autoencoder": inputs.autoencoder.sha256,
+    } | {
+        f"network {name}": hash_weights(getattr(inputs.judges, name))
+        for name in _networks(inputs.judges)
     }
 
 
-def _book(
-    config: SweepConfig,
-    inputs: Inputs,
-    ledger: Ledger,
-    name: str,
-    nfe: int,
-    seconds: float,
-    example: Example,
-    frames: Frames,
-) -> None:
+def book(work: Work, task: Task, nfe: int, seconds: float, frames: Frames) -> None:
     """Measure a finished clip, keep its frames where asked, then write its row.
 
-    In this order: a clip that has a row has its frames.
+    In this order: a clip that has a row has its frames and its features.
     """
-    if example.key in _kept(config, inputs):
-        write_strip(config.out, slug(name), example.key, frames)
-    metrics = measure(frames, pixels_of(example), example.mask)
-    numbers = {"seconds_per_clip": seconds, **metrics}
-    formatted = {column: f"{value:.6g}" for column, value in numbers.items()}
-    ledger.add({"schedule": name, "clip": example.key, "nfe": str(nfe), **formatted})
+    config, example, judges = work.config, work.example(task.clip), work.inputs.judges
+    if task.clip in _kept(config, work.inputs):
+        write_strip(config.out, slug(task.name), task.clip, frames)
+    write_features(config.out, slug(task.name), task.clip, describe_clip(frames, judges))
+    scores = score_clip(frames, pixels_of(example), example.mask, judges)
+    numbers = {"seconds_per_clip": seconds, **scores}
+    formatted = {column: format_number(value) for column, value in numbers.items()}
+    work.ledger.add({"schedule": task.name, "clip": task.clip, "nfe": str(nfe), **formatted})
+    _count(work)
+
+
+def _count(work: Work) -> None:
+    if work.account:
+        work.account.save()
+    work.crew.add("finished")
 
 
 def _kept(config: SweepConfig, inputs: Inputs) -> Sequence[str]:
@@ -343,84 +499,162 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
-def run_baselines(inputs: Inputs, ledger: Ledger, book: Book) -> None:
-    """The baselines that need no sampler, once a clip."""
+def make_requests(inputs: Inputs) -> list[Request]:
+    """All that the sampler runs, the longest first, so that none is left running alone."""
+
+    def condition(key: str) -> Condition:
+        return condition_of(inputs.denoiser, inputs.dataset[inputs.clips[key]])
+
+    def known(key: str) -> Known:
+        return known_of(inputs.denoiser, inputs.dataset[inputs.clips[key]])
+
+    requests = [
+        Request(
+            *(key, name, program, functools.partial(condition, key)),
+            known=functools.partial(known, key),
+        )
+        for name, program in inputs.sampled.items()
+        for key in inputs.clips
+    ]
+    return sorted(requests, key=lambda request: -request.program.nfe)
+
+
+def run_schedules(work: Work, requests: Sequence[Request]) -> None:
+    """What the sampler runs; a clip is decoded and booked as its trajectory ends."""
+    crew, inputs = work.crew, work.inputs
+    total = sum(request.program.nfe for request in make_requests(inputs))
+    pending = sum(request.program.nfe for request in requests)
+    with _show_progress(work, "sweep", total, "evaluations", total - pending) as progress:
+        tally = Tally(crew, "evaluations", progress)
+        for result in sample_in_order(
+            inputs.denoiser,
+            (requests[turn] for turn in _turns(crew, "trajectories", len(requests))),
+            capacity=_share_of(work.capacity, requests, crew.size),
+            seed=work.config.seed,
+            on_evaluations=tally.add,
+        ):
+            request = result.request
+            frames = decode_result(inputs.autoencoder, work.example(request.clip), result.latents)
+            task = Task(request.name, request.clip)
+            book(work, task, request.program.nfe, result.seconds, frames)
+
+
+def _share_of(capacity: int, requests: Sequence[Request], processes: int) -> int:
+    """Slots of one of several processes: no more than leave work for the others."""
+    if processes == 1 or not requests:
+        return capacity
+    nfes = [request.program.nfe for request in requests]
+    return min(capacity, math.ceil(sum(nfes) / max(nfes) / processes))
+
+
+def _turns(crew: Crew, queue: str, count: int) -> Iterator[int]:
+    """This process's numbers of a queue of all."""
+    while (turn := crew.take(queue)) < count:
+        yield turn
+
+
+def run_baselines(work: Work, tasks: Sequence[Task]) -> None:
+    """The baselines that need no sampler, once a clip, and what FVD needs of the truth."""
+    inputs = work.inputs
     makers: dict[str, Callable[[Example], Frames]] = {
         "fill": baselines.fill,
         "classic": lambda example: baselines.classic(pixels_of(example), example.mask),
         "autoencoder": functools.partial(baselines.autoencoder, inputs.autoencoder),
     }
-    pending = [
-        (index, name)
-        for key, index in inputs.clips.items()
-        for name in makers
-        if (name, key) not in ledger
-    ]
-    with jobs.progress("baselines", len(pending), "clips") as progress:
-        for index, name in pending:
-            example = inputs.dataset[index]
-            began = time.perf_counter()
-            frames = makers[name](example)
-            book(name, 0, time.perf_counter() - began, example, frames)
-            progress.advance(note=name)
+    with _show_progress(work, "baselines", len(tasks), "clips") as progress:
+        tally = Tally(work.crew, "baselines", progress)
+        for turn in _turns(work.crew, "tasks", len(tasks)):
+            task = tasks[turn]
+            example = work.example(task.clip)
+            if task.name == TRUTH:
+                described = describe_clip(pixels_of(example), inputs.judges)
+                write_features(work.config.out, TRUTH, task.clip, described)
+                _count(work)
+            else:
+                began = time.perf_counter()
+                frames = makers[task.name](example)
+                book(work, task, 0, time.perf_counter() - began, frames)
+            tally.add(1)
 
 
-def run_schedules(config: SweepConfig, inputs: Inputs, ledger: Ledger, book: Book) -> None:
-    """Everything that the sampler runs; a clip is decoded and booked as its trajectory ends."""
+def _show_progress(
+    work: Work, description: str, total: int, unit: str, done: int = 0
+) -> contextlib.AbstractContextManager[jobs.Progress]:
+    """The progress of all processes, which the first one shows."""
+    if not work.account or done == total:
+        return contextlib.nullcontext(jobs.Progress())
+    return jobs.progress(description, total, unit, done)
 
-    def condition(key: str) -> Condition:
-        return condition_of(inputs.denoiser, inputs.dataset[inputs.clips[key]])
 
-    requests = [
-        Request(key, name, program, functools.partial(condition, key))
-        for name, program in inputs.sampled.items()
-        for key in inputs.clips
-        if (name, key) not in ledger
-    ]
-    total = sum(program.nfe for program in inputs.sampled.values()) * len(inputs.clips)
-    pending = sum(request.program.nfe for request in requests)
-    with jobs.progress("sweep", total, "evaluations", done=total - pending) as progress:
-        for result in sample(
-            inputs.denoiser,
-            requests,
-            capacity=config.batch_size,
-            seed=config.seed,
-            on_evaluations=progress.advance,
-        ):
-            request = result.request
-            example = inputs.dataset[inputs.clips[request.clip]]
-            frames = decode_result(inputs.autoencoder, example, result.latents)
-            book(request.name, request.program.nfe, result.seconds, example, frames)
+class Tally:
+    """Counts what all processes have done, and shows it."""
+
+    def __init__(self, crew: Crew, counter: str, progress: jobs.Progress) -> None:
+        self._crew, self._counter, self._progress = crew, counter, progress
+        self._shown = 0
+
+    def add(self, count: int) -> None:
+        reached = self._crew.add(self._counter, count)
+        self._progress.advance(reached - self._shown)
+        self._shown = reached
 
 
 # What comes out
 
 
-def write_results(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> list[Row]:
-    """Write results.csv and sweep.json; return the lines of the first."""
-    rows = [average(ledger, inputs, name) for name in (*BASELINES, *inputs.programs)]
-    lines = [csv_line(RESULT_COLUMNS)]
-    lines += [csv_line([row[column] for column in RESULT_COLUMNS]) for row in rows]
-    jobs.write_atomically(config.out / "results.csv", b"".join(lines))
-    about = describe(config, inputs, ledger)
+def _await_rows(work: Work, count: int) -> None:
+    """Wait until all processes have done their work and their rows can be read; gather them.
+
+    Raises:
+        BadInput: a row does not show on this node.
+    """
+    work.crew.wait_for("finished", count)
+    names = [*work.inputs.sampled, *(name for name in BASELINES if name != "mean")]
+    wanted = [(name, clip) for name in names for clip in work.inputs.clips]
+    ends = time.monotonic() + VISIBLE
+    work.ledger.read()
+    while missing := [row for row in wanted if row not in work.ledger]:
+        if time.monotonic() > ends:
+            raise jobs.BadInput(
+                f"the row of {' and '.join(missing[0])} is not in {work.config.out}: give a folder "
+                "that all nodes share; the same command continues"
+            )
+        time.sleep(1)
+        work.ledger.read()
+    work.ledger.gather()
+
+
+def write_results(work: Work, account: Account) -> list[Row]:
+    """Write the tables and sweep.json; return the lines of results.csv."""
+    config, inputs = work.config, work.inputs
+    names = [*BASELINES, *inputs.programs]
+    folders = {name: slug(name) for name in names}
+    finished = Finished(config.out, work.ledger.rows, list(inputs.clips), folders, inputs.measures)
+    rows = [finished.average(name) for name in names]
+    columns = ["schedule", *(measure.column for measure in inputs.measures)]
+    reference = _choose_reference(config, list(inputs.programs))
+    compared = compare_all(finished, list(inputs.programs), reference, config.seed)
+    jobs.write_atomically(config.out / "results.csv", table(columns, rows))
+    jobs.write_atomically(config.out / "comparison.csv", table(COMPARED, compared))
+    account.save()
+    about = describe(work, account) | {
+        "reference": reference,
+        "without_value": finished.left_out(names),
+    }
     jobs.write_atomically(config.out / "sweep.json", json.dumps(about, indent=2).encode())
+    write_board(read_sweep(config.out))
     return rows
 
 
-def average(ledger: Ledger, inputs: Inputs, name: str) -> Row:
-    """A schedule's row of results.csv: the mean over its clips."""
-    rows = [ledger.rows[name, key] for key in inputs.clips]
-    means = {column: f"{np.mean([float(row[column]) for row in rows]):.6g}" for column in AVERAGED}
-    return {"schedule": name, "nfe": rows[0]["nfe"], **means, "clips": str(len(rows))}
-
-
-def describe(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> dict[str, object]:
+def describe(work: Work, account: Account) -> dict[str, object]:
     """sweep.json: what was swept, and where its frames are."""
+    config, inputs = work.config, work.inputs
     manifest = inputs.dataset.manifest
     return {
         "model": str(config.model),
         "shards": _place(config),
         "autoencoder": inputs.autoencoder.identity(),
+        "networks": _networks(inputs.judges),
         "masks": _choose_families(config, inputs.dataset),
         "clip": manifest.clip,
         "kept": list(_kept(config, inputs)),
@@ -430,7 +664,9 @@ def describe(config: SweepConfig, inputs: Inputs, ledger: Ledger) -> dict[str, o
         ],
         "baselines": list(BASELINES),
         "timesteps": inputs.denoiser.timesteps,
-        "seconds": round(ledger.seconds, 1),
+        "seconds": round(account.seconds, 1),
+        "processes": work.crew.size,
+        "batch_size": account.capacity,
         "device": _device_name(inputs.device),
     }
 
@@ -445,15 +681,16 @@ def show_results(rows: Sequence[Mapping[str, str]]) -> None:
     """Print the results as a table, where there are any."""
     if not rows:
         return
-    table = Table(*(column.replace("_", " ") for column in RESULT_COLUMNS))
-    for column in table.columns[1:]:
+    shown = Table(*(column.replace("_", " ") for column in rows[0]))
+    shown.columns[0].overflow = "fold"
+    for column in shown.columns[1:]:
         column.justify = "right"
     for row in rows:
-        numbers = [f"{float(row[column]):.4g}" for column in AVERAGED]
-        table.add_row(row["schedule"], row["nfe"], *numbers, row["clips"])
-        if row["schedule"] == BASELINES[-1]:
-            table.add_section()
-    _console().print(table)
+        name, *numbers = row.values()
+        shown.add_row(name, *(f"{float(number):.4g}" for number in numbers))
+        if name == BASELINES[-1]:
+            shown.add_section()
+    _console().print(shown)
 
 
 def _console() -> Console:

@@ -207,7 +207,6 @@ def test_all_is_shown_unless_it_is_written(here: Path, capsys: pytest.CaptureFix
         (["encode a b --frames none"], "frames"),
         (["encode a b\ntrain shards run"], "one after the other"),
         (["train shards run\ntrain shards run --seed 1"], "two runs in one folder"),
-        (["sweep run shards out", "--nodes", "2"], "sweep runs in one process"),
         ([TRAIN, "--nodes", "0"], "nodes is 0"),
         ([TRAIN, "--time", "90"], "time is '90'"),
         ([TRAIN, "--time", "0:05:00", "--warning", "300"], "give a shorter warning"),

@@ -19,11 +19,15 @@ from vidfill.sampling.page import render_page
 FRAMES, SIZE = 4, 16
 BASELINES = ("fill", "classic", "mean", "autoencoder")
 FAMILY = ("ddpm:5", "ddpm:5+resample(n=4)", "ddpm:5+resample(n=10)", "ddim:5")
+MEASURES = results.measures_with([])
 KEPT = ("a_00000_stationary", "b_00000_variable")
 ABOUT = {
     "model": "runs/train",
     "shards": "runs/shards",
     "autoencoder": {"name": "shipped", "sha256": "0123456789abcdef"},
+    "networks": [],
+    "reference": "ddpm:5",
+    "without_value": {},
     "masks": ["stationary", "variable"],
     "clip": {"frames": FRAMES, "height": SIZE, "width": SIZE},
     "baselines": list(BASELINES),
@@ -44,12 +48,17 @@ def write_sweep(
     slugs = {name: re.sub(r"[^\w.]+", "-", name).strip("-") for name in schedules}
     rows, clips = [], []
     for nfe, name in enumerate((*BASELINES, *schedules)):
-        numbers = [f"{value:.6g}" for value in random.uniform(1, 40, 6)]
+        numbers = [f"{value:.6g}" for value in random.uniform(1, 40, len(MEASURES) - 2)]
         rows.append([name, str(5 * nfe), *numbers, "7"])
         clips += [[name, clip, str(5 * nfe), *numbers] for clip in kept]
-    measures = [measure.column for measure in results.MEASURES]
+    measures = [measure.column for measure in MEASURES]
     write_csv(folder / "results.csv", ["schedule", *measures], rows)
     write_csv(folder / "clips.csv", ["schedule", "clip", *measures[:-1]], clips)
+    compared = [
+        *("stationary", schedules[-1], schedules[0], "temporal_error", "7"),
+        *("-1.5", "-2", "-1", "0.875", "0.25", "better"),
+    ]
+    write_csv(folder / "comparison.csv", list(results.COMPARED), [compared])
     for slug in ("truth", "masked", "mask", *BASELINES, *slugs.values()):
         for clip in kept:
             strip = random.integers(0, 256, (SIZE, FRAMES * SIZE, 3), np.uint8)
@@ -107,7 +116,7 @@ def text_of(element: ElementTree.Element) -> str:
 
 def rows_of(page: ElementTree.Element) -> dict[str, list[ElementTree.Element]]:
     """The cells of each row of the table, by the row's name."""
-    rows = page.findall(".//tbody/tr")
+    rows = page.findall(".//table[@id='results']/tbody/tr")
     return {text_of(row[0]): row.findall("td") for row in rows if row.findall("td")}
 
 
@@ -117,7 +126,7 @@ def titles_of(page: ElementTree.Element) -> list[str]:
 
 def test_page_needs_nothing_beside_itself(page: ElementTree.Element) -> None:
     tags = {element.tag for element in page.iter()}
-    assert not tags & {"script", "link", "iframe", "object", "embed", "video", "audio", "base"}
+    assert not tags & {"link", "iframe", "object", "embed", "video", "audio", "base"}
     for element in page.iter():
         assert "href" not in element.attrib and "srcset" not in element.attrib
         assert element.get("src", "data:").startswith("data:")
@@ -130,8 +139,8 @@ def test_table_has_the_values_of_results_csv(sweep: Path, page: ElementTree.Elem
     assert list(rows) == list(expected) == [*BASELINES, *FAMILY]
     for name, cells in rows.items():
         exact = [data.get("value") for cell in cells for data in cell.iter("data")]
-        assert exact == [expected[name][measure.column] for measure in results.MEASURES]
-        for cell, value, measure in zip(cells, exact, results.MEASURES, strict=True):
+        assert exact == [expected[name][measure.column] for measure in MEASURES]
+        for cell, value, measure in zip(cells, exact, MEASURES, strict=True):
             assert text_of(cell) == f"{float(value or 'nan'):,.{measure.digits}f}"
 
 
@@ -139,7 +148,7 @@ def test_best_schedule_of_each_column_is_bold_and_no_baseline_is(
     sweep: Path, page: ElementTree.Element
 ) -> None:
     expected, rows = results_of(sweep), rows_of(page)
-    for index, measure in enumerate(results.MEASURES):
+    for index, measure in enumerate(MEASURES):
         bold = {name for name, cells in rows.items() if cells[index].find("strong") is not None}
         ranked = sorted(FAMILY, key=lambda name: float(expected[name][measure.column]))
         best = {1: {ranked[-1]}, -1: {ranked[0]}, 0: set()}[measure.better]
@@ -160,11 +169,11 @@ def test_summary_states_the_best_schedule_and_its_gain_over_fill(
 def test_pictures_in_the_page_are_the_written_figures(
     sweep: Path, page: ElementTree.Element
 ) -> None:
-    names = ["figure2.png", "figure3.png", "figure4.png", "quality-nfe.png"]
+    names = ["front.png", "figure2.png", "figure3.png", "figure4.png", "quality-nfe.png"]
     found = sorted(path.name for path in (sweep / "report").iterdir())
     assert found == sorted([*names, "index.html", "job.json"])
     written = {(sweep / "report" / name).read_bytes() for name in names}
-    sources = [image.get("src", "") for image in page.iter("img")]
+    sources = [image.get("src", "") for image in page.findall(".//figure//img")]
     assert {base64.b64decode(source.partition("base64,")[2]) for source in sources} == written
     for picture in written:
         assert cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR) is not None
@@ -175,7 +184,7 @@ def test_text_from_the_sweep_is_escaped(tmp_path: Path) -> None:
     page = undrawn_page(
         write_sweep(tmp_path, model=wicked, device=wicked, autoencoder={wicked: wicked})
     )
-    assert page.find(".//script") is None
+    assert len(page.findall(".//script")) == 1  # ours
     assert text_of(page).count(wicked) == 5  # the title, the model, the device, a key, its value
 
 
@@ -204,7 +213,7 @@ def test_each_family_among_the_kept_clips_has_its_figure(
 ) -> None:
     sweep = results.read_sweep(write_sweep(tmp_path, kept=kept))
     files = [drawing.file for drawing in report.plan_drawings(sweep)]
-    assert files == ["quality-nfe.png", *shown]
+    assert files == ["front.png", "quality-nfe.png", *shown]
 
 
 def test_clip_shown_is_the_one_whose_hole_hides_the_most_or_the_one_asked_for(
@@ -219,9 +228,9 @@ def test_clip_shown_is_the_one_whose_hole_hides_the_most_or_the_one_asked_for(
         write_picture(tmp_path / "frames/truth" / f"{clip}.png", visible)
         write_picture(tmp_path / "frames/fill" / f"{clip}.png", visible + np.uint8(off))
     sweep = results.read_sweep(tmp_path)
-    for drawing in report.plan_drawings(sweep)[1:]:
+    for drawing in report.plan_drawings(sweep)[2:]:
         assert clips[1] in drawing.caption
-    for drawing in report.plan_drawings(sweep, asked=clips[2])[1:]:
+    for drawing in report.plan_drawings(sweep, asked=clips[2])[2:]:
         assert clips[2] in drawing.caption
     with pytest.raises(jobs.BadInput, match="clip is nonsense; the sweep kept a_00000_variable"):
         report.plan_drawings(sweep, asked="nonsense")
@@ -271,10 +280,10 @@ def test_outline_separates_the_hole_from_the_visible_and_nothing_else() -> None:
 
 def test_names_in_the_plot_cover_neither_each_other_nor_a_point() -> None:
     points = [
-        figures.Point("DDPM", f"n={n}", 50 * (n + 1), (30 - 9 / (n + 1), 5.0 + n % 2))
+        figures.Point("DDPM", f"n={n}", 50.0 * (n + 1), (30 - 9 / (n + 1), 5.0 + n % 2))
         for n in range(9)
     ]
-    points += [figures.Point("DDIM", str(nfe), nfe, (20.0, 6.0)) for nfe in (50, 51, 90)]
+    points += [figures.Point("DDIM", str(nfe), float(nfe), (20.0, 6.0)) for nfe in (50, 51, 90)]
     references = (("fill", 20.0), ("classic", 20.1), ("mean", 20.1), ("autoencoder", 30.0))
     panels = [figures.Panel("first", references), figures.Panel("second", references)]
     figure = figures.quality_figure(points, [points[:9]], panels)
@@ -283,10 +292,115 @@ def test_names_in_the_plot_cover_neither_each_other_nor_a_point() -> None:
         names = [text for text in axes.texts if isinstance(text, Annotation)]
         assert len(names) == len(points) + len(references)
         boxes = [Text.get_window_extent(name) for name in names]  # without its leader
-        dots = [axes.transData.transform((p.nfe, p.values[index])) for p in points]
+        dots = [axes.transData.transform((p.cost, p.values[index])) for p in points]
         for number, box in enumerate(boxes):
             assert not box.count_overlaps(boxes[:number])
             assert not box.count_contains(dots)
+
+
+def test_the_front_is_what_nothing_else_beats() -> None:
+    measure = next(measure for measure in MEASURES if measure.column == "temporal_error")
+    random = np.random.default_rng(0)
+    pairs = [(int(cost), round(value, 1)) for cost, value in random.uniform(1, 9, (60, 2))]
+    rows = [
+        results.Row(str(index), {"nfe": str(cost), "temporal_error": str(value)})
+        for index, (cost, value) in enumerate(pairs)
+    ]
+    rows.append(results.Row("no value", {"nfe": "0", "temporal_error": "nan"}))
+    front = {row.name for row in results.front_of(rows, "nfe", measure)}
+    for index, (cost, value) in enumerate(pairs):
+        beaten = any(c <= cost and v <= value and (c, v) != (cost, value) for c, v in pairs)
+        assert (str(index) in front) == (not beaten)
+    assert "no value" not in front
+
+
+def test_schedules_on_the_front_are_marked_in_the_table(
+    sweep: Path, page: ElementTree.Element
+) -> None:
+    found = results.read_sweep(sweep)
+    assert found.lead.column == "temporal_error"  # there is no LPIPS
+    wanted = {row.name for row in results.front_of(found.schedules, "nfe", found.lead)}
+    rows = page.findall(".//table[@id='results']//tr[@class='front']")
+    assert {text_of(row[0]) for row in rows} == wanted
+
+
+def test_a_family_resamples_as_far_up_alike(tmp_path: Path) -> None:
+    half = [f"ddim:5+resample(n={n},below=0.5)" for n in (1, 4, 10)]
+    write_sweep(tmp_path, schedules=["ddim:5", "ddim:5+resample(n=4)", *half])
+    page = undrawn_page(tmp_path)
+    assert "ddim:5+resample(n=0,below=0.5) with n resamplings" in text_of(page)
+
+
+def test_comparison_csv_is_in_the_page_as_a_reader_wants_it(page: ElementTree.Element) -> None:
+    (row,) = page.findall(".//table[@id='comparison']/tbody/tr")
+    assert [text_of(cell) for cell in row] == [
+        *(FAMILY[-1], FAMILY[0], "stationary", "Temporal error", "7"),
+        *("-1.50", "-2.00 … -1.00", "88%", "better"),
+    ]
+    selects = page.findall(".//p[@data-table='comparison']//select")
+    assert [text_of(select[1]) for select in selects] == [
+        *(FAMILY[-1], FAMILY[0], "stationary", "Temporal error", "better"),
+    ]
+    columns = [int(select.get("data-column", "")) for select in selects]
+    assert [text_of(row[column]) for column in columns] == [text_of(s[1]) for s in selects]
+
+
+def test_each_kept_clip_has_a_player_of_all_its_frames(
+    sweep: Path, page: ElementTree.Element
+) -> None:
+    players = page.findall(".//details[@class='player']")
+    assert [text_of(player[0]) for player in players] == list(KEPT)
+    assert [player.get("open") is not None for player in players] == [True, False]
+    found = results.read_sweep(sweep)
+    for player, clip in zip(players, KEPT, strict=True):
+        (slider,) = player.iter("input")
+        assert slider.get("max") == str(FRAMES - 1)
+        films = player.findall(".//div[@class='films']/div")
+        names = [text_of(film.find("span") or film[1]) for film in films]
+        assert names == ["masked", "ground truth", *BASELINES[1:], *FAMILY]
+        for film, name in zip(films[2:], names[2:], strict=True):
+            assert f"{found.hole_psnr[name, clip]:.1f} dB" in text_of(film)
+        source = films[1].findall(".//img")[0].get("src", "").partition("base64,")[2]
+        shown = cv2.imdecode(np.frombuffer(base64.b64decode(source), np.uint8), 1)
+        truth = cv2.imread(str(found.strip("truth", clip)))
+        assert truth is not None and shown is not None and shown.shape == truth.shape
+        smooth = [
+            cv2.resize(strip, None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA)
+            for strip in (shown, truth)
+        ]  # JPEG keeps blocks' means, not this noise
+        assert np.abs(smooth[0].astype(float) - smooth[1]).mean() < 8
+
+
+def test_values_that_are_missing_are_shown_as_such_and_no_line_is_drawn(tmp_path: Path) -> None:
+    write_sweep(tmp_path, without_value={"ssim_65": 7})
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["ssim_65"] = "nan"
+    rows[-1]["temporal_error"] = "nan"
+    write_csv(tmp_path / "results.csv", list(rows[0]), [list(row.values()) for row in rows])
+    page = tree_of(report.report(report.ReportConfig(tmp_path)).read_text())
+    column = [measure.column for measure in MEASURES].index("ssim_65")
+    assert {text_of(cells[column]) for cells in rows_of(page).values()} == {"–"}
+    assert "7 clips of SSIM 65" in text_of(page)
+
+
+def test_names_on_the_front_cover_no_point() -> None:
+    random = np.random.default_rng(1)
+    points = [
+        figures.Point("DDPM", f"n={n}", float(cost), (float(value),))
+        for n, (cost, value) in enumerate(random.uniform(1, 100, (12, 2)))
+    ]
+    front = [figures.Point("DDPM", "best", 0.5, (50.0,)), figures.Point("DDPM", "b", 90.0, (0.1,))]
+    panel = figures.Panel("error", (("fill", 120.0),))
+    figure = figures.front_figure([[*points, *front]], [panel], [(front, "seconds")])
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    named = [text for text in axes.texts if isinstance(text, Annotation)]
+    assert sorted(text.get_text() for text in named) == ["b", "best", "fill"]
+    dots = [axes.transData.transform((p.cost, p.values[0])) for p in (*points, *front)]
+    for name in named:
+        assert not Text.get_window_extent(name).count_contains(dots)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +409,7 @@ def test_names_in_the_plot_cover_neither_each_other_nor_a_point() -> None:
         ("sweep.json", "sweep.json is missing"),
         ("results.csv", "results.csv is missing"),
         ("clips.csv", "clips.csv is missing"),
+        ("comparison.csv", "comparison.csv is missing"),
         ("frames/ddim-5/b_00000_variable.png", "frames/ddim-5/b_00000_variable.png is missing"),
     ],
 )

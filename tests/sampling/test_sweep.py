@@ -3,9 +3,18 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import multiprocessing
+import os
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,7 +32,7 @@ from vidfill.data.shards import (
 from vidfill.modeling.autoencoder import Autoencoder
 from vidfill.modeling.diffusion import Denoiser
 from vidfill.sampling import sweep as sweep_module
-from vidfill.sampling.ledger import COLUMNS, Ledger
+from vidfill.sampling.ledger import Account, Ledger
 from vidfill.sampling.metrics import measure
 from vidfill.sampling.sampler import inpaint
 from vidfill.sampling.sweep import (
@@ -34,8 +43,10 @@ from vidfill.sampling.sweep import (
     slug,
     sweep,
 )
+from vidfill.seeding import derive_seed
 
 Row = dict[str, str]
+SHARED = Path(__file__).parents[3] / "shared" / "weights"
 SCHEDULES = ["ddim:2", "ddpm:3+resample(n=1)"]
 CLIPS = [f"video_{n}_00000_stationary" for n in range(3)]
 
@@ -110,7 +121,8 @@ def test_results_have_the_baselines_then_the_schedules_with_their_costs(
     show_results(sweep(config))
     rows = read_csv(config.out / "results.csv")
     assert ",".join(rows[0]) == (
-        "schedule,nfe,seconds_per_clip,psnr,psnr_hole,ssim,colour_error,temporal_error,clips"
+        "schedule,nfe,seconds_per_clip,temporal_error,colour_error,flicker,seam_error,"
+        "warping_error,psnr,psnr_hole,ssim,ssim_65,clips"
     )
     costs = [(row["schedule"], row["nfe"], row["clips"]) for row in rows]
     assert costs == [
@@ -139,9 +151,10 @@ def test_a_schedules_row_is_the_mean_of_its_clips_rows(config: SweepConfig) -> N
 def test_a_clips_row_measures_what_inpainting_gives(
     config: SweepConfig, denoiser: Denoiser, autoencoder: Autoencoder, examples: list[Example]
 ) -> None:
-    sweep(config)
+    schedules = [*SCHEDULES, "ddim:3+inject"]
+    sweep(dataclasses.replace(config, schedules=" ".join(schedules)))
     rows = {(row["schedule"], row["clip"]): row for row in read_csv(config.out / "clips.csv")}
-    for schedule in SCHEDULES:
+    for schedule in schedules:
         for example, frames in inpaint(
             denoiser, autoencoder, examples, schedule, seed=config.seed, capacity=1
         ):
@@ -183,23 +196,23 @@ def test_an_interrupted_sweep_continues_and_equals_the_uninterrupted_one(
     whole = dataclasses.replace(config, out=config.out.with_name("whole"))
     sweep(whole)
     finished = 0
-    sample = sweep_module.sample
+    decode_result = sweep_module.decode_result
 
-    def interrupted(*args: object, **kwargs: object) -> Iterator[object]:
-        for result in sample(*args, **kwargs):  # type: ignore[arg-type]
-            yield result
-            nonlocal finished
-            finished += 1
-            if finished == 4:
-                raise KeyboardInterrupt
+    def interrupted(*args: Any) -> Any:
+        nonlocal finished
+        finished += 1
+        if finished == 5:
+            raise KeyboardInterrupt
+        return decode_result(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_module, "sample", interrupted)
+        patch.setattr(sweep_module, "decode_result", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sweep(config)
-    before = (config.out / "clips.csv").read_bytes()
+    part = config.out / "clips-0.csv"
+    before = part.read_bytes()
     assert not (config.out / "results.csv").exists()
-    with (config.out / "clips.csv").open("ab") as file:
+    with part.open("ab") as file:
         file.write(b"ddpm:3+resample(n=1),video_2_0000")  # what a kill amid a write leaves
 
     evaluations = []
@@ -211,21 +224,27 @@ def test_an_interrupted_sweep_continues_and_equals_the_uninterrupted_one(
             lambda self, x, t, c: (evaluations.append(len(x)), denoise(self, x, t, c))[1],
         )
         sweep(config)
-    assert (config.out / "clips.csv").read_bytes().startswith(before)
-    for name in ("clips.csv", "results.csv"):
-        ours, theirs = (untimed(read_csv(out / name)) for out in (config.out, whole.out))
-        assert len(ours) == len(theirs)
-        for our, their in zip(ours, theirs, strict=True):
-            assert our.keys() == their.keys()
-            for column, value in our.items():
-                if column in ("schedule", "clip"):
-                    assert value == their[column]
-                else:
-                    assert float(value) == pytest.approx(float(their[column]), rel=1e-3)
-    sampled = [row for row in read_csv(config.out / "clips.csv") if int(row["nfe"])]
-    done = [line for line in before.decode().splitlines()[1:] if int(line.split(",")[2])]
-    total = sum(int(row["nfe"]) for row in sampled)
+    done = before.decode().splitlines()
+    assert set(done) <= set((config.out / "clips.csv").read_text().splitlines())
+    assert not part.exists()
+    assert_same_results(config.out, whole.out)
+    total = sum(int(row["nfe"]) for row in read_csv(config.out / "clips.csv"))
     assert sum(evaluations) == total - sum(int(line.split(",")[2]) for line in done)
+
+
+def assert_same_results(ours: Path, theirs: Path) -> None:
+    """But for the times; to float32 rounding."""
+    for name in ("clips.csv", "results.csv"):
+        rows, others = (untimed(read_csv(out / name)) for out in (ours, theirs))
+        assert len(rows) == len(others)
+        for row, other in zip(rows, others, strict=True):
+            assert row.keys() == other.keys()
+            for column, value in row.items():
+                if column in ("schedule", "clip"):
+                    assert value == other[column]
+                else:
+                    wanted = pytest.approx(float(other[column]), rel=1e-3, nan_ok=True)
+                    assert float(value) == wanted, (column, row)
 
 
 def test_a_finished_sweep_started_again_evaluates_nothing(
@@ -258,13 +277,30 @@ def test_a_model_that_changed_since_is_refused(config: SweepConfig, denoiser: De
         sweep(config)
 
 
-def test_seconds_add_up_over_the_runs_of_a_sweep(tmp_path: Path) -> None:
-    first = Ledger(tmp_path, {"model": "a"})
-    first.add(dict.fromkeys(COLUMNS, "0") | {"schedule": "ddim:2", "clip": "a"})
-    again = Ledger(tmp_path, {"model": "a"})
-    assert again.seconds > 0
-    assert ("ddim:2", "a") in again
-    assert ("ddim:2", "b") not in again
+def test_seconds_add_up_over_the_runs_of_a_sweep_and_the_batch_stays(tmp_path: Path) -> None:
+    first = Account(tmp_path, {"model": "a"}, lambda: 7)
+    time.sleep(0.02)
+    first.save()
+    again = Account(tmp_path, {"model": "a"}, lambda: 9)
+    assert again.seconds > 0.02
+    assert again.capacity == 7
+
+
+def test_a_ledger_reads_the_rows_of_all_processes_but_no_part_of_one(tmp_path: Path) -> None:
+    columns = ["schedule", "clip", "psnr"]
+    rows = [dict(zip(columns, ("ddim:2", clip, "1"), strict=True)) for clip in "abc"]
+    for process, row in enumerate(rows[:2]):
+        Ledger(tmp_path, columns, process).add(row)
+    with (tmp_path / "clips-1.csv").open("ab") as file:
+        file.write(b"ddim:2,torn")
+    ledger = Ledger(tmp_path, columns)
+    ledger.read()
+    ledger.gather()
+    ledger.add(rows[2])
+    again = Ledger(tmp_path, columns)
+    again.read()
+    assert list(again.rows.values()) == rows
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips-0.csv", "clips.csv"]
 
 
 def test_a_plan_tells_the_cost_and_writes_nothing(
@@ -331,7 +367,10 @@ def no_pixels(
         ({"schedules": "ddim:41"}, "trained with 40 timesteps: give at most 40"),
         ({"clips": 4}, "clips is 4; .* holds 3: give at most that, or 0 for all"),
         ({"clips": -1}, "clips is -1: give 0 or more"),
-        ({"batch_size": 0}, "batch_size is 0: give 1 or more"),
+        ({"batch_size": -1}, "batch_size is -1: give 0 or more"),
+        ({"reference": "ddim:9"}, "reference is ddim:9; the schedules are ddim:2 ddpm:3.*choose"),
+        ({"i3d": "i3d.safetensors"}, "the clips have 3 frames, and FVD wants at least 10: leave"),
+        ({"lpips": "no.safetensors"}, "cannot load Lpips from no.safetensors"),
         ({"split": "test"}, "no encoded split 'test': it has validation"),
         ({"device": "abacus"}, "device is 'abacus', which does not work"),
     ],
@@ -362,12 +401,181 @@ def test_an_autoencoder_other_than_the_models_is_refused(
         sweep(dataclasses.replace(config, autoencoder=str(tmp_path / "another")))
 
 
-def test_several_processes_are_refused(
-    config: SweepConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no networks in ../shared")
+def test_given_its_networks_a_sweep_has_lpips_and_the_distances_of_sets(
+    config: SweepConfig, denoiser: Denoiser
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(jobs.BadInput, match="WORLD_SIZE is 2; sweep runs in one process"):
-        sweep(config)
+    frames, side = 10, 32
+    random = np.random.default_rng(0)
+    mask = np.zeros((frames, side, side), np.uint8)
+    mask[:, 8:24, 8:16] = 1
+    latents = random.normal(size=(2, 2, frames, 4, 8, 8)).astype(np.float16)
+    examples = [
+        Example(
+            key=key,
+            latents=latents[number, 0],
+            masked_latents=latents[number, 1],
+            mask=mask,
+            record={"fill": [90, 100, 110]},
+            pixels=random.integers(0, 256, (frames, side, side, 3), dtype=np.uint8),
+        )
+        for number, key in enumerate(CLIPS[:2])
+    ]
+    shutil.rmtree(config.shards)
+    write_split(Path(config.shards), denoiser.autoencoder, examples)
+    space = dataclasses.replace(denoiser.space, shape=[frames, 4, 8, 8])
+    Denoiser(denoiser.network, denoiser.config, space).save(config.model)
+    rows = sweep(
+        dataclasses.replace(
+            config,
+            schedules="ddim:1",
+            lpips=str(SHARED / "lpips_alex.safetensors"),
+            i3d=str(SHARED / "i3d_kinetics400.safetensors"),
+        )
+    )
+    found = {row["schedule"]: row for row in rows}
+    assert list(rows[0])[3] == "lpips" and list(rows[0])[-3:] == ["fvd", "vfid", "clips"]
+    for row in rows:
+        assert 0 < float(row["lpips"]) < 2
+        assert float(row["fvd"]) > 0 and float(row["vfid"]) > 0
+    # `mean` is ddim:1 under another name.
+    for column in ("lpips", "fvd", "vfid"):
+        assert float(found["mean"][column]) == pytest.approx(
+            float(found["ddim:1"][column]), rel=1e-3
+        )
+    kept = {path.parent.name for path in (config.out / "features").rglob("*.npy")}
+    assert kept == {"truth", "ddim-1", "mean", "fill", "classic", "autoencoder"}
+
+
+# On several processes
+
+# What a process runs: forked from a server that has imported everything, and computed nothing.
+PROCESS = """
+import os, sys
+os.environ.update(environment)
+descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+os.dup2(descriptor, 2)
+import torch
+torch.set_num_threads(1)
+from vidfill.sampling.sweep import main
+sys.exit(main(arguments))
+"""
+MIXED = "ddim:2 ddpm:8+resample(n=1) ddim:8+jump(length=2,times=3) dpmpp:5 heun:3 ddim:6+inject"
+
+
+def start(config: SweepConfig, size: int) -> list[BaseProcess]:
+    """Processes that meet as a launcher's do; what they say goes to a file beside the results."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vidfill.sampling.sweep"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(size):
+        meeting = {"WORLD_SIZE": size, "RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+        names = {
+            "environment": {k: str(v) for k, v in meeting.items()} | {"MASTER_PORT": str(port)},
+            "arguments": arguments_for(config),
+            "said": str(said_of(config)),
+        }
+        processes.append(context.Process(target=exec, args=(PROCESS, names)))
+        processes[-1].start()
+    return processes
+
+
+def arguments_for(config: SweepConfig) -> list[str]:
+    changed = ("schedules", "clips", "batch_size", "keep", "device")
+    options = [word for name in changed for word in (f"--{name}", str(getattr(config, name)))]
+    return [str(config.model), config.shards, str(config.out), *options]
+
+
+def said_of(config: SweepConfig) -> Path:
+    return config.out.with_name(f"{config.out.name}.said")
+
+
+def end(processes: list[BaseProcess]) -> list[int | None]:
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture
+def mixed(config: SweepConfig) -> SweepConfig:
+    return dataclasses.replace(config, schedules=MIXED, batch_size=0)
+
+
+def read_files(out: Path) -> dict[str, bytes]:
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_two_processes_find_what_one_finds(mixed: SweepConfig) -> None:
+    alone = dataclasses.replace(mixed, out=mixed.out.with_name("alone"))
+    sweep(alone)
+    assert end(start(mixed, 2)) == [0, 0], said_of(mixed).read_text()
+    assert_same_results(mixed.out, alone.out)
+    ours, theirs = (
+        {name for name in read_files(out) if not name.startswith("tensorboard")}
+        for out in (mixed.out, alone.out)
+    )
+    assert ours == theirs
+    about = json.loads((mixed.out / "sweep.json").read_text())
+    assert about["processes"] == 2
+    assert "error" not in said_of(mixed).read_text()
+
+
+def test_killed_at_random_moments_it_continues_on_another_number_of_processes(
+    mixed: SweepConfig,
+) -> None:
+    alone = dataclasses.replace(mixed, out=mixed.out.with_name("alone"))
+    sweep(alone)
+    everything = len(read_csv(alone.out / "clips.csv"))
+    done: set[str] = set()
+    for run, size in enumerate((2, 3, 1)):
+        processes = start(mixed, size)
+        wanted = len(done) + 1 + derive_seed("kill", run) % (everything // 4)
+        while len(found := rows_so_far(mixed.out)) < wanted:
+            assert all(process.is_alive() for process in processes), said_of(mixed).read_text()
+            time.sleep(0.005)
+        assert done <= found
+        for process in processes:
+            process.kill()
+        assert end(processes) == [-signal.SIGKILL] * size
+        done = rows_so_far(mixed.out)
+        assert not (mixed.out / "results.csv").exists()
+    assert end(start(mixed, 2)) == [0, 0], said_of(mixed).read_text()
+    assert done <= rows_so_far(mixed.out)
+    assert_same_results(mixed.out, alone.out)
+
+
+def rows_so_far(out: Path) -> set[str]:
+    """The whole rows of all processes, as they were written."""
+    paths = [path for path in out.glob("clips*.csv") if path.is_file()]
+    lines = [line for path in paths for line in path.read_text().splitlines(keepends=True)]
+    return {line for line in lines if line.endswith("\n") and not line.startswith("schedule,")}
+
+
+def test_the_launcher_of_the_documentation_runs_a_sweep(config: SweepConfig) -> None:
+    node = Path(__file__).parents[2] / "launch" / "node.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(node)]
+    launch += ["--num_processes", "2", "--main_process_port", "0", "-m", "vidfill.sampling.sweep"]
+    done = subprocess.run(
+        [sys.executable, *launch, *arguments_for(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((config.out / "sweep.json").read_text())["processes"] == 2
+    assert done.stdout.count("autoencoder") == 1  # the first process shows the table, alone
+
+
+def test_a_mistake_on_two_processes_is_said_once_and_ends_both(config: SweepConfig) -> None:
+    wrong = dataclasses.replace(config, schedules="ddim:41")
+    assert end(start(wrong, 2)) == [2, 2]
+    assert said_of(wrong).read_text().count("give at most 40") == 1
+    assert not wrong.out.exists()
 
 
 def test_the_default_schedules_are_the_papers_n_and_can_be_read() -> None:

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from vidfill.sampling.features import has_features, read_features, write_features
+from vidfill.sampling.frechet import frechet_distance
+from vidfill.sampling.ledger import Row
+from vidfill.sampling.outcome import TRUTH, Finished, compare_all, references_of, table
+from vidfill.sampling.results import COMPARED, clip_columns, measures_with
+
+CLIPS = [f"v{number}_{family}" for number in range(6) for family in ("stationary", "variable")]
+PLAIN, MANY, OTHER = "ddpm:50", "ddpm:50+resample(n=4)", "ddim:10"
+SCHEDULES = [PLAIN, MANY, OTHER]
+
+
+def finished(out: Path, networks: tuple[str, ...] = ()) -> Finished:
+    """Numbers made up: more resampling is 1 better than none under stationary masks, by all."""
+    random = np.random.default_rng(0)
+    measures = measures_with(networks)
+    rows: dict[tuple[str, str], Row] = {}
+    for clip in CLIPS:
+        base = random.uniform(10, 20)
+        for name in SCHEDULES:
+            row = {"schedule": name, "clip": clip, "nfe": "50"}
+            better = 1.0 if name == MANY and clip.endswith("stationary") else 0.0
+            for measure in measures:
+                if measure.column in clip_columns(measures) and measure.column != "nfe":
+                    noise = random.normal(0, 0.1) if name == MANY else 0.0
+                    sign = measure.better or 1
+                    row[measure.column] = f"{base + sign * better + noise:.6g}"
+            rows[name, clip] = row
+    folders = {PLAIN: "plain", MANY: "many", OTHER: "other"}
+    return Finished(out, rows, CLIPS, folders, measures)
+
+
+def test_each_schedule_is_compared_with_its_own_without_detours_and_with_the_reference() -> None:
+    assert references_of(MANY, SCHEDULES, OTHER) == [PLAIN, OTHER]
+    assert references_of(MANY, SCHEDULES, PLAIN) == [PLAIN]
+    assert references_of(OTHER, SCHEDULES, OTHER) == []
+    assert references_of("ddim:9+jump(length=2,times=3)", SCHEDULES, OTHER) == [OTHER]
+    injecting = ["ddim:9", "ddim:9+inject", "ddim:9+resample(n=4)+inject"]
+    assert references_of(injecting[2], injecting, injecting[2]) == [injecting[1]]
+
+
+def test_each_family_of_masks_is_compared_for_itself(tmp_path: Path) -> None:
+    rows = compare_all(finished(tmp_path), SCHEDULES, PLAIN, seed=0)
+    found = {(r["masks"], r["schedule"], r["reference"], r["measure"]): r for r in rows}
+    assert len(found) == len(rows)
+    for column, sign in (("temporal_error", -1), ("psnr", 1), ("ssim", 1)):
+        row = found["stationary", MANY, PLAIN, column]
+        assert row["clips"] == "6" and row["improved"] == "1" and row["verdict"] == "better"
+        assert float(row["low"]) < float(row["difference"]) < float(row["high"])
+        assert float(row["difference"]) == pytest.approx(sign, abs=0.2)
+        assert abs(float(found["variable", MANY, PLAIN, column]["difference"])) < 0.2
+    equal = found["variable", OTHER, PLAIN, "psnr"]
+    assert equal["verdict"] == "as good" and float(equal["difference"]) == 0
+    warped = found["stationary", MANY, PLAIN, "warping_error"]
+    assert warped["improved"] == "" and warped["verdict"] == "undecided"
+    header, *lines = table(COMPARED, rows).decode().splitlines()
+    assert header == ",".join(COMPARED) and len(lines) == len(rows)
+
+
+def test_clips_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
+    done = finished(tmp_path)
+    for name in SCHEDULES:
+        done.rows[name, CLIPS[0]]["psnr_hole"] = "nan"
+        for clip in CLIPS:
+            done.rows[name, clip]["ssim_65"] = "nan"
+    known = [float(done.rows[MANY, clip]["psnr_hole"]) for clip in CLIPS[1:]]
+    row = done.average(MANY)
+    assert float(row["psnr_hole"]) == pytest.approx(np.mean(known), rel=1e-5)
+    assert math.isnan(float(row["ssim_65"]))
+    assert done.left_out(SCHEDULES) == {"psnr_hole": 1, "ssim_65": len(CLIPS)}
+    rows = compare_all(done, SCHEDULES, PLAIN, seed=0)
+    clips = {r["clips"] for r in rows if r["measure"] == "psnr_hole" and r["schedule"] == MANY}
+    assert clips == {"5", "6"}
+    verdicts = {(r["clips"], r["verdict"]) for r in rows if r["measure"] == "ssim_65"}
+    assert verdicts == {("0", "undecided")}
+
+
+def test_the_distances_of_sets_are_those_of_the_features_kept(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    features = {
+        folder: random.normal(shift, 1, (len(CLIPS), 5)).astype(np.float32)
+        for folder, shift in ((TRUTH, 0), ("plain", 3), ("many", 0.1), ("other", 3))
+    }
+    for folder, vectors in features.items():
+        for clip, vector in zip(CLIPS, vectors, strict=True):
+            assert not has_features(tmp_path, "fvd", folder, clip)
+            write_features(tmp_path, folder, clip, {"fvd": vector, "vfid": vector})
+            assert has_features(tmp_path, "fvd", folder, clip)
+    done = finished(tmp_path, networks=("i3d",))
+    np.testing.assert_array_equal(read_features(tmp_path, "fvd", "many", CLIPS), features["many"])
+    for name, folder in done.folders.items():
+        wanted = frechet_distance(features[folder], features[TRUTH])
+        assert float(done.average(name)["fvd"]) == pytest.approx(wanted, rel=1e-5)
+    rows = compare_all(done, SCHEDULES, PLAIN, seed=0)
+    (row,) = (
+        r
+        for r in rows
+        if (r["measure"], r["masks"]) == ("fvd", "variable") and r["schedule"] == MANY
+    )
+    assert row["margin"] == "" and row["improved"] == "" and row["verdict"] == "better"
