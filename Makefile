@@ -3,9 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-# A thread for each of the tests' processes; those that drive a Slurm want it for themselves.
-TEST := OMP_NUM_THREADS=1 $(RUN)/pytest
-TOGETHER := -m "not slurm" --numprocesses auto --maxprocesses 4 --dist loadfile
+# Three at a time, with a thread each: those that drive a Slurm mostly wait.
+TEST := OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses 3 --dist loadfile
 
 .PHONY: demo test check soak format clean
 
@@ -13,15 +12,13 @@ demo: $(INSTALLED)
 	$(RUN)/vidfill demo --out runs/demo
 
 test: $(INSTALLED)
-	$(TEST) $(TOGETHER)
-	$(TEST) -m slurm tests/launch
+	$(TEST)
 
 check: $(INSTALLED)
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
-	$(TEST) $(TOGETHER)
-	$(TEST) -m slurm tests/launch
+	$(TEST)
 
 soak: $(INSTALLED)
 	$(RUN)/python -m benchmarks.soak

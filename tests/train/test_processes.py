@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the runs of all
+
 WORKER = Path(__file__).with_name("worker.py")
 STAGES = (0, 1, 2, 3)
 # Five clips are three and two of two processes: the second has a pad, and halves are unequal.
