@@ -48,6 +48,7 @@ from .sampler import (
     known_of,
     pixels_of,
     sample,
+    sample_in_order,
 )
 from .schedules import Program, compile_schedule, parse
 from .scores import Judges, describe_clip, load_judges, score_clip
