@@ -24,8 +24,8 @@ examples:
       shows what would start it; --submit submits it
   vidfill launch "encode videos shards" --config launch/cluster.yaml --nodes 2 --submit
       on the cluster that a file of yours describes, as launch/cluster.yaml does
-  vidfill launch "$(cat sweeps)" --time 2:00:00 --submit
-      an array job, with a task for each line of the file `sweeps`, such as
+  vidfill launch "$(cat sweeps.txt)" --time 2:00:00 --submit
+      an array job, with a task for each line of the file, such as
       sweep run shards sweeps/ddim --schedules ddim:50
 """
 

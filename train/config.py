@@ -247,8 +247,16 @@ def _check_training(config: TrainConfig) -> None:
     for name, value in more_than_zero.items():
         if value <= 0:
             raise BadInputEverywhere(f"{name} is {value:g}: give more than 0")
-    if config.max_skipped < 0:
-        raise BadInputEverywhere(f"max_skipped is {config.max_skipped}: give 0 or more")
+    zero_or_more = {
+        "max_skipped": config.max_skipped,
+        "plan_gpus": config.plan_gpus,
+        "evaluation.clips": config.evaluation.clips,
+        "preview.clips": config.preview.clips,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+    }
+    for name, value in zero_or_more.items():
+        if value < 0:
+            raise BadInputEverywhere(f"{name} is {value:g}: give 0 or more")
     if config.compile and config.zero_stage == 3:
         raise BadInputEverywhere(
             "compile is true and zero_stage 3, whose hooks interrupt the compiled network at every "
@@ -293,4 +301,4 @@ def find_recipe(words: Sequence[str]) -> list[str]:
 
 def _recipe(name: str) -> str:
     path = RECIPES / f"{name}.yaml"
-    return str(path) if path.is_file() and not Path(name).exists() else name
+    return str(path) if path.is_file() and not Path(name).is_file() else name

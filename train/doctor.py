@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,11 +26,10 @@ from rich.table import Table
 
 from .. import jobs
 from ..data.shards import ShardedDataset, has_split
-from ..data.stream import Stream
+from ..data.stream import Batch, Stream
 from ..modeling.attention import attention_backend
 from ..modeling.diffusion import Denoiser
 from .config import TrainConfig, check, find_recipe
-from .plan import make_plan
 from .state import make_accelerator, make_denoiser, make_state
 from .step import train_step
 
@@ -235,29 +236,39 @@ def _appears(path: Path) -> bool:
 
 
 def _try(config: TrainConfig, accelerator: Accelerator) -> Iterator[Finding]:
-    """Open the shards, make the model, and take one real step that is kept nowhere."""
+    """Open the shards, make the model, and take one real step that is kept nowhere.
+
+    A step is for all processes or for none: who cannot take it would let the others wait.
+    """
+    findings: list[Finding] = []
+    ready = _prepare(config, accelerator, findings)
+    yield from findings
+    if all(gather_object([ready is not None])):
+        assert ready
+        yield _take_step(config, *ready, accelerator)
+    elif ready:
+        yield Finding("one step", "warning", "not tried: another process cannot take it")
+
+
+def _prepare(
+    config: TrainConfig, accelerator: Accelerator, findings: list[Finding]
+) -> tuple[Denoiser, Batch] | None:
+    """What a step needs, if this process has it; nothing here waits for another process."""
     try:
         dataset = ShardedDataset(config.shards, "train", config.data.cache)
-    except jobs.BadInput as error:
-        yield Finding("shards", "bad", str(error))
-        return
-    manifest = dataset.manifest
-    frames, channels, height, width = manifest.latent_shape
-    yield Finding(
-        "shards",
-        "good",
-        f"{manifest.examples} examples of {frames}×{channels}×{height}×{width} in "
-        f"{len(manifest.shards.bytes)} shards",
-    )
-    yield _check_held_out(config)
-    yield _check_attention(config, accelerator)
-    try:
+        manifest = dataset.manifest
+        shape = "×".join(map(str, manifest.latent_shape))
+        said = f"{manifest.examples} examples of {shape} in {len(manifest.shards.bytes)} shards"
+        findings.append(Finding("shards", "good", said))
+        findings += [_check_held_out(config), _check_attention(config, accelerator)]
         denoiser = make_denoiser(config, manifest)
-    except jobs.BadInput as error:
-        yield Finding("network", "bad", str(error))
-        return
-    yield _check_disk(config, dataset, accelerator.num_processes)
-    yield _take_step(config, dataset, denoiser, accelerator)
+        findings.append(_check_disk(config, denoiser))
+        process, processes = accelerator.process_index, accelerator.num_processes
+        stream = Stream(dataset, config.batch_size, config.seed, process, processes)
+        return denoiser, stream.batch(0)
+    except (jobs.BadInput, OSError) as error:
+        findings.append(Finding("shards and network", "bad", jobs.describe(error)))
+        return None
 
 
 def _check_held_out(config: TrainConfig) -> Finding:
@@ -287,9 +298,10 @@ def _check_attention(config: TrainConfig, accelerator: Accelerator) -> Finding:
     return Finding("attention", "good", f"{backend} works, forward and backward")
 
 
-def _check_disk(config: TrainConfig, dataset: ShardedDataset, processes: int) -> Finding:
-    needs = make_plan(config, dataset.manifest, processes).checkpoint
-    wanted = needs * (config.keep_checkpoints + 1)
+def _check_disk(config: TrainConfig, denoiser: Denoiser) -> Finding:
+    parameters = sum(parameter.numel() for parameter in denoiser.network.parameters())
+    checkpoint = 4 * parameters * (3 + len(config.optimizer.ema_decays))
+    wanted = checkpoint * (config.keep_checkpoints + 1)
     folder = next(path for path in (config.out, *config.out.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     said = f"{free / 1e9:.1f} GB free for {wanted / 1e9:.2g} GB of checkpoints"
@@ -299,15 +311,15 @@ def _check_disk(config: TrainConfig, dataset: ShardedDataset, processes: int) ->
 
 
 def _take_step(
-    config: TrainConfig, dataset: ShardedDataset, denoiser: Denoiser, accelerator: Accelerator
+    config: TrainConfig, denoiser: Denoiser, batch: Batch, accelerator: Accelerator
 ) -> Finding:
     try:
-        state = make_state(config, accelerator, denoiser.network)
-        process, processes = accelerator.process_index, accelerator.num_processes
-        stream = Stream(dataset, config.batch_size, config.seed, process, processes)
-        began = time.perf_counter()
-        result = train_step(state, stream.batch(0), denoiser, accelerator, config)
-        loss = float(accelerator.reduce(result.loss, "mean"))
+        with tempfile.TemporaryDirectory() as scratch:  # for what a bad step would list
+            elsewhere = dataclasses.replace(config, out=Path(scratch))
+            state = make_state(elsewhere, accelerator, denoiser.network)
+            began = time.perf_counter()
+            result = train_step(state, batch, denoiser, accelerator, elsewhere)
+            loss = float(accelerator.reduce(result.loss, "mean"))
     except jobs.BadInput as error:
         return Finding("one step", "bad", str(error))
     except torch.OutOfMemoryError:

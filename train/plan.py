@@ -59,7 +59,9 @@ def make_plan(config: TrainConfig, manifest: Manifest, gpus: int) -> Plan:
     frames, _, height, width = manifest.latent_shape
 
     def make_network() -> VideoUNet:
-        return make_denoiser(config, manifest).network
+        network = make_denoiser(config, manifest).network
+        network.set_attention_backend("auto")  # shapes are followed with the CPU's kernels
+        return network
 
     cost = cost_of(make_network, frames, height, width, config.precision)
     clips = math.ceil(config.batch_size / gpus)
@@ -108,9 +110,8 @@ def state_memory(weights: int, averages: int, stage: int, gpus: int) -> dict[str
         "gradients": share if stage >= 2 else weights,
         "moments and averages": optimizer + (share if stage else 0),
     }
-    if stage:
-        return parts | {"buckets": min(DEEPSPEED_BUCKETS, 2 * weights)}
-    return parts | ({"buckets": weights} if gpus > 1 else {})
+    # Of plain training the buckets are the gradients themselves.
+    return parts | ({"buckets": min(DEEPSPEED_BUCKETS, 2 * weights)} if stage else {})
 
 
 def activation_memory(
@@ -183,7 +184,14 @@ def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
     seconds, peak = None, 0
     if torch.cuda.is_available() or not config.plan_gpus:
         print(f"measuring {MEASURED} steps of {needs.clips} clip(s) here…", file=sys.stderr)
-        seconds, peak = measure_step(config, dataset, needs.clips)
+        try:
+            seconds, peak = measure_step(config, dataset, needs.clips)
+        except torch.OutOfMemoryError:
+            print(
+                "a step does not fit here: give more --plan_gpus, --gradient_accumulation or "
+                "--model.gradient_checkpointing",
+                file=sys.stderr,
+            )
     _show(config, needs, seconds, peak)
 
 

@@ -45,7 +45,7 @@ def test_each_zero_stage_shares_out_more_than_the_one_before() -> None:
     """16 bytes a parameter without averages: ZeRO's paper has them at (2 + 2 + K) bytes, K = 12."""
     of_stage = [state_memory(4_000_000, 0, stage, gpus=4) for stage in range(4)]
     for parts in of_stage:
-        parts.pop("buckets")
+        parts.pop("buckets", None)
     assert [sum(parts.values()) / 1_000_000 for parts in of_stage] == [16, 11, 8, 5]
 
 
