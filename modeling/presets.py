@@ -51,8 +51,8 @@ PRESETS = {
     "small": Preset(
         "for a single small GPU, or a patient CPU",
         {
-            "block_out_channels": (64, 160, 288),
-            "attention": ("time", "both", "joint", "joint"),
+            "block_out_channels": (128, 128, 256),
+            "attention": ("none", "time", "joint", "joint"),
             "positions": "axial",
         },
     ),

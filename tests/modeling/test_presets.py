@@ -65,7 +65,7 @@ def test_the_cost_table_has_a_row_for_each_preset_asked_for() -> None:
     names = ["tiny", "small"]
     rows = cost_table(names).splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == names
-    assert "| 1.97 M |" in rows[0] and "| 10.16 M |" in rows[1]
+    assert "| 1.97 M |" in rows[0] and "| 9.80 M |" in rows[1]
 
 
 # RaMViD's network as its authors describe it, channels first and without any of our modules. It
