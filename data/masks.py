@@ -39,7 +39,7 @@ def draw_mask(
 
     Raises:
         jobs.BadInput: the clip has no frame, or one with a side under 4 pixels; or it has one frame
-            and the family hides whole frames.
+            and the family leaves whole frames visible.
     """
     if family not in FAMILIES:
         raise ValueError(f"{family!r} is not drawn: {', '.join(FAMILIES)} are")
@@ -231,13 +231,30 @@ def _infilling(
     return _hide_frames(first, max(frames - last, first + 1), (frames, height, width))
 
 
+def _continuation(
+    frames: int, height: int, width: int, *seed_parts: str | int
+) -> UInt8[np.ndarray, "frames height width"]:
+    """The first 1 to half of the clip's frames are visible, later ones masked as "stationary".
+
+    So a window of a long video finds its first frames, which the window before it has filled.
+    """
+    _refuse_single("continuation", frames)
+    mask = _stationary(frames, height, width, *seed_parts)
+    mask[: _draw(1, frames // 2, *seed_parts, "continuation")] = 0
+    return mask
+
+
 def _most_shown(family: str, frames: int) -> int:
+    _refuse_single(family, frames)
+    return max(1, frames // 4)
+
+
+def _refuse_single(family: str, frames: int) -> None:
     if frames < 2:
         raise jobs.BadInput(
-            f"frames is {frames}; {family} hides whole frames and leaves others visible: "
+            f"frames is {frames}; {family} leaves some frames visible and hides in others: "
             f"choose at least 2, or leave {family} out of the masks"
         )
-    return max(1, frames // 4)
 
 
 def _hide_frames(
@@ -265,6 +282,7 @@ FAMILIES: Mapping[str, Draw] = {
     "border": _border,
     "prediction": _prediction,
     "infilling": _infilling,
+    "continuation": _continuation,
 }
 
 
@@ -272,7 +290,7 @@ def describe_families() -> str:
     """A line for each family that a mix may name: what it hides."""
     lines = {name: (draw.__doc__ or "").partition("\n")[0] for name, draw in FAMILIES.items()}
     lines[OWN] = "A video's own masks, read from files."
-    return "\n".join(f"  {name:<12}{line}" for name, line in lines.items())
+    return "\n".join(f"  {name:<13}{line}" for name, line in lines.items())
 
 
 @dataclass(frozen=True)

@@ -313,14 +313,14 @@ class Denoiser:
     def normalise(self, latents: Latents) -> Latents:
         """Latents as the autoencoder scales them → mean 0 and deviation 1, where configured."""
         if not self.config.normalise:
-            return latents
+            return latents * self.config.ablate_scale
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
     def denormalise(self, latents: Latents) -> Latents:
         """The inverse of `normalise`."""
         if not self.config.normalise:
-            return latents
+            return latents / self.config.ablate_scale
         mean, std = self._statistics(latents)
         return latents * std + mean
 

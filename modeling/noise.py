@@ -56,6 +56,9 @@ class DiffusionConfig:
     latents, or the flow from them to the noise, noise − clean. A flow takes any but the noise."""
     normalise: bool = True
     """Shift and scale latents to mean 0 and deviation 1 a channel; false is the paper's setting."""
+    ablate_scale: float = 1.0
+    """For ablation: multiplies latents that are not normalised. 5.49 is what forgetting the factor
+    0.18215 of Stable Diffusion's autoencoder comes to."""
     mask_channel: bool = False
     """Give the mask to the network as one more channel; false is the paper's setting."""
 
@@ -92,6 +95,11 @@ def check_diffusion(config: DiffusionConfig) -> None:
         if getattr(config, name) not in get_args(kind):
             remedy = f"give one of {', '.join(get_args(kind))}"
             _refuse(f"diffusion.{name}", getattr(config, name), remedy)
+    if not 0 < config.ablate_scale < math.inf:
+        _refuse("diffusion.ablate_scale", config.ablate_scale, "give a finite number above 0")
+    if config.normalise and config.ablate_scale != 1:
+        remedy = "normalised latents have a scale of their own; give normalise false beside it"
+        _refuse("diffusion.ablate_scale", config.ablate_scale, remedy)
     if config.process == "flow":
         _check_flow(config)
     else:

@@ -48,6 +48,14 @@ PRESETS = {
             "positions": "axial",
         },
     ),
+    "mini": Preset(
+        "below 10 MB at half precision: the model that the package carries",
+        {
+            "block_out_channels": (96, 96, 160),
+            "attention": ("none", "time", "joint", "joint"),
+            "positions": "axial",
+        },
+    ),
     "small": Preset(
         "for a single small GPU, or a patient CPU",
         {

@@ -14,7 +14,8 @@ from vidfill.jobs import BadInput
 
 GRIDS = ("stationary", "variable")
 WHOLE_FRAMES = ("prediction", "infilling")
-WITHIN_FRAMES = tuple(name for name in FAMILIES if name not in WHOLE_FRAMES)
+LEAVE_FRAMES = (*WHOLE_FRAMES, "continuation")
+WITHIN_FRAMES = tuple(name for name in FAMILIES if name not in LEAVE_FRAMES)
 STILL = ("stationary", "border")
 # The least and the largest share of each frame that a family hides.
 SHARES = {"box": (1 / 16, 1 / 4), "strokes": (1 / 8, 1 / 2), "border": (7 / 16, 3 / 4)}
@@ -67,6 +68,7 @@ def test_other_seeds_and_other_clips_draw_other_masks(family: str) -> None:
         ("border", ["6534ae468e600f8f", "97e15cb7ee0975d3", "ece97c873a5e9876"]),
         ("prediction", ["478eb6f3076e1269", "9a59ce54c997a3e8", "41d1ff500139516b"]),
         ("infilling", ["b482c264f3a316cc", "43430d16d2b8b29b", "41d1ff500139516b"]),
+        ("continuation", ["335f6408dab2e116", "3ec0da973cc8f5cb", "6131508b1c65b64e"]),
     ],
 )
 def test_every_machine_and_version_draws_these_masks(family: str, pinned: list[str]) -> None:
@@ -258,8 +260,21 @@ def test_whole_frames_are_hidden_or_visible(family: str, frames: int, seed: int)
         assert min(1, frames - 2) <= frames - begin - number <= most
 
 
-@pytest.mark.parametrize("family", WHOLE_FRAMES)
-def test_families_of_whole_frames_refuse_a_single_frame(family: str) -> None:
+@given(st.integers(2, 60), seeds)
+def test_a_continuation_shows_its_first_frames_and_is_stationary_from_then_on(
+    frames: int, seed: int
+) -> None:
+    mask = draw_mask("continuation", frames, 8, 12, (seed, "clip"))
+    hidden = mask.any(axis=(1, 2))
+    begin = int(hidden.argmax())
+    assert 1 <= begin <= max(1, frames // 2)
+    still = draw_mask("stationary", frames, 8, 12, (seed, "clip"))
+    np.testing.assert_array_equal(mask[begin:], still[begin:])
+    assert not mask[:begin].any()
+
+
+@pytest.mark.parametrize("family", LEAVE_FRAMES)
+def test_families_that_leave_frames_refuse_a_single_frame(family: str) -> None:
     with pytest.raises(BadInput, match=f"frames is 1; {family} .*choose at least 2"):
         draw_mask(family, 1, 8, 8, (0,))
 

@@ -331,6 +331,9 @@ def test_normalising_is_undone_by_denormalising() -> None:
     torch.testing.assert_close(denoiser.denormalise(normalised), latents)
     plain = small_denoiser(normalise=False)
     assert torch.equal(plain.normalise(latents), latents)
+    unscaled = small_denoiser(normalise=False, ablate_scale=4.0)
+    assert torch.equal(unscaled.normalise(latents), 4 * latents)
+    assert torch.equal(unscaled.denormalise(4 * latents), latents)
 
 
 def test_the_mask_is_a_channel_of_the_condition_only_where_asked() -> None:

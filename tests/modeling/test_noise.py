@@ -147,6 +147,8 @@ def test_levels_fall_from_below_one_to_no_less_than_zero(timesteps: int, changes
             {"process": "flow", "target": "v", "beta_schedule": "cosine"},
             "diffusion.beta_schedule is 'cosine': a flow has no betas",
         ),
+        ({"ablate_scale": 5.49}, "diffusion.ablate_scale is 5.49: normalised latents"),
+        ({"normalise": False, "ablate_scale": 0.0}, "diffusion.ablate_scale is 0.0: give"),
         ({"shift": 3.0}, "diffusion.shift is 3.0: only a flow has one; .* process 'flow'"),
         ({"beta_schedule": "cosine", "beta_end": 0.02}, "diffusion.beta_end is 0.02: cosine has"),
         ({"beta_start": 0.0}, "diffusion.beta_start is 0.0: give a number above 0"),

@@ -47,7 +47,7 @@ def test_every_preset_takes_clips_of_any_size_conditioned_in_any_way(
 
 
 def test_an_unknown_preset_is_refused_with_those_that_are() -> None:
-    with pytest.raises(BadInput, match=r"no preset 'huge': give one of tiny, small"):
+    with pytest.raises(BadInput, match=r"no preset 'huge': give one of tiny, mini, small"):
         build("huge", 4, 4)
 
 

@@ -270,7 +270,7 @@ def test_checkpoints_are_pruned_and_the_averaged_model_loads(tiny_config: TrainC
         ("--model.head_channels", "24", "no multiple of head_channels"),
         ("--preview.schedule", "ddin:3", "ddim"),
         ("--batch_size", "0", "batch_size is 0"),
-        ("--model.preset", "tini", "give one of tiny, small, base"),
+        ("--model.preset", "tini", "give one of tiny, mini, small, base"),
         ("--model.preset", "tiny", "has sizes of its own"),
         ("--diffusion.shift", "2", "only a flow has one"),
         ("--loss.hole", "0", "loss.hole is 0"),
