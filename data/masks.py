@@ -92,7 +92,7 @@ def _cell_of(length: int) -> Int64[np.ndarray, " length"]:
 def _box(
     frames: int, height: int, width: int, *seed_parts: str | int
 ) -> UInt8[np.ndarray, "frames height width"]:
-    """A rectangle, 1/4 to 1/2 of each side, that moves steadily and bounces off the borders.
+    """A rectangle, 1/4 to 1/2 of each side, that moves steadily and bounces off borders.
 
     Along each axis it moves by 1/64 to 1/16 of the side a frame.
     """
@@ -208,7 +208,7 @@ def _window(length: int, *seed_parts: str | int) -> UInt8[np.ndarray, " length"]
 def _prediction(
     frames: int, height: int, width: int, *seed_parts: str | int
 ) -> UInt8[np.ndarray, "frames height width"]:
-    """Whole frames: the first 1 to a quarter of the clip are visible, all later ones hidden.
+    """Whole frames: the first 1 to a quarter of the clip visible, all later ones hidden.
 
     Source: Höppe et al. 2022, "Diffusion Models for Video Prediction and Infilling" (RaMViD).
     """
@@ -219,7 +219,7 @@ def _prediction(
 def _infilling(
     frames: int, height: int, width: int, *seed_parts: str | int
 ) -> UInt8[np.ndarray, "frames height width"]:
-    """Whole frames: 1 to a quarter of the clip at each end are visible, the middle hidden.
+    """Whole frames: 1 to a quarter of the clip at each end visible, the middle hidden.
 
     Of two frames the second is hidden.
 
@@ -234,7 +234,7 @@ def _infilling(
 def _continuation(
     frames: int, height: int, width: int, *seed_parts: str | int
 ) -> UInt8[np.ndarray, "frames height width"]:
-    """The first 1 to half of the clip's frames are visible, later ones masked as "stationary".
+    """As stationary, but the first 1 to half of the frames are visible.
 
     So a window of a long video finds its first frames, which the window before it has filled.
     """
