@@ -29,7 +29,7 @@ setup(
         "vidfill.train",
     ],
     package_data={
-        "vidfill.modeling": ["weights/*/*"],
+        "vidfill.modeling": ["weights/*/*", "weights/*/*/*"],
         "vidfill.launch": ["*.yaml", "*.sbatch", "*.json"],
         "vidfill.train": ["recipes/*.yaml"],
     },
@@ -49,6 +49,7 @@ setup(
         "opencv-python-headless>=4.10",
         "packaging>=24",
         "pillow>=10",
+        "pyarrow>=18",
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.5",

@@ -34,6 +34,7 @@ MARGINS: Mapping[str, float] = {
     "ssim": 0.002,
     "ssim_65": 0.002,
     "warping_error": 1e-5,
+    "diversity": 0.5,
 }
 
 

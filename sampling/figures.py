@@ -360,7 +360,7 @@ def _style_panel(axes: Axes, panel: Panel, points: Sequence[Point]) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(y=0.12)
-    axes.set_xlabel("network evaluations per clip")
+    axes.set_xlabel("network evaluations")
     axes.set_title(panel.title, loc="left", fontsize=LARGE)
 
 

@@ -11,55 +11,54 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .. import jobs
+from .columns import Row, write_table
 
-Row = dict[str, str]
+Key = tuple[str, str, int]  # schedule or baseline, clip, completion
 
 
 class Ledger:
-    """clips.csv: a row for each finished clip and schedule.
+    """clips.csv: a row for each finished completion of a clip under a schedule.
 
     While a sweep runs, each of its processes writes its rows to a part of its own,
-    clips-PROCESS.csv, flushed row by row; `gather` puts them all into clips.csv.
+    clips-PROCESS.csv, flushed row by row; `gather` puts them all into clips.csv and clips.parquet.
     """
 
     def __init__(self, out: Path, columns: Sequence[str], process: int = 0) -> None:
-        self.path = out / "clips.csv"
-        self.rows: dict[tuple[str, str], Row] = {}
+        self.rows: dict[Key, Row] = {}
+        self._out = out
         self._columns = columns
         self._part = out / f"clips-{process}.csv"
 
     def read(self) -> None:
         """Learn of the rows of all processes, also of those that a kill cut short."""
-        for path in (self.path, *self._parts()):
+        whole_table = self._out / "clips.csv"
+        for path in (whole_table, *self._parts()):
             content = path.read_text() if path.is_file() else ""
             whole = content[: content.rfind("\n") + 1]  # the last row may be cut off
             for row in csv.DictReader(io.StringIO(whole), self._columns):
-                if path != self.path or row["schedule"] != "schedule":
-                    self.rows[row["schedule"], row["clip"]] = row
+                if path != whole_table or row["schedule"] != "schedule":
+                    self.rows[_key(row)] = row
 
     def gather(self) -> None:
         """Write what was read, and remove the parts; no other process may be at work."""
-        lines = [csv_line(self._columns)]
-        lines += [self._line(row) for _, row in sorted(self.rows.items())]
-        jobs.write_atomically(self.path, b"".join(lines))
+        rows = [row for _, row in sorted(self.rows.items())]
+        write_table(self._out, "clips", self._columns, rows)
         for part in self._parts():
             part.unlink()
 
     def add(self, row: Row) -> None:
         with self._part.open("ab") as file:
-            file.write(self._line(row))
+            file.write(csv_line([row[column] for column in self._columns]))
             file.flush()
             os.fsync(file.fileno())
-        self.rows[row["schedule"], row["clip"]] = row
-
-    def __contains__(self, name_and_clip: tuple[str, str]) -> bool:
-        return name_and_clip in self.rows
+        self.rows[_key(row)] = row
 
     def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob("clips-*.csv"))
+        return sorted(self._out.glob("clips-*.csv"))
 
-    def _line(self, row: Row) -> bytes:
-        return csv_line([row[column] for column in self._columns])
+
+def _key(row: Row) -> Key:
+    return row["schedule"], row["clip"], int(row["completion"])
 
 
 class Account:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from ..data.shards import family_of
+from .columns import Row
 from .comparison import MARGINS, Better, Comparison, Values, compare, compare_sets, judge
 from .features import read_features
 from .frechet import frechet_distance
 from .language import SWITCHES, parse
-from .ledger import Row
+from .ledger import Key
 from .results import Measure
 
 TRUTH = "truth"  # folder of the true clips' frames and features
@@ -27,16 +27,25 @@ class Finished:
     """All that a sweep measured."""
 
     out: Path
-    rows: Mapping[tuple[str, str], Row]
-    """By baseline or schedule, and clip."""
+    rows: Mapping[tuple[str, str], Sequence[Row]]
+    """By baseline or schedule, and clip: one for each completion."""
     clips: Sequence[str]
     folders: Mapping[str, str]
     """The folder of the features of each baseline and schedule, by its name."""
     measures: Sequence[Measure]
+    diversities: Mapping[tuple[str, str], float]
+    """By schedule and clip, where there are several completions."""
 
-    def values(self, name: str, column: str, clips: Sequence[str]) -> Values:
-        """A column of clips.csv; NaN where a clip has no value."""
-        return np.array([float(self.rows[name, clip][column]) for clip in clips])
+    def values(self, name: str, measure: Measure, clips: Sequence[str]) -> Values:
+        """One for each clip: the mean or the best over its completions; NaN where it has none."""
+        if measure.column == "diversity":
+            # What draws no noise always comes to the same.
+            return np.array([self.diversities.get((name, clip), 0.0) for clip in clips])
+        column = measure.best_of or measure.column
+        found = [[float(row[column]) for row in self.rows[name, clip]] for clip in clips]
+        if not measure.best_of:
+            return np.array(found).mean(axis=1)
+        return measure.better * (measure.better * np.array(found)).max(axis=1)
 
     def average(self, name: str) -> Row:
         """A row of results.csv. What has no value is left out; NaN is left where nothing has."""
@@ -45,28 +54,26 @@ class Finished:
             for m in self.measures
             if m.column not in ("nfe", "clips")
         }
-        nfe = self.rows[name, self.clips[0]]["nfe"]
+        nfe = self.rows[name, self.clips[0]][0]["nfe"]
         return {"schedule": name, "nfe": nfe, **means, "clips": str(len(self.clips))}
 
     def _mean(self, name: str, measure: Measure) -> float:
-        if measure.of_set:
+        if measure.of == "set":
             ours, theirs = (
                 read_features(self.out, measure.column, folder, self.clips)
                 for folder in (self.folders[name], TRUTH)
             )
             return frechet_distance(ours, theirs)
-        values = self.values(name, measure.column, self.clips)
+        values = self.values(name, measure, self.clips)
         known = values[~np.isnan(values)]
         return float(known.mean()) if known.size else float("nan")
 
     def left_out(self, names: Sequence[str]) -> dict[str, int]:
         """By column the clips without a value, the most that a schedule has of them."""
         counts = {
-            m.column: max(
-                int(np.isnan(self.values(name, m.column, self.clips)).sum()) for name in names
-            )
+            m.column: max(int(np.isnan(self.values(name, m, self.clips)).sum()) for name in names)
             for m in self.measures
-            if not m.of_set and m.column != "clips"
+            if m.of != "set" and m.column != "clips"
         }
         return {column: count for column, count in counts.items() if count}
 
@@ -89,7 +96,7 @@ def compare_all(
         for schedule in schedules
         for against in references_of(schedule, schedules, reference)
         for measure in finished.measures
-        if measure.of_set or measure.column in MARGINS
+        if measure.of == "set" or _margin(measure)
     ]
 
 
@@ -111,14 +118,14 @@ def _compare(finished: Finished, who: tuple[str, str, str], measure: Measure, se
     better: Better = 1 if measure.better == 1 else -1
     clips = [clip for clip in finished.clips if family_of(clip) == family]
     names = (schedule, reference)
-    if measure.of_set:
+    if measure.of == "set":
         folders = (*(finished.folders[name] for name in names), TRUTH)
         first, second, truth = (read_features(finished.out, column, f, clips) for f in folders)
         comparison = compare_sets(first, second, truth, seed)
     else:
-        ours, theirs = (finished.values(name, column, clips) for name in names)
+        ours, theirs = (finished.values(name, measure, clips) for name in names)
         comparison = compare(ours, theirs, better, seed)
-    verdict = judge(comparison, better, MARGINS.get(column, 0.0))
+    verdict = judge(comparison, better, _margin(measure))
     if not measure.better and verdict != "as good":
         verdict = "undecided"  # neither way is better
     return {
@@ -127,9 +134,14 @@ def _compare(finished: Finished, who: tuple[str, str, str], measure: Measure, se
         "reference": reference,
         "measure": column,
         **_written(comparison, bool(measure.better)),
-        "margin": format_number(MARGINS[column]) if column in MARGINS else "",
+        "margin": format_number(_margin(measure)) if _margin(measure) else "",
         "verdict": verdict,
     }
+
+
+def _margin(measure: Measure) -> float:
+    """That of the column it is the best of; 0 where there is none."""
+    return MARGINS.get(measure.best_of or measure.column, 0.0)
 
 
 def _written(comparison: Comparison, ordered: bool) -> Row:
@@ -143,10 +155,7 @@ def _written(comparison: Comparison, ordered: bool) -> Row:
     return {"clips": str(comparison.clips), **numbers}
 
 
-def table(columns: Sequence[str], rows: Sequence[Row]) -> bytes:
-    """CSV."""
-    content = io.StringIO()
-    writer = csv.DictWriter(content, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return content.getvalue().encode()
+def group_by_clip(rows: Mapping[Key, Row]) -> dict[tuple[str, str], list[Row]]:
+    """The completions of each clip under each schedule, in their order."""
+    grouped = itertools.groupby(sorted(rows.items()), lambda item: item[0][:2])
+    return {clip: [row for _, row in completions] for clip, completions in grouped}

@@ -41,6 +41,8 @@ def render_page(sweep: Sweep, drawings: Sequence[Drawing], pictures: Sequence[by
         title=html.escape(f"Schedules compared: {sweep.about['model']}"),
         summary=_summary(sweep),
         results=tables.render_results(sweep),
+        reference=code(sweep.about["reference"]),
+        answer=tables.render_answer(sweep),
         comparison=tables.render_comparison(sweep),
         players=players.render_players(sweep) or "<p>No clip's frames were kept.</p>",
         figures="\n".join(map(_figure, drawings, pictures)),
@@ -58,7 +60,8 @@ def _summary(sweep: Sweep) -> str:
         f"{': ' if count > 1 else ', reaches '}"
         f"{best['psnr_hole']:.2f} dB PSNR in the hole, <strong>{abs(gain):.2f} dB "
         f"{'above' if gain >= 0 else 'below'} {code('fill')}</strong>, for {best['nfe']:,.0f} "
-        f"network evaluations a clip, on {best['clips']:,.0f} clips.{_leading(sweep)}"
+        f"network evaluations a {'clip' if sweep.completions == 1 else 'completion'}, on "
+        f"{best['clips']:,.0f} clips.{_leading(sweep)}"
     )
 
 
@@ -96,6 +99,8 @@ def _how_made(sweep: Sweep) -> str:
         "Without a value": _left_out(sweep),
         "Noise": "the same for every schedule of a clip; a diffusion of "
         f"{about['timesteps']} timesteps",
+        "Completions": f"{sweep.completions} of each clip under each schedule"
+        + ", averaged within the clip first" * (sweep.completions > 1),
         "Device": f"{html.escape(str(about['device']))}; the whole sweep took "
         f"{about['seconds'] / 60:,.1f} minutes",
         "Composited": "outside the hole every result is the input itself; all measures are taken "
@@ -147,6 +152,8 @@ _PAGE = """<!DOCTYPE html>
 <p class="summary">{summary}</p>
 <h2>Results</h2>
 {results}
+<h2>As good as {reference}, and at what cost</h2>
+{answer}
 <h2>Compared, clip by clip</h2>
 {comparison}
 <h2>Figures</h2>

@@ -30,7 +30,7 @@ FIGURE_OF_FAMILY = {"stationary": 2, "variable": 3}  # the paper's numbering
 
 PLOTTED = ("lpips", "temporal_error", "colour_error", "psnr_hole", "psnr")
 PANELS = 3  # of them in the plot: the first that every schedule has
-COSTS = {"nfe": "network evaluations per clip", "seconds_per_clip": "network seconds per clip"}
+COSTS = {"nfe": "network evaluations", "seconds_per_clip": "network seconds"}
 
 
 @dataclass(frozen=True)

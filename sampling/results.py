@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import cv2
 import numpy as np
-from einops import rearrange
 from jaxtyping import UInt8
 
 from .. import jobs
+from .spread import Spread, read_spread
+from .strips import read_strip
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,11 @@ class Measure:
     meaning: str
     needs: str = ""
     """The network without which there is no such column: lpips or i3d."""
-    of_set: bool = False
-    """Of all clips of a schedule together; else of each clip, then averaged."""
+    of: Literal["completion", "clip", "set"] = "completion"
+    """Of what it is one value: a completion, averaged over a clip's; all completions of a clip; all
+    clips of a schedule."""
+    best_of: str = ""
+    """The column whose best value among a clip's completions this is."""
 
     @property
     def arrow(self) -> str:
@@ -41,12 +45,12 @@ class Measure:
 
 
 MEASURES = (
-    Measure("nfe", "NFE", "per clip", 0, -1, "network evaluations that one clip costs"),
+    Measure("nfe", "NFE", "evaluations", 0, -1, "what one completion of a clip costs the network"),
     Measure(
-        *("seconds_per_clip", "Time", "s per clip", 2, -1),
-        "for the schedules, and for mean: the network's share of the wall time of sampling, an "
-        "evaluation shared by several clips split evenly among them, without decoding; for the "
-        "other baselines: the wall time of computing the clip",
+        *("seconds_per_clip", "Time", "s", 2, -1),
+        "of one completion of a clip; for the schedules, and for mean: the network's share of the "
+        "wall time of sampling, an evaluation shared by several split evenly among them, without "
+        "decoding; for the other baselines: the wall time of computing the clip",
     ),
     Measure(
         *("lpips", "LPIPS", "0 at best", 4, -1),
@@ -98,12 +102,12 @@ MEASURES = (
         *("fvd", "FVD", "of the set", 1, -1),
         "Fréchet distance between the I3D logits of a schedule's clips and of the true ones; "
         "comparable only at an equal number of clips",
-        *("i3d", True),
+        *("i3d", "set"),
     ),
     Measure(
         *("vfid", "VFID", "of the set", 2, -1),
         "the same between the averages of I3D's last layer before its classifier",
-        *("i3d", True),
+        *("i3d", "set"),
     ),
     Measure("clips", "Clips", "", 0, 0, "how many a row is averaged over"),
 )
@@ -113,18 +117,41 @@ COMPARED = (
     *("masks", "schedule", "reference", "measure", "clips"),
     *("difference", "low", "high", "improved", "margin", "verdict"),
 )  # the columns of comparison.csv
-LEADING = ("lpips", "temporal_error", "psnr")
+LEADING = ("lpips", "temporal_error", "colour_error")
+BEST_OF = (*LEADING, "psnr_hole")
+DIVERSITY = Measure(
+    *("diversity", "Diversity", "8-bit units", 2, 0),
+    "root mean squared standard deviation of the hole's pixels over the completions of a clip; a "
+    "model that knows what it does not know has 1/√2 of its completions' root mean squared error",
+    of="clip",
+)
 
 
-def measures_with(networks: Collection[str]) -> list[Measure]:
-    """The columns of a sweep that was given these networks."""
-    return [measure for measure in MEASURES if not measure.needs or measure.needs in networks]
+def measures_with(networks: Collection[str], completions: int = 1) -> list[Measure]:
+    """The columns of a sweep that was given these networks, and filled each hole so often."""
+    there = [measure for measure in MEASURES if not measure.needs or measure.needs in networks]
+    if completions == 1:
+        return there
+    bests = [_best_of(m, completions) for m in there if m.column in BEST_OF]
+    return [*there[:-1], *bests, DIVERSITY, there[-1]]
+
+
+def _best_of(measure: Measure, completions: int) -> Measure:
+    return dataclasses.replace(
+        measure,
+        column=f"best_{measure.column}",
+        title=f"{measure.title}, best",
+        unit=f"of {completions}",
+        meaning=f"{measure.title} of whichever completion of a clip has the best",
+        of="clip",
+        best_of=measure.column,
+    )
 
 
 def clip_columns(measures: Sequence[Measure]) -> list[str]:
     """The columns of clips.csv."""
-    own = [m.column for m in measures if not m.of_set and m.column != "clips"]
-    return ["schedule", "clip", *own]
+    own = [m.column for m in measures if m.of == "completion" and m.column != "clips"]
+    return ["schedule", "clip", "completion", *own]
 
 
 @dataclass(frozen=True)
@@ -151,7 +178,7 @@ class Sweep:
     measures: Sequence[Measure]
     """Those that it has columns of."""
     hole_psnr: Mapping[tuple[str, str], float]
-    """Decibels by (schedule, clip)."""
+    """Decibels by (schedule, clip), of the first completion, whose frames are kept."""
     comparison: Sequence[Mapping[str, str]]
     """The lines of comparison.csv."""
 
@@ -165,12 +192,17 @@ class Sweep:
     def lead(self) -> Measure:
         """What schedules are judged by first."""
         by_column = {measure.column: measure for measure in self.measures}
-        there = [by_column[column] for column in LEADING if column in by_column]
+        there = [by_column[column] for column in (*LEADING, "psnr") if column in by_column]
         return next((m for m in there if best_of(self.schedules, m)), there[-1])
 
     @property
     def kept(self) -> Sequence[str]:
         return self.about["kept"]
+
+    @property
+    def completions(self) -> int:
+        """Of each clip under each schedule."""
+        return self.about["completions"]
 
     def slug(self, name: str) -> str:
         """The folder of a baseline's or a schedule's frames."""
@@ -179,15 +211,16 @@ class Sweep:
         )
 
     def frames(self, slug: str, clip: str) -> UInt8[np.ndarray, "frames height width 3"]:
-        strip = cv2.imread(str(self.strip(slug, clip)))
+        return read_strip(self.strip(slug, clip), *self._shape)
+
+    def spread(self, slug: str, clip: str) -> Spread:
+        """The map of the completions' standard deviation, in 8-bit units."""
+        return read_spread(self.folder / "spread" / slug / f"{clip}.png", *self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
         size = self.about["clip"]
-        wanted = (size["height"], size["frames"] * size["width"], 3)
-        if strip is None or strip.shape != wanted:
-            raise jobs.BadInput(
-                f"{self.strip(slug, clip)} is no strip of {size['frames']} frames of "
-                f"{size['width']}x{size['height']}: run the sweep again into a new folder"
-            )
-        return rearrange(strip[..., ::-1], "h (f w) rgb -> f h w rgb", f=size["frames"])
+        return size["frames"], size["height"], size["width"]
 
     def strip(self, slug: str, clip: str) -> Path:
         return self.folder / "frames" / slug / f"{clip}.png"
@@ -223,7 +256,7 @@ def read_sweep(folder: Path) -> Sweep:
         BadInput: something that a finished sweep has is missing or malformed.
     """
     about = _read_about(folder)
-    measures = measures_with(about["networks"])
+    measures = measures_with(about["networks"], about["completions"])
     columns = ["schedule", *(m.column for m in measures)]
     rows = [Row(line["schedule"], line) for line in _read_csv(folder, "results.csv", columns)]
     named = [row.name for row in rows]
@@ -239,6 +272,7 @@ def read_sweep(folder: Path) -> Sweep:
         hole_psnr={
             (line["schedule"], line["clip"]): float(line["psnr_hole"])
             for line in _read_csv(folder, "clips.csv", clip_columns(measures))
+            if line["completion"] == "0"
         },
         comparison=_read_csv(folder, "comparison.csv", list(COMPARED)),
     )
@@ -262,6 +296,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     for field in (
         *wanted,
         "networks",
+        "completions",
         "reference",
         "without_value",
         "baselines",

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from einops import rearrange
 from rich.console import Console
 from rich.table import Table
 
@@ -32,11 +30,12 @@ from ..modeling.diffusion import Denoiser
 from ..modeling.precision import Precision
 from . import baselines
 from .board import write_board
+from .columns import write_table
 from .features import has_features, write_features
-from .ledger import Account, Ledger, Row
+from .ledger import Account, Key, Ledger, Row
 from .metrics import Frames
 from .networks import FVD_FRAMES
-from .outcome import TRUTH, Finished, compare_all, format_number, table
+from .outcome import TRUTH, Finished, compare_all, format_number, group_by_clip
 from .results import COMPARED, Measure, clip_columns, measures_with, read_sweep
 from .sampler import (
     Condition,
@@ -52,6 +51,8 @@ from .sampler import (
 )
 from .schedules import Program, compile_schedule, parse
 from .scores import Judges, describe_clip, load_judges, score_clip
+from .spread import diversity, read_completions, spread_of, write_completion, write_spread
+from .strips import write_strip
 
 EXAMPLES = """examples:
   vidfill sweep runs/train runs/shards runs/sweep
@@ -78,12 +79,12 @@ class SweepConfig:
     """Fill the holes of held-out clips under several schedules, and measure how well.
 
     All schedules see the same clips, masks and noise; what is visible stays as it was. A row is
-    written for every clip and schedule as it is finished: the same command continues a sweep that
-    was stopped, on any number of processes. Beside the schedules stand four baselines: `fill` (the
-    model's input), `classic` (the nearest frame in which a pixel is visible, else OpenCV's
+    written for every completion of a clip as it is finished: the same command continues a sweep
+    that was stopped, on any number of processes. Beside the schedules stand four baselines: `fill`
+    (the model's input), `classic` (the nearest frame in which a pixel is visible, else OpenCV's
     inpainting), `mean` (one network evaluation) and `autoencoder` (the true clip encoded and
     decoded: the ceiling). Each schedule is compared, clip by clip, with its own without resampling
-    and with a reference.
+    and with a reference. The tables are CSV and Parquet.
     """
 
     model: Path
@@ -100,6 +101,9 @@ class SweepConfig:
     first."""
     clips: int = 16
     """Clips to fill: the split's first ones; 0 takes all."""
+    completions: int = 1
+    """Times that a schedule fills each clip, each with noise of its own. With two or more there is
+    the best of them, and how far they lie from each other; what they put into the hole is kept."""
     masks: str = ""
     """Take only the clips under these mask families, separated by spaces; empty takes all."""
     split: str = "validation"
@@ -136,6 +140,7 @@ class Inputs:
     """The clips by their keys, in the split's order, and where each is in the dataset."""
     programs: Mapping[str, Program]
     """By their schedules' canonical texts."""
+    completions: int
     judges: Judges
     device: torch.device
 
@@ -149,7 +154,7 @@ class Inputs:
     @property
     def measures(self) -> list[Measure]:
         """The columns of the results."""
-        return measures_with(_networks(self.judges))
+        return measures_with(_networks(self.judges), self.completions)
 
 
 def _networks(judges: Judges) -> list[str]:
@@ -218,11 +223,13 @@ def open_inputs(config: SweepConfig) -> Inputs:
             f"{FVD_FRAMES}: leave --i3d out, or encode longer clips"
         )
     judges = load_judges(config.lpips, config.i3d, device)
-    return Inputs(denoiser, autoencoder, dataset, clips, programs, judges, device)
+    return Inputs(
+        denoiser, autoencoder, dataset, clips, programs, config.completions, judges, device
+    )
 
 
 def _check_settings(config: SweepConfig) -> None:
-    for field, least in {"clips": 0, "batch_size": 0, "keep": 0}.items():
+    for field, least in {"clips": 0, "completions": 1, "batch_size": 0, "keep": 0}.items():
         if getattr(config, field) < least:
             raise jobs.BadInput(f"{field} is {getattr(config, field)}: give {least} or more")
 
@@ -312,24 +319,24 @@ def show_plan(inputs: Inputs, batch_size: int, processes: int = 1) -> None:
     The time is t(C) · max(ΣNFE / C, longest), t(C) that of one evaluation of a full batch of C,
     of all processes together.
     """
-    clips = len(inputs.clips)
+    count = len(inputs.clips) * inputs.completions
     requests = make_requests(inputs)
     batch = batch_size or find_capacity(inputs.denoiser, requests)
     batch = min(_share_of(batch, requests, processes), len(requests))
     seconds = time_evaluation(inputs, batch)
     slots = batch * processes
-    shown = Table("schedule", "NFE", "clips", "evaluations", "network time")
+    shown = Table("schedule", "NFE", "completions", "evaluations", "network time")
     for name, program in inputs.sampled.items():
-        evaluations = program.nfe * clips
+        evaluations = program.nfe * count
         spent = f"{evaluations * seconds / slots:,.1f} s"
-        shown.add_row(name, f"{program.nfe:,}", str(clips), f"{evaluations:,}", spent)
+        shown.add_row(name, f"{program.nfe:,}", f"{count:,}", f"{evaluations:,}", spent)
     nfes = [program.nfe for program in inputs.sampled.values()]
-    whole = seconds * max(sum(nfes) * clips / slots, max(nfes))
+    whole = seconds * max(sum(nfes) * count / slots, max(nfes))
     shown.add_section()
-    shown.add_row("all", "", str(clips), f"{sum(nfes) * clips:,}", f"{whole:,.1f} s")
+    shown.add_row("all", "", f"{count:,}", f"{sum(nfes) * count:,}", f"{whole:,.1f} s")
     _console().print(shown)
     print(
-        f"one evaluation of {batch} clips takes {seconds:.3f} s on {inputs.device}; "
+        f"one evaluation of a batch of {batch} takes {seconds:.3f} s on {inputs.device}; "
         "decoding and metrics come on top"
     )
 
@@ -355,10 +362,11 @@ def time_evaluation(inputs: Inputs, slots: int) -> float:
 
 
 class Task(NamedTuple):
-    """A clip to finish under a baseline; under `TRUTH`, to be described."""
+    """A clip to finish under a schedule or a baseline; under `TRUTH`, to be described."""
 
     name: str
     clip: str
+    completion: int = 0
 
 
 @dataclass(frozen=True)
@@ -379,7 +387,7 @@ class Work:
     def requests(self) -> list[Request]:
         """What the sampler has yet to do, the longest first."""
         everything = make_requests(self.inputs)
-        return [r for r in everything if Task(r.name, r.clip) not in self.finished]
+        return [request for request in everything if task_of(request) not in self.finished]
 
     def tasks(self) -> list[Task]:
         """What else there is to do."""
@@ -434,7 +442,7 @@ def _located(config: SweepConfig) -> SweepConfig:
 
 
 def _is_described(config: SweepConfig, inputs: Inputs, clip: str) -> bool:
-    columns = [measure.column for measure in inputs.measures if measure.of_set]
+    columns = [measure.column for measure in inputs.measures if measure.of == "set"]
     return all(has_features(config.out, column, TRUTH, clip) for column in columns)
 
 
@@ -454,16 +462,21 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
 def book(work: Work, task: Task, nfe: int, seconds: float, frames: Frames) -> None:
     """Measure a finished clip, keep its frames where asked, then write its row.
 
-    In this order: a clip that has a row has its frames and its features.
+    In this order: a completion that has a row has its frames and its features.
     """
-    config, example, judges = work.config, work.example(task.clip), work.inputs.judges
-    if task.clip in _kept(config, work.inputs):
-        write_strip(config.out, slug(task.name), task.clip, frames)
-    write_features(config.out, slug(task.name), task.clip, describe_clip(frames, judges))
+    config, inputs, example = work.config, work.inputs, work.example(task.clip)
+    judges = inputs.judges
+    if task.completion == 0:
+        if task.clip in _kept(config, inputs):
+            write_strip(strip_of(config.out, slug(task.name), task.clip), frames)
+        write_features(config.out, slug(task.name), task.clip, describe_clip(frames, judges))
+    if inputs.completions > 1 and task.name in inputs.sampled:
+        write_completion(completion_of(config.out, task), frames, example.mask)
     scores = score_clip(frames, pixels_of(example), example.mask, judges)
     numbers = {"seconds_per_clip": seconds, **scores}
     formatted = {column: format_number(value) for column, value in numbers.items()}
-    work.ledger.add({"schedule": task.name, "clip": task.clip, "nfe": str(nfe), **formatted})
+    which = {"schedule": task.name, "clip": task.clip, "completion": str(task.completion)}
+    work.ledger.add({**which, "nfe": str(nfe), **formatted})
     _count(work)
 
 
@@ -482,17 +495,17 @@ def keep_inputs(config: SweepConfig, inputs: Inputs) -> None:
     for key in _kept(config, inputs):
         example = inputs.dataset[inputs.clips[key]]
         mask = np.repeat(example.mask[..., None] * np.uint8(255), 3, axis=-1)
-        write_strip(config.out, "truth", key, pixels_of(example))
-        write_strip(config.out, "masked", key, baselines.fill(example))
-        write_strip(config.out, "mask", key, mask)
+        write_strip(strip_of(config.out, "truth", key), pixels_of(example))
+        write_strip(strip_of(config.out, "masked", key), baselines.fill(example))
+        write_strip(strip_of(config.out, "mask", key), mask)
 
 
-def write_strip(out: Path, folder: str, clip: str, frames: Frames) -> None:
-    """Write a clip's frames side by side as a lossless picture."""
-    strip = rearrange(frames, "f h w rgb -> h (f w) rgb")
-    written, png = cv2.imencode(".png", cv2.cvtColor(strip, cv2.COLOR_RGB2BGR))
-    assert written
-    jobs.write_atomically(out / "frames" / folder / f"{clip}.png", png.tobytes())
+def strip_of(out: Path, folder: str, clip: str) -> Path:
+    return out / "frames" / folder / f"{clip}.png"
+
+
+def completion_of(out: Path, task: Task) -> Path:
+    return out / "completions" / slug(task.name) / task.clip / f"{task.completion}.png"
 
 
 def slug(name: str) -> str:
@@ -511,13 +524,28 @@ def make_requests(inputs: Inputs) -> list[Request]:
 
     requests = [
         Request(
-            *(key, name, program, functools.partial(condition, key)),
+            *(noise_key(key, completion), name, program, functools.partial(condition, key)),
             known=functools.partial(known, key),
         )
         for name, program in inputs.sampled.items()
         for key in inputs.clips
+        for completion in range(inputs.completions)
     ]
     return sorted(requests, key=lambda request: -request.program.nfe)
+
+
+def noise_key(clip: str, completion: int) -> str:
+    """What the noise of a completion depends on: the first one's on the clip's own key alone.
+
+    A dot stands in no clip's key.
+    """
+    return f"{clip}.{completion}" if completion else clip
+
+
+def task_of(request: Request) -> Task:
+    """What a request of `make_requests` does."""
+    clip, _, completion = request.clip.partition(".")
+    return Task(request.name, clip, int(completion or 0))
 
 
 def run_schedules(work: Work, requests: Sequence[Request]) -> None:
@@ -534,10 +562,9 @@ def run_schedules(work: Work, requests: Sequence[Request]) -> None:
             seed=work.config.seed,
             on_evaluations=tally.add,
         ):
-            request = result.request
-            frames = decode_result(inputs.autoencoder, work.example(request.clip), result.latents)
-            task = Task(request.name, request.clip)
-            book(work, task, request.program.nfe, result.seconds, frames)
+            task, program = task_of(result.request), result.request.program
+            frames = decode_result(inputs.autoencoder, work.example(task.clip), result.latents)
+            book(work, task, program.nfe, result.seconds, frames)
 
 
 def _share_of(capacity: int, requests: Sequence[Request], processes: int) -> int:
@@ -610,19 +637,25 @@ def _await_rows(work: Work, count: int) -> None:
         BadInput: a row does not show on this node.
     """
     work.crew.wait_for("finished", count)
-    names = [*work.inputs.sampled, *(name for name in BASELINES if name != "mean")]
-    wanted = [(name, clip) for name in names for clip in work.inputs.clips]
+    wanted = rows_of(work.inputs)
     ends = time.monotonic() + VISIBLE
     work.ledger.read()
-    while missing := [row for row in wanted if row not in work.ledger]:
+    while missing := [row for row in wanted if row not in work.ledger.rows]:
         if time.monotonic() > ends:
             raise jobs.BadInput(
-                f"the row of {' and '.join(missing[0])} is not in {work.config.out}: give a folder "
-                "that all nodes share; the same command continues"
+                f"the row of {missing[0][0]} and {missing[0][1]} is not in {work.config.out}: "
+                "give a folder that all nodes share; the same command continues"
             )
         time.sleep(1)
         work.ledger.read()
     work.ledger.gather()
+
+
+def rows_of(inputs: Inputs) -> list[Key]:
+    """The rows of clips.csv, when all is done."""
+    tasks = [task_of(request) for request in make_requests(inputs)]
+    makers = [name for name in BASELINES if name != "mean"]
+    return [*tasks, *(Task(name, clip) for name in makers for clip in inputs.clips)]
 
 
 def write_results(work: Work, account: Account) -> list[Row]:
@@ -630,13 +663,20 @@ def write_results(work: Work, account: Account) -> list[Row]:
     config, inputs = work.config, work.inputs
     names = [*BASELINES, *inputs.programs]
     folders = {name: slug(name) for name in names}
-    finished = Finished(config.out, work.ledger.rows, list(inputs.clips), folders, inputs.measures)
+    finished = Finished(
+        config.out,
+        group_by_clip(work.ledger.rows),
+        list(inputs.clips),
+        folders,
+        inputs.measures,
+        measure_spreads(config, inputs) if inputs.completions > 1 else {},
+    )
     rows = [finished.average(name) for name in names]
     columns = ["schedule", *(measure.column for measure in inputs.measures)]
     reference = _choose_reference(config, list(inputs.programs))
     compared = compare_all(finished, list(inputs.programs), reference, config.seed)
-    jobs.write_atomically(config.out / "results.csv", table(columns, rows))
-    jobs.write_atomically(config.out / "comparison.csv", table(COMPARED, compared))
+    write_table(config.out, "results", columns, rows)
+    write_table(config.out, "comparison", COMPARED, compared)
     account.save()
     about = describe(work, account) | {
         "reference": reference,
@@ -645,6 +685,21 @@ def write_results(work: Work, account: Account) -> list[Row]:
     jobs.write_atomically(config.out / "sweep.json", json.dumps(about, indent=2).encode())
     write_board(read_sweep(config.out))
     return rows
+
+
+def measure_spreads(config: SweepConfig, inputs: Inputs) -> dict[tuple[str, str], float]:
+    """The diversity of each clip's completions under each schedule; kept clips' maps are kept."""
+    found: dict[tuple[str, str], float] = {}
+    for clip, place in inputs.clips.items():
+        mask = inputs.dataset[place].mask
+        for name in inputs.sampled:
+            tasks = [Task(name, clip, number) for number in range(inputs.completions)]
+            paths = [completion_of(config.out, task) for task in tasks]
+            spread = spread_of(read_completions(paths, mask))
+            found[name, clip] = diversity(spread, mask)
+            if clip in _kept(config, inputs):
+                write_spread(config.out / "spread" / slug(name) / f"{clip}.png", spread)
+    return found
 
 
 def describe(work: Work, account: Account) -> dict[str, object]:
@@ -659,6 +714,7 @@ def describe(work: Work, account: Account) -> dict[str, object]:
         "masks": _choose_families(config, inputs.dataset),
         "clip": manifest.clip,
         "kept": list(_kept(config, inputs)),
+        "completions": inputs.completions,
         "schedules": [
             {"schedule": name, "slug": slug(name), "nfe": program.nfe}
             for name, program in inputs.programs.items()

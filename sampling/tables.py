@@ -6,11 +6,17 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from .results import Measure, Row, Sweep, best_of, front_of
+from .comparison import MARGINS
+from .results import LEADING, Measure, Row, Sweep, best_of, front_of
 
 
 def code(text: object) -> str:
-    return f"<code>{html.escape(str(text))}</code>"
+    return f"<code>{breakable(text)}</code>"
+
+
+def breakable(text: object) -> str:
+    """HTML; a schedule's line breaks before a move rather than within one."""
+    return html.escape(str(text)).replace("+", "<wbr/>+")
 
 
 def render_results(sweep: Sweep) -> str:
@@ -79,11 +85,13 @@ COMPARED = {
     "clips": "Clips",
     "difference": "Difference",
     "interval": "95 % interval",
+    "margin": "Margin",
     "improved": "Improved",
     "verdict": "Verdict",
 }
 CHOSEN = ("schedule", "reference", "masks", "measure", "verdict")  # what the rows are filtered by
 TEXT = ' class="text"'
+ENOUGH = ("as good", "better", "no worse")  # verdicts of a schedule that may take another's place
 
 
 def render_comparison(sweep: Sweep) -> str:
@@ -114,6 +122,107 @@ def render_comparison(sweep: Sweep) -> str:
     )
 
 
+def render_answer(sweep: Sweep) -> str:
+    """HTML: which schedules are as good as the reference by the leading measures, at what cost."""
+    measures = [measure for measure in sweep.measures if measure.column in LEADING]
+    found = _against_reference(sweep)
+    if not found:
+        return "<p>One schedule has nothing to be compared with.</p>"
+    heads = "".join(
+        f'<th scope="col" class="text">{measure.title}'
+        f'<span class="unit">±{MARGINS[measure.column]:g}</span></th>'
+        for measure in measures
+    )
+    rows = "".join(_answer_row(sweep, *who, lines, measures) for who, lines in found.items())
+    return (
+        f"{_answer(sweep, found, measures)}\n"
+        '<div class="scroll wide"><table id="answer" class="sortable"><thead><tr>'
+        '<th scope="col" class="text">Schedule</th><th scope="col" class="text">Masks</th>'
+        f'<th scope="col">NFE</th><th scope="col">Cost</th>{heads}</tr></thead>\n'
+        f"<tbody>{rows}</tbody></table></div>\n"
+        f'<p class="key">Against {code(sweep.about["reference"])}, clip by clip: the verdict, and '
+        "under it the 95 % interval of the difference; under a measure its margin. ✓ is a schedule "
+        "that is as good, better or no worse by all of them. The cost is its NFE over the "
+        "reference's. Another reference: the same sweep command with another "
+        f"{code('--reference')}.</p>"
+    )
+
+
+Lines = Mapping[str, Mapping[str, str]]  # of comparison.csv, by their measures
+
+
+def _against_reference(sweep: Sweep) -> dict[tuple[str, str], Lines]:
+    """By schedule and family of masks; of each family the cheapest first."""
+    families = list(dict.fromkeys(line["masks"] for line in sweep.comparison))
+    found: dict[tuple[str, str], dict[str, Mapping[str, str]]] = {}
+    for line in sorted(
+        sweep.comparison,
+        key=lambda line: (families.index(line["masks"]), _nfe(sweep, line["schedule"])),
+    ):
+        if line["reference"] == sweep.about["reference"] and line["measure"] in LEADING:
+            found.setdefault((line["schedule"], line["masks"]), {})[line["measure"]] = line
+    return dict(found)
+
+
+def _holds(lines: Lines) -> bool:
+    return all(line["verdict"] in ENOUGH for line in lines.values())
+
+
+def _answer(
+    sweep: Sweep, found: Mapping[tuple[str, str], Lines], measures: Sequence[Measure]
+) -> str:
+    """A sentence for each family of masks: the cheapest schedule that holds."""
+    said, reference = [], code(sweep.about["reference"])
+    for family in dict.fromkeys(masks for _, masks in found):
+        cheaper = [name for name, masks in found if masks == family and _cost(sweep, name) < 1]
+        name = next((name for name in cheaper if _holds(found[name, family])), "")
+        if name:
+            cost = f"<strong>{_ratio(_cost(sweep, name))}</strong> of its NFE"
+            outcome = f"{code(name)} is the cheapest schedule shown to be no worse than {reference}"
+            outcome += f", at {cost}"
+        elif cheaper:
+            outcome = f"none of the {len(cheaper)} cheaper schedules is shown to be no worse than "
+            outcome += reference
+        else:
+            outcome = f"no schedule is cheaper than {reference}"
+        said.append(f"under {html.escape(family)} masks {outcome}")
+    titles = [m.title if m.title.isupper() else m.title.lower() for m in measures]
+    return f"<p>By {', '.join(titles)}, each within its margin: {'; '.join(said)}.</p>"
+
+
+def _cost(sweep: Sweep, name: str) -> float:
+    """Over the reference's."""
+    return _nfe(sweep, name) / _nfe(sweep, sweep.about["reference"])
+
+
+def _nfe(sweep: Sweep, name: str) -> float:
+    return next(row["nfe"] for row in sweep.schedules if row.name == name)
+
+
+def _ratio(cost: float) -> str:
+    return f"1/{1 / cost:,.3g}" if cost < 1 else f"{cost:,.3g}"
+
+
+def _answer_row(
+    sweep: Sweep, name: str, masks: str, lines: Lines, measures: Sequence[Measure]
+) -> str:
+    cost, nfe = _cost(sweep, name), _nfe(sweep, name)
+    cells = "".join(_answer_cell(lines[m.column], m) for m in measures)
+    return (
+        f'<tr class="{"holds" if _holds(lines) else ""}"><th scope="row">{code(name)}</th>'
+        f'<td class="text">{html.escape(masks)}</td>'
+        f'<td><data value="{nfe:.0f}">{nfe:,.0f}</data></td>'
+        f'<td><data value="{cost:.6g}">{_ratio(cost)}</data></td>{cells}</tr>\n'
+    )
+
+
+def _answer_cell(line: Mapping[str, str], measure: Measure) -> str:
+    verdict = line["verdict"]
+    kind = verdict.replace(" ", "-")
+    interval = _compared(line, measure)["interval"]
+    return f'<td class="text {kind}">{verdict}<span class="unit">{interval}</span></td>'
+
+
 def _compared(line: Mapping[str, str], measure: Measure) -> dict[str, str]:
     """What is shown of a line of comparison.csv."""
     difference, low, high = (
@@ -125,17 +234,18 @@ def _compared(line: Mapping[str, str], measure: Measure) -> dict[str, str]:
         "measure": measure.title,
         "difference": difference,
         "interval": f"{low} … {high}",
+        "margin": f"±{float(line['margin']):g}" if line["margin"] else "–",
         "improved": improved.replace("nan%", "–"),
     }
 
 
 def _compared_cell(column: str, line: Mapping[str, str]) -> str:
     text = html.escape(line[column])
-    if column in ("difference", "improved", "clips"):
-        value = text.rstrip("%").replace("∞", "Infinity").replace("–", "NaN")
+    if column in ("difference", "margin", "improved", "clips"):
+        value = text.strip("±%").replace("∞", "Infinity").replace("–", "NaN")
         return f'<td><data value="{value}">{text}</data></td>'
     if column in ("schedule", "reference"):
-        text = f"<code>{text}</code>"
+        text = code(line[column])
     return f"<td{TEXT if column in CHOSEN else ''}>{text}</td>"
 
 
@@ -160,7 +270,7 @@ STYLE = """
 .wide > table { width: auto; min-width: min(100%, 60rem); margin: 0 auto; }
 .wide th, .wide td { padding: 0.3rem 0.45rem; }
 @media (max-width: 40rem) {
-  .wide tr:not(.group) > :first-child { white-space: normal; min-width: 7.5rem;
+  .wide tr:not(.group) > :first-child { white-space: normal; min-width: 8.25rem;
     overflow-wrap: anywhere; }
 }
 .sortable thead th { cursor: pointer; }
@@ -168,19 +278,19 @@ STYLE = """
 [aria-sort="descending"]::after { content: " ▾"; }
 .front > th::after { content: " ◆"; font-size: 0.7em; }
 .text { text-align: left; }
-#comparison tbody tr > * { border-top: 1px solid var(--rule); }
-#comparison .better > :last-child { color: var(--good); font-weight: 600; }
-#comparison .worse > :last-child { color: var(--bad); font-weight: 600; }
+#comparison tbody tr > *, #answer tbody tr > * { border-top: 1px solid var(--rule); }
+#comparison .better > :last-child, #answer .better { color: var(--good); font-weight: 600; }
+#comparison .worse > :last-child, #answer .worse { color: var(--bad); font-weight: 600; }
+.holds > th::after { content: " ✓"; color: var(--good); font-weight: 600; }
 """
 
 # Neither < nor an ampersand stands in it: the page is XML, too.
 SCRIPT = """
 const last = table => [...table.tBodies].at(-1);
 const own = table => [...last(table).rows].filter(row => !row.classList.contains("group"));
-const order = (a, b) => {
-  if (Number.isNaN(a)) return Number.isNaN(b) ? 0 : 1;
-  if (Number.isNaN(b)) return -1;
-  return typeof a === "number" ? a - b : a.localeCompare(b);
+const order = (a, b, sign) => {
+  if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
+  return sign * (typeof a === "number" ? a - b : a.localeCompare(b));
 };
 for (const table of document.querySelectorAll(".sortable")) {
   const heads = [...table.tHead.rows[0].cells];
@@ -193,7 +303,7 @@ for (const table of document.querySelectorAll(".sortable")) {
       const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       heads.forEach(other => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", sign === 1 ? "ascending" : "descending");
-      last(table).append(...own(table).sort((a, b) => sign * order(value(a), value(b))));
+      last(table).append(...own(table).sort((a, b) => order(value(a), value(b), sign)));
     };
     head.tabIndex = 0;
     head.onclick = sort;

@@ -30,7 +30,13 @@ def folder(tmp_path: Path) -> Path:
     for number, name in enumerate((*BASELINES, *SCHEDULES)):
         for file, own in columns.items():
             numbers = {column: f"{random.uniform(1, 9):.6g}" for column in own}
-            numbers |= {"schedule": name, "clip": CLIP, "nfe": str(number), "ssim_65": "nan"}
+            numbers |= {
+                "schedule": name,
+                "clip": CLIP,
+                "completion": "0",
+                "nfe": str(number),
+                "ssim_65": "nan",
+            }
             lines[file].append(",".join(numbers[column] for column in own))
     for name, written in lines.items():
         (tmp_path / name).write_text("\n".join(written) + "\n")
@@ -44,6 +50,7 @@ def folder(tmp_path: Path) -> Path:
     entries = [{"schedule": name, "slug": slug} for name, slug in SCHEDULES.items()]
     about |= {
         "networks": [],
+        "completions": 1,
         "without_value": {},
         "masks": ["stationary"],
         "kept": [CLIP],

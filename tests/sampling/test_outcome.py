@@ -1,14 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from vidfill.sampling.columns import Row, as_csv
 from vidfill.sampling.features import has_features, read_features, write_features
 from vidfill.sampling.frechet import frechet_distance
-from vidfill.sampling.ledger import Row
-from vidfill.sampling.outcome import TRUTH, Finished, compare_all, references_of, table
+from vidfill.sampling.outcome import TRUTH, Finished, compare_all, group_by_clip, references_of
 from vidfill.sampling.results import COMPARED, clip_columns, measures_with
 
 CLIPS = [f"v{number}_{family}" for number in range(6) for family in ("stationary", "variable")]
@@ -20,20 +21,20 @@ def finished(out: Path, networks: tuple[str, ...] = ()) -> Finished:
     """Numbers made up: more resampling is 1 better than none under stationary masks, by all."""
     random = np.random.default_rng(0)
     measures = measures_with(networks)
-    rows: dict[tuple[str, str], Row] = {}
+    rows: dict[tuple[str, str], list[Row]] = {}
     for clip in CLIPS:
         base = random.uniform(10, 20)
         for name in SCHEDULES:
-            row = {"schedule": name, "clip": clip, "nfe": "50"}
+            row = {"schedule": name, "clip": clip, "completion": "0", "nfe": "50"}
             better = 1.0 if name == MANY and clip.endswith("stationary") else 0.0
             for measure in measures:
                 if measure.column in clip_columns(measures) and measure.column != "nfe":
                     noise = random.normal(0, 0.1) if name == MANY else 0.0
                     sign = measure.better or 1
                     row[measure.column] = f"{base + sign * better + noise:.6g}"
-            rows[name, clip] = row
+            rows[name, clip] = [row]
     folders = {PLAIN: "plain", MANY: "many", OTHER: "other"}
-    return Finished(out, rows, CLIPS, folders, measures)
+    return Finished(out, rows, CLIPS, folders, measures, {})
 
 
 def test_each_schedule_is_compared_with_its_own_without_detours_and_with_the_reference() -> None:
@@ -59,17 +60,17 @@ def test_each_family_of_masks_is_compared_for_itself(tmp_path: Path) -> None:
     assert equal["verdict"] == "as good" and float(equal["difference"]) == 0
     warped = found["stationary", MANY, PLAIN, "warping_error"]
     assert warped["improved"] == "" and warped["verdict"] == "undecided"
-    header, *lines = table(COMPARED, rows).decode().splitlines()
+    header, *lines = as_csv(COMPARED, rows).decode().splitlines()
     assert header == ",".join(COMPARED) and len(lines) == len(rows)
 
 
 def test_clips_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
     done = finished(tmp_path)
     for name in SCHEDULES:
-        done.rows[name, CLIPS[0]]["psnr_hole"] = "nan"
+        done.rows[name, CLIPS[0]][0]["psnr_hole"] = "nan"
         for clip in CLIPS:
-            done.rows[name, clip]["ssim_65"] = "nan"
-    known = [float(done.rows[MANY, clip]["psnr_hole"]) for clip in CLIPS[1:]]
+            done.rows[name, clip][0]["ssim_65"] = "nan"
+    known = [float(done.rows[MANY, clip][0]["psnr_hole"]) for clip in CLIPS[1:]]
     row = done.average(MANY)
     assert float(row["psnr_hole"]) == pytest.approx(np.mean(known), rel=1e-5)
     assert math.isnan(float(row["ssim_65"]))
@@ -79,6 +80,46 @@ def test_clips_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
     assert clips == {"5", "6"}
     verdicts = {(r["clips"], r["verdict"]) for r in rows if r["measure"] == "ssim_65"}
     assert verdicts == {("0", "undecided")}
+
+
+def test_completions_are_averaged_within_a_clip_and_the_best_is_each_measures_own(
+    tmp_path: Path,
+) -> None:
+    one = finished(tmp_path)
+    several: dict[tuple[str, str], list[Row]] = {}
+    for (name, clip), (row,) in one.rows.items():
+        shifts = (-3.0, 1.0, 2.0) if name == MANY else (0.0,)  # the others draw no noise
+        several[name, clip] = [
+            row | {c: f"{float(row[c]) + shift:.6g}" for c in ("psnr_hole", "colour_error")}
+            for shift in shifts
+        ]
+    measures = measures_with([], completions=3)
+    diversities = {(MANY, clip): 7.0 for clip in CLIPS}
+    done = dataclasses.replace(one, rows=several, measures=measures, diversities=diversities)
+    for name, low, high, spread in ((MANY, -3, 2, 7), (PLAIN, 0, 0, 0)):
+        before, row = one.average(name), done.average(name)
+        assert row["psnr_hole"] == before["psnr_hole"] and row["clips"] == str(len(CLIPS))
+        for column, shift in (("psnr_hole", high), ("colour_error", low)):
+            gain = float(row[f"best_{column}"]) - float(before[column])
+            assert gain == pytest.approx(shift, abs=1e-3)
+        assert float(row["diversity"]) == spread
+    old, new = (
+        {(r["masks"], r["schedule"], r["reference"], r["measure"]): r for r in compared}
+        for compared in (compare_all(f, SCHEDULES, PLAIN, seed=0) for f in (one, done))
+    )
+    for who, row in old.items():  # pairs are of clips, as many as before
+        assert new[who]["clips"] == row["clips"] and new[who]["verdict"] == row["verdict"]
+        assert float(new[who]["difference"]) == pytest.approx(float(row["difference"]), abs=1e-4)
+    best = new["variable", MANY, PLAIN, "best_psnr_hole"]
+    assert best["margin"] == "0.25" and best["verdict"] == "better"
+    assert new["variable", MANY, PLAIN, "diversity"]["verdict"] == "undecided"  # none is better
+
+
+def test_rows_are_grouped_by_clip_in_the_order_of_completions() -> None:
+    rows = {("s", clip, n): {"completion": str(n)} for n in (10, 2, 0) for clip in ("a", "b")}
+    grouped = group_by_clip(rows)
+    assert list(grouped) == [("s", "a"), ("s", "b")]
+    assert [row["completion"] for row in grouped["s", "a"]] == ["0", "2", "10"]
 
 
 def test_the_distances_of_sets_are_those_of_the_features_kept(tmp_path: Path) -> None:

@@ -2,10 +2,16 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import json
+import math
 import re
-from collections.abc import Sequence
+import shutil
+import subprocess
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import cv2
@@ -15,6 +21,7 @@ from matplotlib.text import Annotation, Text
 from vidfill import jobs
 from vidfill.sampling import figures, report, results
 from vidfill.sampling.page import render_page
+from vidfill.sampling.spread import write_spread
 
 FRAMES, SIZE = 4, 16
 BASELINES = ("fill", "classic", "mean", "autoencoder")
@@ -26,7 +33,7 @@ ABOUT = {
     "shards": "runs/shards",
     "autoencoder": {"name": "shipped", "sha256": "0123456789abcdef"},
     "networks": [],
-    "reference": "ddpm:5",
+    "completions": 1,
     "without_value": {},
     "masks": ["stationary", "variable"],
     "clip": {"frames": FRAMES, "height": SIZE, "width": SIZE},
@@ -41,24 +48,41 @@ def write_sweep(
     folder: Path,
     schedules: Sequence[str] = FAMILY,
     kept: Sequence[str] = KEPT,
+    verdicts: Mapping[tuple[str, str], str] = types.MappingProxyType({}),
     **about: object,
 ) -> Path:
-    """A finished sweep's folder, its numbers and pictures made up."""
+    """A finished sweep's folder, its numbers and pictures made up.
+
+    Each schedule is better than the reference by each measure, where `verdicts` says no other.
+    """
     random = np.random.default_rng(0)
     slugs = {name: re.sub(r"[^\w.]+", "-", name).strip("-") for name in schedules}
+    written = {**ABOUT, "reference": schedules[0], "kept": list(kept), **about}
+    reference, completions = str(written["reference"]), int(str(written["completions"]))
+    measures = results.measures_with([], completions)
+    columns = ["schedule", *(measure.column for measure in measures)]
+    own = results.clip_columns(measures)
     rows, clips = [], []
     for nfe, name in enumerate((*BASELINES, *schedules)):
-        numbers = [f"{value:.6g}" for value in random.uniform(1, 40, len(MEASURES) - 2)]
-        rows.append([name, str(5 * nfe), *numbers, "7"])
-        clips += [[name, clip, str(5 * nfe), *numbers] for clip in kept]
-    measures = [measure.column for measure in MEASURES]
-    write_csv(folder / "results.csv", ["schedule", *measures], rows)
-    write_csv(folder / "clips.csv", ["schedule", "clip", *measures[:-1]], clips)
+        numbers = [f"{value:.6g}" for value in random.uniform(1, 40, len(columns))]
+        row = dict(zip(columns, numbers, strict=True))
+        row |= {"schedule": name, "nfe": str(5 * nfe), "clips": "7"}
+        rows.append([row[column] for column in columns])
+        of_clips = [row | {"clip": clip, "completion": "0"} for clip in kept]
+        clips += [[line[column] for column in own] for line in of_clips]
+    write_csv(folder / "results.csv", columns, rows)
+    write_csv(folder / "clips.csv", own, clips)
     compared = [
-        *("stationary", schedules[-1], schedules[0], "temporal_error", "7"),
-        *("-1.5", "-2", "-1", "0.875", "0.25", "better"),
+        [
+            *(family, name, reference, measure, "7", "-1.5", "-2", "-1", "0.875", "0.25"),
+            verdicts.get((name, measure), "better"),
+        ]
+        for family in ("stationary", "variable")
+        for name in schedules
+        for measure in ("temporal_error", "colour_error")
+        if name != reference
     ]
-    write_csv(folder / "comparison.csv", list(results.COMPARED), [compared])
+    write_csv(folder / "comparison.csv", list(results.COMPARED), compared)
     for slug in ("truth", "masked", "mask", *BASELINES, *slugs.values()):
         for clip in kept:
             strip = random.integers(0, 256, (SIZE, FRAMES * SIZE, 3), np.uint8)
@@ -66,9 +90,12 @@ def write_sweep(
                 strip[:, :] = 0
                 strip[4:8, 4:8] = 255
             write_picture(folder / "frames" / slug / f"{clip}.png", strip)
+            if completions > 1:
+                smooth = cv2.blur(strip[..., 0].astype(float), (5, 5))
+                spread = np.stack(np.split(smooth, FRAMES, axis=1))
+                write_spread(folder / "spread" / slug / f"{clip}.png", spread)
     entries = [{"schedule": name, "slug": slug, "nfe": 5} for name, slug in slugs.items()]
-    written = {**ABOUT, "kept": list(kept), "schedules": entries, **about}
-    (folder / "sweep.json").write_text(json.dumps(written))
+    (folder / "sweep.json").write_text(json.dumps({**written, "schedules": entries}))
     return folder
 
 
@@ -332,17 +359,50 @@ def test_a_family_resamples_as_far_up_alike(tmp_path: Path) -> None:
 
 
 def test_comparison_csv_is_in_the_page_as_a_reader_wants_it(page: ElementTree.Element) -> None:
-    (row,) = page.findall(".//table[@id='comparison']/tbody/tr")
+    rows = page.findall(".//table[@id='comparison']/tbody/tr")
+    row = next(row for row in rows if text_of(row[0]) == FAMILY[-1])
     assert [text_of(cell) for cell in row] == [
         *(FAMILY[-1], FAMILY[0], "stationary", "Temporal error", "7"),
-        *("-1.50", "-2.00 … -1.00", "88%", "better"),
+        *("-1.50", "-2.00 … -1.00", "±0.25", "88%", "better"),
     ]
     selects = page.findall(".//p[@data-table='comparison']//select")
-    assert [text_of(select[1]) for select in selects] == [
-        *(FAMILY[-1], FAMILY[0], "stationary", "Temporal error", "better"),
+    for select in selects:
+        column = int(select.get("data-column", ""))
+        offered = [text_of(option) for option in select]
+        assert offered == ["all", *dict.fromkeys(text_of(row[column]) for row in rows)]
+    assert len(selects) == 5
+
+
+def test_the_cheapest_schedule_that_no_leading_measure_finds_worse_is_named(
+    tmp_path: Path,
+) -> None:
+    reference, answer = FAMILY[3], FAMILY[1]  # of 35 and of 25 evaluations
+    verdicts = {
+        (FAMILY[0], "colour_error"): "undecided",
+        (answer, "colour_error"): "as good",
+        (answer, "temporal_error"): "no worse",
+    }
+    page = undrawn_page(
+        write_sweep(tmp_path / "some", reference=reference, verdicts=verdicts, kept=[])
+    )
+    rows = page.findall(".//table[@id='answer']/tbody/tr")
+    assert [[text_of(cell) for cell in row[:4]] for row in rows[:3]] == [
+        [FAMILY[0], "stationary", "20", "1/1.75"],
+        [FAMILY[1], "stationary", "25", "1/1.4"],
+        [FAMILY[2], "stationary", "30", "1/1.17"],
     ]
-    columns = [int(select.get("data-column", "")) for select in selects]
-    assert [text_of(row[column]) for column in columns] == [text_of(s[1]) for s in selects]
+    assert [row.get("class") for row in rows] == ["", "holds", "holds"] * 2
+    assert text_of(rows[1][4]) == "no worse-2.00 … -1.00"
+    for family in ("stationary", "variable"):
+        said = f"under {family} masks {answer} is the cheapest schedule shown to be no worse than "
+        assert f"{said}{reference}, at 1/1.4 of its NFE" in text_of(page)
+    verdicts = {(name, "temporal_error"): "worse" for name in FAMILY}
+    page = undrawn_page(
+        write_sweep(tmp_path / "none", reference=reference, verdicts=verdicts, kept=[])
+    )
+    assert "none of the 3 cheaper schedules is shown to be no worse" in text_of(page)
+    page = undrawn_page(write_sweep(tmp_path / "dearer", kept=[]))
+    assert f"no schedule is cheaper than {FAMILY[0]}" in text_of(page)
 
 
 def test_each_kept_clip_has_a_player_of_all_its_frames(
@@ -369,6 +429,33 @@ def test_each_kept_clip_has_a_player_of_all_its_frames(
             for strip in (shown, truth)
         ]  # JPEG keeps blocks' means, not this noise
         assert np.abs(smooth[0].astype(float) - smooth[1]).mean() < 8
+
+
+def test_each_kept_clip_shows_the_spread_of_its_completions(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path, completions=3)
+    page = undrawn_page(folder)
+    found = results.read_sweep(folder)
+    players = page.findall(".//details[@class='player']")
+    for player, clip in zip(players, KEPT, strict=True):
+        films = player.findall(".//div[@class='films spreads']/div")
+        names = [text_of(film.find("span") or film[1]) for film in films]
+        assert names == ["mean", *FAMILY]
+        hole = np.concatenate(found.mask(clip), axis=1) == 1
+        most = math.ceil(
+            np.percentile(
+                [found.spread(found.slug(n), clip)[found.mask(clip) == 1] for n in names], 99
+            )
+        )
+        maps = [np.concatenate(found.spread(found.slug(n), clip), axis=1) for n in names]
+        assert f"0  {most} and more; beside a name" in text_of(player)
+        for film, spread in zip(films, maps, strict=True):
+            source = film.findall(".//img")[0].get("src", "").partition("base64,")[2]
+            shown = cv2.imdecode(np.frombuffer(base64.b64decode(source), np.uint8), 0)
+            assert shown is not None and shown.shape == spread.shape
+            # What is bright in the hole is where the completions differ; JPEG adds its own noise.
+            assert np.corrcoef(shown[hole].astype(float), spread[hole])[0, 1] > 0.8
+    assert "3 of each clip under each schedule, averaged within the clip first" in text_of(page)
+    assert not undrawn_page(write_sweep(tmp_path / "one")).findall(".//div[@class='films spreads']")
 
 
 def test_values_that_are_missing_are_shown_as_such_and_no_line_is_drawn(tmp_path: Path) -> None:
@@ -430,6 +517,181 @@ def test_sweep_without_a_schedules_row_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("\n".join(lines[:-1]))
     with pytest.raises(jobs.BadInput, match=r"results.csv has no row ddim:5"):
         results.read_sweep(tmp_path)
+
+
+# In a browser
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+in_chromium = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine")
+WIDTHS = {"phone": 390, "desktop": 1280}
+
+BROWSED = """<!DOCTYPE html><meta charset="utf-8"/>
+<iframe style="border:0;width:{width}px;height:900px" srcdoc="{page}"></iframe>
+<script>
+const frame = document.querySelector("iframe");
+const pass = seconds => new Promise(done => setTimeout(done, 1000 * seconds));
+frame.onload = async () => {{
+  const {{ contentDocument: document, contentWindow: window }} = frame;
+  const all = (what, within = document) => [...within.querySelectorAll(what)];
+  const texts = elements => elements.map(element => element.textContent);
+  const shown = table => all(`#${{table}} tbody:last-child tr:not(.group):not([hidden])`);
+  const set = (control, property, value) => {{
+    control[property] = value;
+    control.dispatchEvent(new window.Event("input", {{ bubbles: true }}));
+  }};
+  const act = async () => {{ {script} }};
+  const answer = await act().catch(error => "error: " + error);
+  frame.parentNode.dataset.answer = JSON.stringify(answer);
+}};
+</script>
+"""  # in a frame: a window of Chromium's is no narrower than 500 pixels
+
+
+def browse(folder: Path, script: str, width: int = WIDTHS["desktop"]) -> Any:
+    """What a script's `return` gives once it ran in a sweep's page; time passes in no time."""
+    found = results.read_sweep(folder)
+    drawings = [drawing for drawing in report.plan_drawings(found) if drawing.file == "front.png"]
+    page = render_page(found, drawings, [drawing.draw() for drawing in drawings])
+    file = folder / "browsed.html"
+    file.write_text(BROWSED.format(width=width, page=html.escape(page), script=script))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,950"]
+    options += [f"--user-data-dir={folder / 'chromium'}", "--virtual-time-budget=60000"]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    answer = re.search(r'data-answer="([^"]*)"', done.stdout)
+    assert answer, done.stderr
+    return json.loads(html.unescape(answer[1]))
+
+
+@pytest.fixture(scope="module")
+def browsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of several completions, in which one value is missing."""
+    folder = write_sweep(
+        tmp_path_factory.mktemp("browsed"),
+        completions=3,
+        verdicts={(FAMILY[1], "temporal_error"): "worse"},
+    )
+    lines = (folder / "results.csv").read_text().splitlines()
+    cells = [line.split(",") for line in lines]
+    cells[-2][cells[0].index("colour_error")] = "nan"
+    write_csv(folder / "results.csv", cells[0], cells[1:])
+    return folder
+
+
+@in_chromium
+def test_a_tap_on_a_column_sorts_the_schedules_by_it_and_another_turns_them(browsed: Path) -> None:
+    rows = results_of(browsed)
+    columns = list(rows[FAMILY[0]])
+    orders = browse(
+        browsed,
+        """
+        const names = () => texts(shown("results").map(row => row.cells[0]));
+        return all("#results thead th").map(head => {
+          head.click();
+          const risen = names();
+          head.dispatchEvent(new window.KeyboardEvent("keydown", { key: "Enter" }));
+          return [risen, names(), head.getAttribute("aria-sort")];
+        });
+        """,
+    )
+    assert len(orders) == len(columns)
+    for column, (risen, fallen, state) in zip(columns, orders, strict=True):
+        assert state == "descending"
+        if column == "schedule":
+            assert set(risen) == set(FAMILY) and fallen == risen[::-1]
+            continue
+        values = {name: float(rows[name][column]) for name in FAMILY}
+        known = [name for name in FAMILY if not np.isnan(values[name])]
+        for order, sign in ((risen, 1), (fallen, -1)):
+            found = [sign * values[name] for name in order[: len(known)]]
+            assert found == sorted(found), column
+            assert order[len(known) :] == [name for name in FAMILY if name not in known]
+
+
+@in_chromium
+def test_filters_leave_the_rows_that_pass_all_of_them(browsed: Path) -> None:
+    found = results.read_sweep(browsed)
+    front = {row.name for row in results.front_of(found.schedules, "nfe", found.lead)}
+    first, named, both, compared, worse, again = browse(
+        browsed,
+        """
+        const names = () => texts(shown("results").map(row => row.cells[0]));
+        const [search, front] = all(".filters[data-table=results] input");
+        const answers = [names()];
+        set(search, "value", " resample ");
+        answers.push(names());
+        set(front, "checked", true);
+        answers.push(names());
+        const cells = () => shown("comparison").map(row => texts([...row.cells]));
+        answers.push(cells());
+        const [schedule, against, masks, measure, verdict] = all("[data-table=comparison] select");
+        set(verdict, "value", "worse");
+        answers.push(cells());
+        set(schedule, "value", "ddim:5");
+        answers.push(cells());
+        return answers;
+        """,
+    )
+    assert first == list(FAMILY)
+    assert named == [name for name in FAMILY if "resample" in name]
+    assert both == [name for name in named if name in front]
+    # At first the lead measure's comparisons are shown.
+    assert {row[3] for row in compared} == {found.lead.title} and len(compared) == 6
+    assert [row[0] for row in worse] == [FAMILY[1]] * 2
+    assert again == []
+
+
+@in_chromium
+def test_a_player_shows_one_frame_of_all_films_at_a_time(browsed: Path) -> None:
+    script = """
+    const player = all(".player")[0];
+    const [range] = all("input", player), [play] = all(".play", player);
+    const state = () => {
+      const films = all(".film", player).map(film => {
+        const [image] = all("img", film);
+        const gone = film.getBoundingClientRect().left - image.getBoundingClientRect().left;
+        return Math.round(100 * gone / film.getBoundingClientRect().width) / 100;
+      });
+      return [Number(range.value), all("output", player)[0].textContent, [...new Set(films)]];
+    };
+    const states = [state()];
+    all(".on", player)[0].click(); states.push(state());
+    all(".back", player)[0].click(); all(".back", player)[0].click(); states.push(state());
+    set(range, "value", 2); states.push(state());
+    play.click(); await pass(0.7); states.push(state());
+    play.click(); await pass(0.7); states.push(state());
+    return [states, play.textContent, all(".film", player).length];
+    """
+    states, label, films = browse(browsed, script)
+    assert films == 2 + len(BASELINES) - 1 + len(FAMILY) + 1 + len(FAMILY)
+    frames = [0, 1, FRAMES - 1, 2, (2 + 5) % FRAMES, (2 + 5) % FRAMES]  # a frame each 0.125 s
+    assert states == [[frame, f"frame {frame}", [frame]] for frame in frames]
+    assert label == "Play"
+
+
+@in_chromium
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_the_page_is_as_wide_as_the_screen_and_its_tables_slide(browsed: Path, width: int) -> None:
+    script = """
+    all("details").forEach(one => { one.open = true; });
+    const wide = document.documentElement;
+    const beyond = all("main *").filter(one => !one.closest(".scroll, .film")).filter(one => {
+      const box = one.getBoundingClientRect();
+      return box.right > window.innerWidth + 1 || box.left < -1;
+    });
+    const names = all("#results tbody th[scope=row]").map(one => one.getBoundingClientRect().width);
+    return [window.innerWidth, wide.scrollWidth, texts(beyond), Math.max(...names)];
+    """
+    inner, scrolled, beyond, name = browse(browsed, script, width)
+    assert (inner, beyond) == (width, []) and scrolled <= width
+    assert name < width / 2  # the name that stays while a table slides leaves room for it
 
 
 def test_folder_of_something_else_is_not_written_into(tmp_path: Path, sweep: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -19,6 +21,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from pyarrow import parquet
 from vidfill import jobs
 from vidfill.data.shards import (
     MANIFEST,
@@ -34,7 +37,9 @@ from vidfill.modeling.diffusion import Denoiser
 from vidfill.sampling import sweep as sweep_module
 from vidfill.sampling.ledger import Account, Ledger
 from vidfill.sampling.metrics import measure
-from vidfill.sampling.sampler import inpaint
+from vidfill.sampling.results import read_sweep
+from vidfill.sampling.sampler import decode_result, inpaint, sample
+from vidfill.sampling.strips import read_strip
 from vidfill.sampling.sweep import (
     SweepConfig,
     main,
@@ -112,7 +117,9 @@ def read_csv(path: Path) -> list[Row]:
 
 def untimed(rows: list[Row]) -> list[Row]:
     rows = [{k: v for k, v in row.items() if k != "seconds_per_clip"} for row in rows]
-    return sorted(rows, key=lambda row: (row["schedule"], row.get("clip", "")))
+    return sorted(
+        rows, key=lambda row: [row.get(k, "") for k in ("schedule", "clip", "completion")]
+    )
 
 
 def test_results_have_the_baselines_then_the_schedules_with_their_costs(
@@ -229,22 +236,24 @@ def test_an_interrupted_sweep_continues_and_equals_the_uninterrupted_one(
     assert not part.exists()
     assert_same_results(config.out, whole.out)
     total = sum(int(row["nfe"]) for row in read_csv(config.out / "clips.csv"))
-    assert sum(evaluations) == total - sum(int(line.split(",")[2]) for line in done)
+    assert sum(evaluations) == total - sum(int(line.split(",")[3]) for line in done)
 
 
 def assert_same_results(ours: Path, theirs: Path) -> None:
     """But for the times; to float32 rounding."""
     for name in ("clips.csv", "results.csv"):
-        rows, others = (untimed(read_csv(out / name)) for out in (ours, theirs))
-        assert len(rows) == len(others)
-        for row, other in zip(rows, others, strict=True):
-            assert row.keys() == other.keys()
-            for column, value in row.items():
-                if column in ("schedule", "clip"):
-                    assert value == other[column]
-                else:
-                    wanted = pytest.approx(float(other[column]), rel=1e-3, nan_ok=True)
-                    assert float(value) == wanted, (column, row)
+        assert_same_rows(*(read_csv(out / name) for out in (ours, theirs)))
+
+
+def assert_same_rows(ours: list[Row], theirs: list[Row]) -> None:
+    for row, other in zip(untimed(ours), untimed(theirs), strict=True):
+        assert row.keys() == other.keys()
+        for column, value in row.items():
+            if column in ("schedule", "clip"):
+                assert value == other[column]
+            else:
+                wanted = pytest.approx(float(other[column]), rel=1e-3, nan_ok=True)
+                assert float(value) == wanted, (column, row)
 
 
 def test_a_finished_sweep_started_again_evaluates_nothing(
@@ -255,6 +264,102 @@ def test_a_finished_sweep_started_again_evaluates_nothing(
     monkeypatch.delattr(Denoiser, "denoise")
     sweep(config)
     assert (config.out / "results.csv").read_bytes() == before
+
+
+def test_the_first_of_several_completions_is_the_only_one_of_one(
+    config: SweepConfig, denoiser: Denoiser, autoencoder: Autoencoder, examples: list[Example]
+) -> None:
+    one = dataclasses.replace(config, out=config.out.with_name("one"))
+    sweep(one)
+    sweep(dataclasses.replace(config, completions=3))
+    rows, only = (read_csv(out / "clips.csv") for out in (config.out, one.out))
+    counts = collections.Counter((row["schedule"], row["clip"]) for row in rows)
+    drawn = [*SCHEDULES, "mean"]
+    assert counts == {
+        (row["schedule"], row["clip"]): 3 if row["schedule"] in drawn else 1 for row in only
+    }
+    assert_same_rows([row for row in rows if row["completion"] == "0"], only)
+    for name in SCHEDULES:  # every completion is another
+        of_clip = [r["psnr_hole"] for r in rows if (r["schedule"], r["clip"]) == (name, CLIPS[0])]
+        assert len(set(of_clip)) == 3
+    # The noise of the first is what it was; of the third it depends on the number too.
+    requests = {
+        sweep_module.task_of(r).completion: r
+        for r in sweep_module.make_requests(
+            sweep_module.open_inputs(dataclasses.replace(config, completions=3))
+        )
+        if sweep_module.task_of(r)[:2] == (SCHEDULES[0], CLIPS[0])
+    }
+    assert [requests[number].clip for number in range(3)] == [
+        sweep_module.noise_key(CLIPS[0], number) for number in range(3)
+    ]
+    assert requests[0].clip == CLIPS[0]
+    (example,) = examples[:1]
+    (again,) = sample(denoiser, [requests[2]], capacity=1, seed=config.seed)
+    frames = decode_result(autoencoder, example, again.latents)
+    kept = config.out / "completions" / slug(SCHEDULES[0]) / CLIPS[0] / "2.png"
+    assert (read_strip(kept, *example.mask.shape) == frames * example.mask[..., None]).mean() > 0.99
+
+
+def test_several_completions_have_a_best_one_and_a_spread_whose_map_is_kept(
+    config: SweepConfig, examples: list[Example]
+) -> None:
+    config = dataclasses.replace(config, completions=3)
+    sweep(config)
+    rows = read_csv(config.out / "clips.csv")
+    found = {row["schedule"]: row for row in read_csv(config.out / "results.csv")}
+    for name in SCHEDULES:
+        by_clip = [
+            [float(r["psnr_hole"]) for r in rows if (r["schedule"], r["clip"]) == (name, clip)]
+            for clip in CLIPS
+        ]
+        assert float(found[name]["psnr_hole"]) == pytest.approx(np.mean(by_clip), rel=1e-5)
+        best = np.max(by_clip, axis=1).mean()
+        assert float(found[name]["best_psnr_hole"]) == pytest.approx(best, rel=1e-5)
+        squares = []
+        for example in examples:
+            folder = config.out / "completions" / slug(name) / example.key
+            strips = [read_strip(folder / f"{n}.png", *example.mask.shape) for n in range(3)]
+            drawn = np.stack(strips)[:, example.mask == 1].astype(float)
+            squares.append(np.sqrt(drawn.var(axis=0, ddof=1).mean()))
+        assert float(found[name]["diversity"]) == pytest.approx(np.mean(squares), rel=1e-5)
+    assert {found[name]["diversity"] for name in ("fill", "classic", "autoencoder")} == {"0"}
+    maps = {path.relative_to(config.out).as_posix() for path in config.out.glob("spread/*/*")}
+    assert maps == {f"spread/{slug(name)}/{CLIPS[0]}.png" for name in (*SCHEDULES, "mean")}
+    grey = read_sweep(config.out).spread(slug(SCHEDULES[0]), CLIPS[0])
+    assert (grey[examples[0].mask == 0] == 0).all() and grey.max() > 0
+    compared = read_csv(config.out / "comparison.csv")
+    assert {"best_psnr_hole", "diversity"} <= {row["measure"] for row in compared}
+    assert {row["clips"] for row in compared if row["measure"] == "best_psnr_hole"} == {"3"}
+
+
+def test_tables_are_there_as_parquet_too(config: SweepConfig) -> None:
+    sweep(config)
+    for name, columns in (("clips", ()), ("results", ("nfe", "clips")), ("comparison", ())):
+        rows = read_csv(config.out / f"{name}.csv")
+        table = parquet.read_table(config.out / f"{name}.parquet")
+        assert table.column_names == list(rows[0])
+        for row, typed in zip(rows, table.to_pylist(), strict=True):
+            for column, text in row.items():
+                value = typed[column]
+                same = value == (type(value)(text) if text else None)
+                assert same or math.isnan(value) == math.isnan(float(text)), (name, column)
+        assert all(isinstance(table[column][0].as_py(), int) for column in columns)
+
+
+def test_a_finished_sweep_is_compared_with_another_reference_without_evaluating(
+    config: SweepConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def references() -> set[tuple[str, str]]:
+        rows = read_csv(config.out / "comparison.csv")
+        return {(row["schedule"], row["reference"]) for row in rows}
+
+    sweep(config)
+    assert references() == {(SCHEDULES[1], SCHEDULES[0])}
+    monkeypatch.delattr(Denoiser, "denoise")
+    sweep(dataclasses.replace(config, reference=SCHEDULES[1]))
+    assert references() == {(SCHEDULES[0], SCHEDULES[1])}
+    assert read_sweep(config.out).about["reference"] == SCHEDULES[1]
 
 
 def test_a_sweep_of_one_family_takes_its_clips_alone(
@@ -287,8 +392,9 @@ def test_seconds_add_up_over_the_runs_of_a_sweep_and_the_batch_stays(tmp_path: P
 
 
 def test_a_ledger_reads_the_rows_of_all_processes_but_no_part_of_one(tmp_path: Path) -> None:
-    columns = ["schedule", "clip", "psnr"]
-    rows = [dict(zip(columns, ("ddim:2", clip, "1"), strict=True)) for clip in "abc"]
+    columns = ["schedule", "clip", "completion", "psnr"]
+    rows = [dict(zip(columns, ("ddim:2", clip, "0", "1"), strict=True)) for clip in "aab"]
+    rows[1]["completion"] = "1"
     for process, row in enumerate(rows[:2]):
         Ledger(tmp_path, columns, process).add(row)
     with (tmp_path / "clips-1.csv").open("ab") as file:
@@ -300,19 +406,22 @@ def test_a_ledger_reads_the_rows_of_all_processes_but_no_part_of_one(tmp_path: P
     again = Ledger(tmp_path, columns)
     again.read()
     assert list(again.rows.values()) == rows
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips-0.csv", "clips.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("clips-0.csv", "clips.csv", "clips.parquet"),
+    ]
 
 
 def test_a_plan_tells_the_cost_and_writes_nothing(
     config: SweepConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(config.model), str(config.shards), str(config.out), "--plan", "true"]
-    assert main([*arguments, "--schedules", config.schedules, "--clips", "3"]) == 0
+    arguments += ["--clips", "3", "--completions", "2"]
+    assert main([*arguments, "--schedules", config.schedules]) == 0
     said = capsys.readouterr().out
     assert not config.out.exists()
     costs = {name: numbers for name, *numbers in map(str.split, rows_of(said))}
-    assert costs["ddpm:3+resample(n=1)"][:3] == ["6", "3", "18"]
-    assert costs["all"][:2] == ["3", str(3 * (1 + 2 + 6))]
+    assert costs["ddpm:3+resample(n=1)"][:3] == ["6", "6", "36"]
+    assert costs["all"][:2] == ["6", str(2 * 3 * (1 + 2 + 6))]
 
 
 def rows_of(table: str) -> list[str]:
@@ -367,6 +476,7 @@ def no_pixels(
         ({"schedules": "ddim:41"}, "trained with 40 timesteps: give at most 40"),
         ({"clips": 4}, "clips is 4; .* holds 3: give at most that, or 0 for all"),
         ({"clips": -1}, "clips is -1: give 0 or more"),
+        ({"completions": 0}, "completions is 0: give 1 or more"),
         ({"batch_size": -1}, "batch_size is -1: give 0 or more"),
         ({"reference": "ddim:9"}, "reference is ddim:9; the schedules are ddim:2 ddpm:3.*choose"),
         ({"i3d": "i3d.safetensors"}, "the clips have 3 frames, and FVD wants at least 10: leave"),
@@ -484,7 +594,7 @@ def start(config: SweepConfig, size: int) -> list[BaseProcess]:
 
 
 def arguments_for(config: SweepConfig) -> list[str]:
-    changed = ("schedules", "clips", "batch_size", "keep", "device")
+    changed = ("schedules", "clips", "completions", "batch_size", "keep", "device")
     options = [word for name in changed for word in (f"--{name}", str(getattr(config, name)))]
     return [str(config.model), config.shards, str(config.out), *options]
 
@@ -501,7 +611,7 @@ def end(processes: list[BaseProcess]) -> list[int | None]:
 
 @pytest.fixture
 def mixed(config: SweepConfig) -> SweepConfig:
-    return dataclasses.replace(config, schedules=MIXED, batch_size=0)
+    return dataclasses.replace(config, schedules=MIXED, clips=2, completions=2, batch_size=0)
 
 
 def read_files(out: Path) -> dict[str, bytes]:
