@@ -1,4 +1,4 @@
-"""The batched sampler beside diffusers' schedulers: the same clips, network and schedules."""
+"""The batched sampler beside its limit, and beside diffusers' schedulers run one by one."""
 
 from __future__ import annotations
 
@@ -6,88 +6,148 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import re
 import shlex
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 from vidfill import jobs, seeding
 from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, LatentSpace
 from vidfill.modeling.noise import betas
-from vidfill.modeling.unet import VideoUNet
-from vidfill.sampling.sampler import Request, sample
+from vidfill.modeling.presets import PRESETS, build
+from vidfill.sampling.sampler import Request, find_capacity, sample
 from vidfill.sampling.schedules import CLEAN, Schedule, compile_schedule, parse
+from vidfill.sampling.sweep import read_schedules
 
 from .machine import clock, describe, spread, summarise
 
 EXAMPLES = """examples:
-  python -m benchmarks.sampler
-      about a minute on one core
-  python -m benchmarks.sampler --frames 4 --latent 4 --rounds 9 --processor-time
-      a cheap network, as to a GPU, on a machine that others use too
-  python -m benchmarks.sampler --device cuda --clips 20 --capacity 64 --width 64 --latent 16
+  python -m benchmarks.sampler --processor-time
+      minutes on one core, on a machine that others use too
+  python -m benchmarks.sampler --batch 1 --rounds 1
+      diffusers' loops clip by clip
+  python -m benchmarks.sampler --device cuda --preset small --latent 16 --clips 64
       a GPU
 """
 
-# Of T = 1000 timesteps each takes a divisor: at other counts diffusers' step, which always goes
-# down by T // steps, misses the level that it visits next.
-SCHEDULES = ("ddim:10", "ddpm:10", "ddpm:10+resample(n=4)", "ddpm:20")
+# The paper's n at 50 steps, then faster ones. Of T = 1000 timesteps each takes a divisor: at other
+# counts diffusers' step, which always goes down by T // steps, misses the level it visits next.
+SCHEDULES = (
+    "ddpm:50 ddpm:50+resample(n=4) ddpm:50+resample(n=6) ddpm:50+resample(n=10) "
+    "ddpm:20 ddim:20 dpmpp:20 ddim:10"
+)
+IN_PEERS = r"(ddpm|ddim):\d+(\+resample\(n=\d+\))?|dpmpp:\d+"
 CHANNELS = 4
-LIMIT = "network alone"
+BETWEEN = 8  # of a way's network calls: then a bare call is timed
+OURS, THEIRS = "vidfill, all schedules in one batch", "diffusers, schedule by schedule"
 
 Samples = dict[tuple[str, str], Tensor]  # by schedule and clip
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What every way is given: a network, clips with their conditions, and the batch's size."""
+    """What both ways are given: a network, clips with their conditions, and the batches' sizes."""
 
     denoiser: Denoiser
     conditions: dict[str, Tensor]
+    schedules: list[Schedule]
     capacity: int
+    """Clips in a call of ours, at most."""
+    batch: int
+    """Clips in a call of diffusers', at most."""
     seed: int
     device: torch.device
     processor_time: bool
 
     @property
-    def evaluations(self) -> int:
-        nfes = [compile_schedule(parse(text)).nfe for text in SCHEDULES]
-        return len(self.conditions) * sum(nfes)
+    def nfes(self) -> list[int]:
+        """Of all trajectories."""
+        return [request.program.nfe for request in make_requests(self.schedules, self.conditions)]
 
-    def stack(self, clips: Sequence[str]) -> Tensor:
-        return torch.stack([self.conditions[clip] for clip in clips])
+    @property
+    def calls_at_least(self) -> float:
+        """Full calls, one after another, in which all evaluations can be made."""
+        return max(sum(self.nfes) / self.capacity, max(self.nfes))
 
-    def noise(self, clips: Sequence[str]) -> Tensor:
+    def now(self) -> float:
+        return clock(self.device, self.processor_time)
+
+    def states(self, clips: Sequence[str]) -> Tensor:
         """The initial states, as `sample` draws them."""
         shape = next(iter(self.conditions.values())).shape
         sources = [seeding.generator(self.seed, clip, 0) for clip in clips]
         return torch.stack([torch.randn(shape, generator=each) for each in sources]).to(self.device)
 
+    def given(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network is given for so many clips."""
+        clips = list(itertools.islice(itertools.cycle(self.conditions), count))
+        condition = torch.stack([self.conditions[clip] for clip in clips])
+        return self.states(clips), torch.arange(count, device=self.device), condition
+
 
 def make_work(options: argparse.Namespace) -> Work:
+    """What the options ask for.
+
+    Raises:
+        BadInput: there is no such device or preset, or diffusers has no such schedule.
+    """
     torch.manual_seed(options.seed)
+    schedules = choose_schedules(options.schedules)
     device = jobs.choose_device(options.device)
-    network = VideoUNet(
-        latent_channels=CHANNELS,
-        condition_channels=CHANNELS,
-        block_out_channels=(options.width, 2 * options.width),
-        head_channels=16,
-        norm_groups=8,
-    )
+    network = build(options.preset, CHANNELS, CHANNELS)
     for weight in network.parameters():  # some begin at 0: let every input matter to every output
-        weight.data.add_(torch.randn_like(weight), alpha=0.1)
+        weight.data.add_(torch.randn_like(weight), alpha=0.02)
     config = DiffusionConfig(target="v", normalise=False)
     shape = (options.frames, CHANNELS, options.latent, options.latent)
     space = LatentSpace(shape, mean=[0.0] * CHANNELS, std=[1.0] * CHANNELS, autoencoder={})
     denoiser = Denoiser(network.to(device).eval(), config, space)
-    clips = [f"clip{index}" for index in range(options.clips)]
-    conditions = {clip: torch.randn(shape).to(device) for clip in clips}
+    conditions = {f"clip{index}": torch.randn(shape).to(device) for index in range(options.clips)}
+    requests = make_requests(schedules, conditions)
+    capacity = options.capacity or find_capacity(denoiser, requests)
     return Work(
-        denoiser, conditions, options.capacity, options.seed, device, options.processor_time
+        denoiser,
+        conditions,
+        schedules,
+        capacity,
+        options.batch or min(capacity, options.clips),
+        options.seed,
+        device,
+        options.processor_time,
     )
+
+
+def choose_schedules(text: str) -> list[Schedule]:
+    """Read schedules that diffusers' schedulers can follow.
+
+    Raises:
+        BadInput: one cannot be read, or followed.
+    """
+    names = read_schedules(text)
+    for name in names:
+        if not re.fullmatch(IN_PEERS, name) or 1000 % parse(name).steps:
+            raise jobs.BadInput(
+                f"schedules has {name}; diffusers' loops here follow ddpm and ddim, with resample "
+                "or without, and dpmpp, each at a divisor of 1000 steps: choose of these"
+            )
+    return [parse(name) for name in names]
+
+
+def make_requests(schedules: Sequence[Schedule], conditions: dict[str, Tensor]) -> list[Request]:
+    return [
+        Request(
+            clip,
+            str(schedule),
+            compile_schedule(schedule),
+            functools.partial(conditions.__getitem__, clip),
+        )
+        for schedule in schedules
+        for clip in conditions
+    ]
 
 
 # The ways
@@ -95,47 +155,33 @@ def make_work(options: argparse.Namespace) -> Work:
 
 def batched(work: Work) -> Samples:
     """Ours: all schedules and clips share the slots of one batch."""
-    requests = [
-        Request(
-            clip,
-            text,
-            compile_schedule(parse(text)),
-            functools.partial(work.conditions.__getitem__, clip),
-        )
-        for text in SCHEDULES
-        for clip in work.conditions
-    ]
+    requests = make_requests(work.schedules, work.conditions)
     results = sample(work.denoiser, requests, capacity=work.capacity, seed=work.seed)
     return {(each.request.name, each.request.clip): each.latents for each in results}
 
 
-def one_after_another(work: Work, capacity: int) -> Samples:
+def one_after_another(work: Work) -> Samples:
     """The usual way: schedule by schedule, batch by batch, each in a loop of diffusers'."""
     samples: Samples = {}
     clips = list(work.conditions)
-    for text in SCHEDULES:
-        for start in range(0, len(clips), capacity):
-            batch = clips[start : start + capacity]
-            latents = diffusers_loop(work, parse(text), batch)
-            samples |= {(text, clip): each for clip, each in zip(batch, latents, strict=True)}
+    for schedule in work.schedules:
+        for start in range(0, len(clips), work.batch):
+            batch = clips[start : start + work.batch]
+            latents = diffusers_loop(work, schedule, batch)
+            samples |= {
+                (str(schedule), clip): each for clip, each in zip(batch, latents, strict=True)
+            }
     return samples
 
 
 def diffusers_loop(work: Work, schedule: Schedule, clips: Sequence[str]) -> Tensor:
     """Clips that take the same steps together; noise after the first state is the device's own."""
-    config = work.denoiser.config
-    peers: dict[str, Any] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
-    scheduler = peers[schedule.solver.name](
-        num_train_timesteps=config.timesteps,
-        trained_betas=betas(config).tolist(),
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
+    scheduler = make_scheduler(work.denoiser.config, schedule.solver.name)
     scheduler.set_timesteps(schedule.steps)
     repeats = sum(int(move["n"]) for move in schedule.moves)
     source = torch.Generator(work.device).manual_seed(work.seed)
-    latents, condition = work.noise(clips), work.stack(clips)
+    latents = work.states(clips)
+    condition = torch.stack([work.conditions[clip] for clip in clips])
     for high, low in itertools.pairwise([*scheduler.timesteps.tolist(), CLEAN]):
         for again in range(1 + repeats):
             if again:
@@ -144,6 +190,18 @@ def diffusers_loop(work: Work, schedule: Schedule, clips: Sequence[str]) -> Tens
             prediction = work.denoiser.network(latents, timestep, condition)
             latents = scheduler.step(prediction, high, latents, generator=source).prev_sample
     return latents
+
+
+def make_scheduler(config: DiffusionConfig, solver: str) -> Any:
+    given: dict[str, Any] = {
+        "num_train_timesteps": config.timesteps,
+        "trained_betas": betas(config).tolist(),
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+    }
+    if solver == "dpmpp":
+        return DPMSolverMultistepScheduler(**given)
+    return {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[solver](**given, clip_sample=False)
 
 
 def renoise(
@@ -155,103 +213,152 @@ def renoise(
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
-def network_alone(work: Work) -> Samples:
-    """The limit: as many evaluations in full batches, and nothing else."""
-    clips = list(itertools.islice(itertools.cycle(work.conditions), work.capacity))
-    latents, condition = work.noise(clips), work.stack(clips)
-    timestep = torch.arange(work.capacity, device=work.device)
-    for done in range(0, work.evaluations, work.capacity):
-        rows = slice(min(work.capacity, work.evaluations - done))
-        work.denoiser.network(latents[rows], timestep[rows], condition[rows])
-    return {}
-
-
-WAYS: dict[str, Callable[[Work], Samples]] = {
-    "vidfill, all schedules in one batch": batched,
-    "diffusers, schedule by schedule": lambda work: one_after_another(work, work.capacity),
-    "diffusers, clip by clip": lambda work: one_after_another(work, 1),
-    LIMIT: network_alone,
-}
+WAYS: dict[str, Callable[[Work], Samples]] = {OURS: batched, THEIRS: one_after_another}
 
 
 # What is measured
 
 
-def count_calls(work: Work) -> tuple[dict[str, int], float]:
-    """Network calls of each way, having checked that all ways do the same work.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A way's run."""
 
-    Also the largest difference between our results and diffusers' under a deterministic schedule.
+    seconds: float
+    in_network: float
+    """Of those, in the network's calls."""
+    calls: int
+    limit: float
+    """The least that full calls, of the length measured beside this run, would take."""
+
+
+def measure(work: Work, way: Callable[[Work], Samples]) -> tuple[Samples, Measured]:
+    """Run a way, and time the network in it and bare calls of a full batch beside it.
+
+    The bare calls come after every few calls of the way, whose clock stands still meanwhile: both
+    see the same load of the machine. On a GPU each call is waited for, which keeps diffusers' loops
+    from preparing the next meanwhile.
 
     Raises:
-        AssertionError: evaluations differ, or those results do beyond float32 rounding.
+        AssertionError: it does not make the evaluations that its schedules take.
     """
-    sizes: list[int] = []
-    hook = work.denoiser.network.register_forward_hook(
-        lambda network, given, prediction: sizes.append(len(prediction))
-    )
-    calls: dict[str, int] = {}
-    ours: Samples = {}
-    difference = 0.0
-    for name, way in WAYS.items():
-        sizes.clear()
-        samples = {key: each for key, each in way(work).items() if key[0].startswith("ddim")}
-        assert sum(sizes) == work.evaluations, f"{name}: {sum(sizes)} evaluations"
-        calls[name] = len(sizes)
-        ours = ours or samples
-        for key, theirs in samples.items():
-            torch.testing.assert_close(theirs, ours[key], rtol=1e-4, atol=1e-4)
-            difference = max(difference, float((theirs - ours[key]).abs().max()))
-    hook.remove()
-    return calls, difference
+    network, given = work.denoiser.network, work.given(work.capacity)
+    began: list[float] = []
+    calls: list[float] = []
+    bare: list[float] = []
+    evaluations = 0
+
+    def leave(module: object, inputs: object, prediction: Tensor) -> None:
+        nonlocal evaluations
+        ended = work.now()
+        calls.append(ended - began[-1])
+        evaluations += len(prediction)
+        if len(calls) % BETWEEN == 1:
+            network.forward(*given)
+            bare.append(work.now() - ended)
+
+    hooks = [
+        network.register_forward_pre_hook(lambda module, inputs: began.append(work.now())),
+        network.register_forward_hook(leave),
+    ]
+    start = work.now()
+    samples = way(work)
+    seconds = work.now() - start - sum(bare)
+    for hook in hooks:
+        hook.remove()
+    assert evaluations == sum(work.nfes), f"{evaluations} evaluations"
+    limit = statistics.mean(bare) * work.calls_at_least
+    return samples, Measured(seconds, sum(calls), len(calls), limit)
 
 
-def time_rounds(work: Work, rounds: int) -> list[dict[str, float]]:
-    """Seconds of each way in each round; another way begins each round."""
-    names, measured = list(WAYS), []
-    for index in range(rounds):
-        first = index % len(names)
-        turns = [*names[first:], *names[:first]]
-        measured.append({name: time_way(work, WAYS[name]) for name in turns})
-    return measured
+def measure_round(work: Work, names: Sequence[str]) -> tuple[dict[str, Measured], float]:
+    """Each way, in this order; and by how much deterministic results differ at most.
+
+    Raises:
+        AssertionError: they differ beyond float32 rounding.
+    """
+    runs = {name: measure(work, WAYS[name]) for name in names}
+    ours, theirs = runs[OURS][0], runs[THEIRS][0]
+    fixed = [key for key in ours if re.fullmatch(r"(ddim|dpmpp):\d+", key[0])]
+    for key in fixed:
+        torch.testing.assert_close(theirs[key], ours[key], rtol=1e-4, atol=1e-4)
+    difference = max((float((theirs[key] - ours[key]).abs().max()) for key in fixed), default=0.0)
+    return {name: measured for name, (_, measured) in runs.items()}, difference
 
 
-def time_way(work: Work, way: Callable[[Work], Samples]) -> float:
-    began = clock(work.device, work.processor_time)
-    way(work)
-    return clock(work.device, work.processor_time) - began
+def time_calls(work: Work) -> dict[int, float]:
+    """Seconds a clip in one call of 1, 2, 4 … clips, and of as many as there are slots."""
+    sizes = {2**power for power in range(work.capacity.bit_length())} | {work.capacity}
+    seconds: dict[int, float] = {}
+    for size in sorted(sizes):
+        given = work.given(size)
+        work.denoiser.network(*given)
+        began = work.now()
+        work.denoiser.network(*given)
+        seconds[size] = (work.now() - began) / size
+    return seconds
 
 
 # What is printed
 
 
-def table(work: Work, calls: dict[str, int], measured: list[dict[str, float]]) -> str:
+def way_table(work: Work, rounds: Sequence[dict[str, Measured]]) -> str:
     lines = [
-        "| way | evaluations | network calls | slots in use | seconds | speed, of the limit |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| way | evaluations | calls | clips a call | seconds | of the limit | "
+        "its calls, of the limit | beside its calls |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    evaluations = sum(work.nfes)
     for name in WAYS:
-        seconds = spread(summarise([each[name] for each in measured]), "{:.2f}")
-        ratios = [each[LIMIT] / each[name] for each in measured]
-        used = work.evaluations / (calls[name] * work.capacity)
-        counts = f"{work.evaluations} | {calls[name]} | {used:.0%}"
-        lines.append(f"| {name} | {counts} | {seconds} | {spread(summarise(ratios), '{:.2f}')} |")
+        runs = [each[name] for each in rounds]
+        calls = runs[0].calls
+        seconds = spread(summarise([run.seconds for run in runs]), "{:.1f}")
+        whole = spread(summarise([run.seconds / run.limit for run in runs]), "{:.3f}")
+        network = spread(summarise([run.in_network / run.limit for run in runs]), "{:.3f}")
+        beside = spread(summarise([run.seconds / run.in_network - 1 for run in runs]), "{:.1%}")
+        counts = f"{evaluations:,} | {calls:,} | {evaluations / calls:.1f}"
+        lines.append(f"| {name} | {counts} | {seconds} | {whole} | {network} | {beside} |")
     return "\n".join(lines)
+
+
+def ratio_table(rounds: Sequence[dict[str, Measured]]) -> str:
+    """Theirs over ours, each first brought to the speed of the machine beside it."""
+    packing, overhead, whole = [], [], []
+    for each in rounds:
+        ours, theirs = each[OURS], each[THEIRS]
+        packing.append(theirs.in_network / theirs.limit / (ours.in_network / ours.limit))
+        overhead.append(theirs.seconds / theirs.in_network / (ours.seconds / ours.in_network))
+        whole.append(packing[-1] * overhead[-1])
+    cells = (spread(summarise(ratios), "{:.3f}") for ratios in (whole, packing, overhead))
+    return (
+        "| diffusers' time, of ours | by its calls | by what is beside them |\n"
+        f"| ---: | ---: | ---: |\n| {' | '.join(cells)} |"
+    )
+
+
+def call_table(work: Work, calls: Sequence[dict[int, float]]) -> str:
+    sizes = list(calls[0])
+    ratios = [[each[size] / each[work.capacity] for each in calls] for size in sizes]
+    return (
+        f"| clips in a call | {' | '.join(map(str, sizes))} |\n"
+        f"| --- |{' ---: |' * len(sizes)}\n"
+        "| a clip's time, of that in a full call | "
+        f"{' | '.join(spread(summarise(each), '{:.2f}') for each in ratios)} |"
+    )
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sampler",
-        description=f"{__doc__}\n\nEvery clip is sampled under {', '.join(SCHEDULES)}.\n"
-        "The network is small and its weights are random: speed does not depend on them.",
+        description=f"{__doc__}\n\nWeights are random: speed does not depend on them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     numbers = {
-        "clips": (3, "clips, each sampled under every schedule"),
-        "capacity": (8, "the most clips in one network call"),
-        "rounds": (5, "times that every way is measured, after one untimed round"),
+        "clips": (8, "clips, each sampled under every schedule"),
+        "capacity": (0, "the most clips in one call of ours; 0 finds it, as a sweep does"),
+        "batch": (0, "the most clips in one call of diffusers'; 0 is all, up to the capacity"),
+        "rounds": (3, "times that both ways are measured"),
         "seed": (0, "of weights, conditions and noise"),
-        "width": (16, "of the network's first level, a multiple of 16; the second is twice it"),
         "frames": (20, "of a clip"),
         "latent": (8, "height and width of a clip's latents"),
     }
@@ -259,6 +366,12 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", type=int, default=default, help=f"{text} (default: {default})"
         )
+    parser.add_argument(
+        "--schedules", default=SCHEDULES, help=f'separated by spaces (default: "{SCHEDULES}")'
+    )
+    parser.add_argument(
+        "--preset", default="tiny", help=f"of the network: {', '.join(PRESETS)} (default: tiny)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1…; auto (default: cpu)")
     parser.add_argument(
         "--processor-time",
@@ -268,7 +381,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     for name in numbers:
-        if getattr(options, name) < (name != "seed"):
+        if getattr(options, name) < (name not in ("seed", "capacity", "batch")):
             parser.error(f"{name} is {getattr(options, name)}: give 1 or more")
     return options
 
@@ -280,15 +393,23 @@ def main(argv: Sequence[str]) -> int:
     except jobs.BadInput as error:
         print(f"python -m benchmarks.sampler: error: {error}", file=sys.stderr)
         return 2
+    rounds, calls, differences = [], [], []
     with torch.no_grad():
-        calls, difference = count_calls(work)
-        measured = time_rounds(work, options.rounds)
-    print(table(work, calls, measured), end="\n\n")
+        for index in range(options.rounds):
+            calls.append(time_calls(work))
+            names = list(WAYS) if index % 2 == 0 else list(reversed(WAYS))
+            measured, difference = measure_round(work, names)
+            rounds.append(measured)
+            differences.append(difference)
+    print(way_table(work, rounds), ratio_table(rounds), call_table(work, calls), sep="\n\n")
     kind = "processor" if options.processor_time else "wall"
     print(
-        f"{kind} seconds, median (least–most) of {options.rounds} round(s), ratios within a round"
+        f"\n{options.preset}, at most {work.capacity} clips a call, {work.batch} in diffusers'; "
+        f"the limit is {work.calls_at_least:.1f} full calls, the longest trajectory "
+        f"{max(work.nfes)}\n"
+        f"{kind} seconds, median (least–most) of {options.rounds} round(s), ratios within a run\n"
+        f"ddim and dpmpp: results differ by at most {max(differences):.0e}"
     )
-    print(f"ddim: results of diffusers and vidfill differ by at most {difference:.0e}")
     print(describe(work.device))
     print(shlex.join(["python", "-m", "benchmarks.sampler", *argv]))
     return 0

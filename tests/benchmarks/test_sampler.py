@@ -1,3 +1,5 @@
+"""The sampler's benchmark at its smallest: its counts are known, and its ratios add up."""
+
 from __future__ import annotations
 
 import re
@@ -9,7 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SMALLEST = ["--rounds", "1", "--clips", "2", "--capacity", "3", "--frames", "2", "--latent", "2"]
+SMALLEST = shlex.split(
+    "--rounds 1 --clips 2 --capacity 3 --batch 2 --frames 2 --latent 2 "
+    "--schedules 'ddpm:2+resample(n=2) ddim:5 dpmpp:4'"
+)
+OURS, THEIRS = "vidfill, all schedules in one batch", "diffusers, schedule by schedule"
 DOCUMENTED = re.findall(
     r"^ {4}python -m benchmarks\.sampler(.*)$",
     (ROOT / "docs" / "benchmarks.md").read_text(),
@@ -23,24 +29,44 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("options", DOCUMENTED)
-def test_every_way_does_the_same_evaluations_and_stands_beside_the_limit(options: str) -> None:
+def test_both_ways_do_the_same_evaluations_and_their_ratios_add_up(options: str) -> None:
     done = run(*shlex.split(options), *SMALLEST)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "|" in line]
-    rows = {cells[0]: cells[1:] for cells in lines[2:]}
-    assert {name: row[:2] for name, row in rows.items()} == {
-        "vidfill, all schedules in one batch": ["180", "60"],
-        "diffusers, schedule by schedule": ["180", "90"],
-        "diffusers, clip by clip": ["180", "180"],
-        "network alone": ["180", "60"],
-    }
-    assert rows["network alone"][-1] == "1.00 (1.00–1.00)"
-    for said in ("diffusers 0.", "torch 2.", "thread(s)", " ".join(SMALLEST)):
+    rows = {cells[0]: cells[1:] for cells in lines}
+    # 6 + 5 + 4 evaluations for each of 2 clips; 3 slots are all full in every call.
+    assert rows[OURS][:3] == ["30", "10", "3.0"]
+    assert rows[THEIRS][:3] == ["30", "15", "2.0"]
+    assert "the limit is 10.0 full calls, the longest trajectory 6" in done.stdout
+    of_limit = {way: median(rows[way][4]) for way in (OURS, THEIRS)}
+    of_calls = {way: median(rows[way][5]) for way in (OURS, THEIRS)}
+    for way in (OURS, THEIRS):
+        beside = median(rows[way][6]) / 100
+        assert of_limit[way] == pytest.approx(of_calls[way] * (1 + beside), rel=0.005)
+    heads = [cells[0] for cells in lines]
+    whole, calls, beside = map(median, lines[heads.index("diffusers' time, of ours") + 2])
+    assert whole == pytest.approx(of_limit[THEIRS] / of_limit[OURS], rel=0.005)
+    assert calls == pytest.approx(of_calls[THEIRS] / of_calls[OURS], rel=0.005)
+    assert whole == pytest.approx(calls * beside, rel=0.005)
+    assert rows["clips in a call"] == ["1", "2", "3"]
+    assert rows["a clip's time, of that in a full call"][-1] == "1.00 (1.00–1.00)"
+    for said in ("diffusers 0.", "torch 2.", "thread(s)", shlex.join(SMALLEST)):
         assert said in done.stdout
 
 
-def test_a_wrong_size_is_refused_in_one_line() -> None:
-    done = run("--width", "24")
+def median(cell: str) -> float:
+    return float(re.split(r"[ %]", cell)[0])
+
+
+def test_one_long_trajectory_is_a_limit_that_more_slots_do_not_lower() -> None:
+    options = shlex.split("--clips 1 --capacity 4 --schedules 'ddim:5 ddim:2 dpmpp:4'")
+    done = run(*SMALLEST, *options)
+    assert done.returncode == 0, done.stderr
+    assert "the limit is 5.0 full calls, the longest trajectory 5" in done.stdout
+
+
+def test_a_schedule_that_diffusers_cannot_follow_is_refused_in_one_line() -> None:
+    done = run("--schedules", "ddim:50 ddim:30")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "block_out_channels has 24" in done.stderr
+    assert "schedules has ddim:30;" in done.stderr
