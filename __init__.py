@@ -11,3 +11,12 @@ The layers, each a folder; imports point upwards only:
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """What is imported when it is first asked for: torch comes with it."""
+    if name == "VideoInpaintPipeline":
+        from .sampling.pipeline import VideoInpaintPipeline
+
+        return VideoInpaintPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,6 +17,7 @@ VERBS = {
     "export": ("train.export", "a run -> a model's folder to give away"),
     "schedule": ("sampling.schedule", "what a schedule does and costs, before it runs"),
     "sweep": ("sampling.sweep", "a model + held-out shards -> schedules compared"),
+    "inpaint": ("sampling.inpaint", "a video + a mask -> the video with its holes filled"),
     "report": ("sampling.report", "a sweep -> a page and figures"),
     "demo": ("train.demo", "all of it, on synthetic videos, in minutes"),
 }

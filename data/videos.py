@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ SUFFIXES = frozenset(
     }
 )
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+LEAD = 10  # seconds: longer than what a key frame leaves damaged behind it
 
 Fit = Literal["crop", "resize"]
 Pixels = UInt8[np.ndarray, "height width 3"]
@@ -120,7 +123,7 @@ def read_header(path: Path, frame_rate: Fraction | float = 24.0) -> Header:
         with open_image(images[0]) as image:
             fps = Fraction(frame_rate).limit_denominator(1001)
             return Header(len(images), image.height, image.width, fps)
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
             raise UnreadableVideo("it has no frame rate")
@@ -133,12 +136,17 @@ def read_header(path: Path, frame_rate: Fraction | float = 24.0) -> Header:
                 break
         if first is None:
             raise UnreadableVideo("it has no frame")
-        height, width = _upright_size(first)
+        height, width = upright_size(first)
         return Header(stream.frames or counted, height, width, Fraction(rate))
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A file that FFmpeg reads, and its first video stream.
+
+    Raises:
+        UnreadableVideo: FFmpeg cannot read it, or there is no video in it.
+    """
     try:
         # A title in some old encoding is no reason to refuse the pictures.
         with av.open(str(path), metadata_errors="replace") as container:
@@ -229,21 +237,33 @@ def _read_images(folder: Path, first: int) -> Iterator[Pixels]:
 
 
 def _read_file(path: Path, first: int) -> Iterator[Pixels]:
-    for index, frame in enumerate(_decode(path)):
-        if index >= first:
-            turned = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame))
-            yield np.ascontiguousarray(turned)
+    for frame in itertools.islice(decode_frames(path), first, None):
+        yield upright_rgb(frame)
 
 
-def _decode(path: Path) -> Iterator[av.VideoFrame]:
+def decode_frames(path: Path, since: int | None = None) -> Generator[av.VideoFrame, None, None]:
+    """A file's frames as they are stored, one in memory at a time.
+
+    Args:
+        path: any file that FFmpeg reads, whose first video stream is taken.
+        since: a time stamp of that stream; frames before it are left out, and what lies well
+            before it is not read where the file can be entered there.
+
+    Raises:
+        UnreadableVideo: it is no video, is damaged, or changes its size on the way.
+    """
     size, index = None, 0
-    with _open(path) as (container, stream):
+    with open_video(path) as (container, stream):
+        if since is not None:
+            enter(container, stream, since)
         for packet in container.demux(stream):
             for frame in packet.decode():
-                size = size or _upright_size(frame)
+                if since is not None and (frame.pts is None or frame.pts < since):
+                    continue
+                size = size or upright_size(frame)
                 if frame.is_corrupt or packet.is_corrupt:
                     raise UnreadableVideo(f"it is damaged at about frame {index}")
-                if _upright_size(frame) != size:
+                if upright_size(frame) != size:
                     raise UnreadableVideo("its frames change their size")
                 yield frame
                 index += 1
@@ -251,13 +271,30 @@ def _decode(path: Path) -> Iterator[av.VideoFrame]:
         raise UnreadableVideo("it has no frame")
 
 
-def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+def enter(container: av.container.InputContainer, stream: av.VideoStream, since: int) -> None:
+    """Go to a key frame so long before a time stamp that frames are whole by then."""
+    ahead = since - round(LEAD / (stream.time_base or 1))
+    if ahead > (stream.start_time or 0):
+        container.seek(ahead, stream=stream)
+
+
+def upright_rgb(frame: av.VideoFrame) -> Pixels:
+    """A frame as it is seen: turned as its file asks, RGB."""
+    try:
+        pixels = frame.to_ndarray(format="rgb24")
+    except OSError:
+        reason = f"its colours ({frame.format.name}, matrix {frame.colorspace}) cannot be read"
+        raise UnreadableVideo(reason) from None
+    return np.ascontiguousarray(np.rot90(pixels, quarter_turns(frame)))
+
+
+def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
     """Height and width of a frame once it is turned as the file asks."""
-    lies = _quarter_turns(frame) % 2
+    lies = quarter_turns(frame) % 2
     return (frame.width, frame.height) if lies else (frame.height, frame.width)
 
 
-def _quarter_turns(frame: av.VideoFrame) -> int:
+def quarter_turns(frame: av.VideoFrame) -> int:
     """Counterclockwise; a phone held upright writes frames that lie, and how to turn them."""
     turns, rest = divmod(frame.rotation, 90)
     if rest:

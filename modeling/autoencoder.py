@@ -142,7 +142,7 @@ class Autoencoder:
         points_per_call: int,
         per_call: int | None = None,
     ) -> Float[Tensor, "batch frames _ _ _"]:
-        device = next(self.network.parameters()).device
+        device = _find_device(self.network)
         frames = rearrange(video, "b f c h w -> (b f) c h w")
         per_call = per_call or max(1, points_per_call // (video.shape[-2] * video.shape[-1]))
         with autocast(device, self.precision):
@@ -155,6 +155,12 @@ class Autoencoder:
                 f"frames of {width}x{height} do not fit the autoencoder {self.name}: "
                 f"width and height must be multiples of {self.downsampling}"
             )
+
+
+def _find_device(network: nn.Module) -> torch.device:
+    """Where a network computes: offloaded to memory by Accelerate it lies elsewhere meanwhile."""
+    hook = getattr(network, "_hf_hook", None)
+    return hook.execution_device if hook else next(network.parameters()).device
 
 
 def _prepare(frames: Tensor, device: torch.device) -> Tensor:
@@ -226,7 +232,8 @@ def hash_weights(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(network.state_dict().items()):
         digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        plain = tensor.detach().cpu().contiguous().flatten()  # of a type that NumPy may lack
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -234,7 +241,7 @@ def hash_weights(network: nn.Module) -> str:
 def _say_shipped() -> None:
     print(
         "vidfill: using the package's own small autoencoder (trained on synthetic clips; "
-        f"for real video give --autoencoder {PAPERS})",
+        f"real video wants another, such as {PAPERS})",
         file=sys.stderr,
     )
 

@@ -13,7 +13,9 @@ a scaling of what its network sees (`to_flow`), and all samplers work on x_t wha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +43,12 @@ from .unet import VideoUNet
 Latents = Float[Tensor, "batch frames channels height width"]
 LatentMask = Float[Tensor, "batch frames 1 height width"]
 Variance = Literal["fixed_small", "fixed_large"]
+
+SHIPPED = Path("shipped")  # in place of a folder: the model that the package carries
+SHIPPED_FOLDER = Path(__file__).parent / "weights" / "inpaint"
+INDEX = "model_index.json"  # of a folder to give away: a diffusers pipeline's
+RECORD = "denoiser.json"  # of a run's checkpoint
+NETWORK, AUTOENCODER = "unet", "vae"  # folders beside either
 
 
 def expand(ab: Float[Tensor, "batch *frames"]) -> Float[Tensor, "batch ... 1 1 1"]:
@@ -376,7 +384,7 @@ class Denoiser:
         ab = expand(self.alpha_bar(timestep))
         seen = self._seen(latents, ab).to(latents.dtype)
         with autocast(latents.device, self.precision):
-            prediction = self.network(seen, timestep, condition).to(latents.dtype)
+            prediction = self.network(seen, timestep, condition).to(latents)
         return clean_of(self.config.target, prediction, latents, ab).to(latents.dtype)
 
     def _seen(self, noisy: Latents, ab: Float[Tensor, "..."]) -> Latents:
@@ -389,29 +397,42 @@ class Denoiser:
         )
         return mean, std
 
-    def save(self, folder: Path) -> None:
-        """Write `unet/` (a diffusers model folder) and `denoiser.json`."""
-        self.network.save_pretrained(folder / "unet")
-        described = {
+    def describe(self) -> dict[str, Any]:
+        """The process and the latents, as a model's folder records them."""
+        return {
             "diffusion": dataclasses.asdict(self.config),
             "latents": dataclasses.asdict(self.space),
         }
-        (folder / "denoiser.json").write_text(json.dumps(described, indent=2))
+
+    def save(self, folder: Path) -> None:
+        """Write `unet/` (a diffusers model folder) and `denoiser.json`."""
+        self.network.save_pretrained(folder / NETWORK)
+        (folder / RECORD).write_text(json.dumps(self.describe(), indent=2))
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", precision: Precision = "float32") -> Denoiser:
-        """Read what `save` wrote, or the newest whole model of a training run's folder.
+        """Read a model: what `save` or `vidfill export` wrote, or a run's newest that is whole.
+
+        Weights are float32, whatever the file holds. An exported model names the autoencoder that
+        lies beside it.
+
+        Args:
+            folder: Of the model or the run; `SHIPPED` is the package's own model.
+            device: Where the network computes.
+            precision: Of its layers.
 
         Raises:
-            BadInput: `folder` is neither, or its files are damaged.
+            BadInput: `folder` is none of these, or its files are damaged.
         """
-        model = _model_folder(folder)
+        model = model_folder(folder)
         try:
-            described = json.loads((model / "denoiser.json").read_text())
+            described = json.loads(_record_in(model).read_text())
             config = DiffusionConfig(**described["diffusion"])
             check_diffusion(config)
             space = LatentSpace(**described["latents"])
-            network, loaded = VideoUNet.from_pretrained(model / "unet", output_loading_info=True)
+            network, loaded = VideoUNet.from_pretrained(
+                model / NETWORK, torch_dtype=torch.float32, output_loading_info=True
+            )
         except (BadInput, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if not model.exists():  # its run goes on, and has a newer one
                 return cls.load(folder, device, precision)
@@ -419,18 +440,43 @@ class Denoiser:
             raise BadInput(f"the model in {model} is damaged: {first_line}") from error
         if loaded["missing_keys"]:  # diffusers leaves such weights at random values
             raise BadInput(f"the model in {model} lacks weights ({loaded['missing_keys'][0]})")
+        if (model / AUTOENCODER).is_dir():
+            identity = {**space.autoencoder, "name": str(model / AUTOENCODER)}
+            space = dataclasses.replace(space, autoencoder=identity)
         return cls(network.eval().requires_grad_(False).to(device), config, space, precision)
 
 
-def _model_folder(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
+    """Where the model lies that a folder stands for: its own, a run's newest, the package's.
+
+    Raises:
+        BadInput: There is none.
+    """
+    if folder == SHIPPED:
+        _say_shipped()
+        return SHIPPED_FOLDER
     checkpoints = folder / "checkpoints"
     if newest_first(checkpoints):
         pointer = checkpoints / LATEST
         named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
         return newest_whole(checkpoints, MODEL, named)[0] / MODEL
-    if not (folder / "denoiser.json").is_file():
+    if not _record_in(folder).is_file():
         raise BadInput(
-            f"{folder} holds no model: name a folder that `vidfill train` wrote, after its first "
-            "checkpoint"
+            f"{folder} holds no model: name a folder that `vidfill export` wrote, or `vidfill "
+            "train` after its first checkpoint"
         )
     return folder
+
+
+def _record_in(model: Path) -> Path:
+    """The file that describes a model, whether it is to give away or a run's checkpoint."""
+    return model / (INDEX if (model / INDEX).is_file() else RECORD)
+
+
+@functools.cache
+def _say_shipped() -> None:
+    print(
+        "vidfill: using the package's own small model (trained on rendered collisions of 128x128; "
+        "on other videos it only shows how things work)",
+        file=sys.stderr,
+    )

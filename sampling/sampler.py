@@ -73,6 +73,9 @@ class Request:
     those of the state."""
     known: Callable[[], Known] | None = None
     """As `condition`, for programs that inject."""
+    frames: Sequence[int] | None = None
+    """Its frames' numbers in a video of which it is a window: then each frame's noise depends on
+    its number, and not on where it stands in the window."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,8 @@ def sample(
     The noise of a clip is `torch.randn` on the CPU from `seeding.generator(seed, clip, draw)`: draw
     0 is the initial state, and each later noise tensor that the program uses takes the next. So a
     result is the same, to float32 rounding, whatever the capacity, the order of the requests, and
-    what else runs beside it; and all schedules start a clip from the same state.
+    what else runs beside it; and all schedules start a clip from the same state. Where a request
+    numbers its frames, each frame's noise is from `seeding.generator(seed, clip, number, draw)`.
 
     Args:
         capacity: Slots: the most trajectories in one network call, 1 or more.
@@ -191,6 +195,22 @@ def largest_batch(denoiser: Denoiser, condition: Condition, most: int) -> int:
             "take a larger device, or precision bfloat16"
         )
     return fitting
+
+
+def time_evaluation(denoiser: Denoiser, condition: Condition, slots: int) -> float:
+    """Wall seconds of one network call on `slots` clips, the second of two."""
+    program = compile_schedule(parse("ddim:2"), denoiser.timesteps)
+    requests = [Request(str(slot), "ddim:2", program, lambda: condition) for slot in range(slots)]
+    moments: list[float] = []
+    for _ in sample(
+        denoiser,
+        requests,
+        capacity=slots,
+        seed=0,
+        on_evaluations=lambda count: moments.append(time.perf_counter()),
+    ):
+        pass
+    return moments[1] - moments[0]
 
 
 @dataclasses.dataclass
@@ -382,10 +402,16 @@ class _Slots:
         noise = []
         for slot in slots:
             trajectory = self.running[slot]
-            source = seeding.generator(self.seed, trajectory.request.clip, trajectory.draws)
-            noise.append(torch.randn(self.latents.shape[1:], generator=source))
+            noise.append(self._noise(trajectory.request, trajectory.draws))
             trajectory.draws += 1
         return torch.stack(noise).to(self.latents)
+
+    def _noise(self, request: Request, draw: int) -> Latents:
+        shape, clip = self.latents.shape[1:], (self.seed, request.clip)
+        if request.frames is None:
+            return torch.randn(shape, generator=seeding.generator(*clip, draw))
+        sources = [seeding.generator(*clip, number, draw) for number in request.frames]
+        return torch.stack([torch.randn(shape[1:], generator=source) for source in sources])
 
     def _finish(self, slot: int) -> Result:
         trajectory = self.running.pop(slot)

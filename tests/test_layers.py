@@ -30,7 +30,7 @@ HEAVY = ("torch", "numpy", "diffusers", "accelerate", "av", "cv2", "matplotlib",
 def sources() -> dict[str, Path]:
     """Every module of the package by its dotted name within it; `__main__` is run, not imported."""
     files = [ROOT / f"{layer}.py" for layer in MAY_IMPORT if (ROOT / f"{layer}.py").is_file()]
-    files += [file for layer in MAY_IMPORT for file in (ROOT / layer).rglob("*.py")]
+    files += [file for layer in MAY_IMPORT for file in (ROOT / layer).glob("*.py")]
     names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
     return {name.removesuffix(".__init__"): file for name, file in names.items()}
 

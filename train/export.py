@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .. import jobs
+from ..modeling.autoencoder import Autoencoder, load_autoencoder
 from ..modeling.checkpoint import newest_first, newest_whole, verify
+from ..modeling.diffusion import Denoiser
+from ..sampling.pipeline import CARD, SCHEDULE, VideoInpaintPipeline
+from ..sampling.results import Sweep, read_sweep
+from .card import public_name, write_card
 from .checkpoints import folder_of_average
 
 EXAMPLES = """\
@@ -18,44 +23,8 @@ examples:
   vidfill export runs/first models/first
   vidfill export runs/first models/first-long --ema 0.9999
   vidfill export runs/first models/first-20k --checkpoint step-00020000
-"""
-
-CARD = """\
----
-library_name: diffusers
-tags: [video-inpainting]
----
-
-# {name}
-
-A latent video diffusion model that fills the holes of a video, trained by vidfill. It works on
-clips of {latents}, of the autoencoder that
-`denoiser.json` names, and is good for videos like those of `{data}` only.
-
-    vidfill sweep MODEL SHARDS OUT
-
-    from pathlib import Path
-    from vidfill.modeling.diffusion import Denoiser
-    denoiser = Denoiser.load(Path("MODEL"))
-
-## Training
-
-- Data: `{data}`, its training split.
-- {step} steps of {batch_size} clips{left_out}.
-- Forward pass in {precision}; weights in float32.
-- These are not the last weights but their average, of decay {decay} a step.
-
-## Figures
-
-{figures}
-"""
-
-FIGURES = """\
-The mean squared error of what this average predicts on held-out clips, at fixed noise and
-timesteps: of all latents, of those inside the hole and outside, and by ranges of the timesteps.
-
-| measure | value | at step |
-| --- | --- | --- |
+  vidfill export runs/first models/first --schedule ddim:50 --sweep sweeps/first
+      the schedule that it is used with, and its figures in the card
 """
 
 
@@ -63,7 +32,8 @@ timesteps: of all latents, of those inside the hole and outside, and by ranges o
 class ExportConfig:
     """Write a run's averaged weights as a model folder, with a model card.
 
-    OUT/unet is a diffusers model; `vidfill sweep` and `Denoiser.load` take OUT itself.
+    OUT is a diffusers pipeline, with the autoencoder in it; `vidfill inpaint` and `vidfill sweep`
+    take it, and `VideoInpaintPipeline.from_pretrained` and `Denoiser.load`.
     """
 
     run: Path
@@ -75,30 +45,82 @@ class ExportConfig:
     which is the one that the run evaluates and shows."""
     checkpoint: str = ""
     """The checkpoint to take, as step-00020000; empty takes the newest that is whole."""
+    autoencoder: str = ""
+    """Where the autoencoder is, if no longer where the shards were encoded with it: a folder, a
+    name on the Hugging Face hub, or shipped, which every vidfill has and is not written."""
+    schedule: str = SCHEDULE
+    """The schedule that is used where none is given, as `vidfill schedule --help` has them."""
+    precision: Literal["float32", "float16"] = "float32"
+    """Of the network's weights in the file: float16 halves it; they are used in float32."""
+    sweep: Path | None = None
+    """A sweep of this model, which `vidfill sweep` wrote: the card gets its figures."""
 
 
 def export(config: ExportConfig) -> None:
     """Write the model folder.
 
     Raises:
-        BadInput: The run has no such checkpoint or average, or `out` is taken.
+        BadInput: The run has no such checkpoint or average, its autoencoder is not to be found, or
+            `out` is taken.
     """
     if config.out.exists():
         raise jobs.BadInput(f"{config.out} exists: choose another folder or remove it")
     options = _read_options(config.run)
+    sweep = read_sweep(config.sweep) if config.sweep else None
     checkpoint, facts = _find(config.run / "checkpoints", config.checkpoint)
     which = _choose_average(facts["ema_decays"], config.ema)
+    pipeline = _open(config, checkpoint, which, sweep)
+    card = write_card(
+        config.out.name,
+        options,
+        facts,
+        _held_out(config.run, facts["counters"]["step"]) if which == 0 else {},
+        sweep,
+        decay=facts["ema_decays"][which],
+        schedule=config.schedule,
+        weights=config.precision,
+    )
     with jobs.aside(config.out) as partial:
-        try:
-            shutil.copytree(checkpoint / folder_of_average(which), partial)
-        except OSError:
-            if checkpoint.exists():
-                raise
-            raise jobs.BadInput(
-                f"the run has removed {checkpoint} meanwhile: give the same command again"
-            ) from None
-        card = _write_card(config, options, facts, which)
-        (partial / "README.md").write_text(card)
+        pipeline.save_pretrained(partial)
+        (partial / CARD).write_text(card)
+
+
+def _open(
+    config: ExportConfig, checkpoint: Path, which: int, sweep: Sweep | None
+) -> VideoInpaintPipeline:
+    try:
+        denoiser = Denoiser.load(checkpoint / folder_of_average(which))
+    except jobs.BadInput:
+        if checkpoint.exists():
+            raise
+        raise jobs.BadInput(
+            f"the run has removed {checkpoint} meanwhile: give the same command again"
+        ) from None
+    autoencoder = _open_autoencoder(config, denoiser)
+    if sweep and sweep.about["autoencoder"]["sha256"] != autoencoder.sha256:
+        raise jobs.BadInput(f"{config.sweep} is of a model with another autoencoder: give its own")
+    if config.precision == "float16":
+        denoiser.network.half()
+    # A path would say nothing elsewhere, and tell of this machine.
+    identity = {**denoiser.autoencoder, "name": public_name(denoiser.autoencoder["name"])}
+    space = dataclasses.replace(denoiser.space, autoencoder=identity)
+    given = Denoiser(denoiser.network, denoiser.config, space)
+    return VideoInpaintPipeline.of(given, autoencoder, config.schedule)
+
+
+def _open_autoencoder(config: ExportConfig, denoiser: Denoiser) -> Autoencoder:
+    trained = denoiser.autoencoder
+    name = config.autoencoder or trained["name"]
+    try:
+        autoencoder = load_autoencoder(name)
+    except jobs.BadInput as error:
+        raise jobs.BadInput(f"{error}; --autoencoder says where it is") from error
+    if autoencoder.sha256 != trained["sha256"]:
+        raise jobs.BadInput(
+            f"autoencoder is {name} (sha256 {autoencoder.sha256[:12]}); the model was trained on "
+            f"{trained['name']} (sha256 {trained['sha256'][:12]}): give that one with --autoencoder"
+        )
+    return autoencoder
 
 
 def _read_options(run: Path) -> dict[str, Any]:
@@ -133,30 +155,6 @@ def _choose_average(decays: list[float], wanted: float) -> int:
         listed = " and ".join(str(decay) for decay in decays)
         raise jobs.BadInput(f"ema is {wanted}; the run averaged with {listed}: give one of them")
     return decays.index(wanted)
-
-
-def _write_card(
-    config: ExportConfig, options: dict[str, Any], facts: dict[str, Any], which: int
-) -> str:
-    """The model card, in Markdown."""
-    step, skipped = facts["counters"]["step"], facts["counters"]["skipped"]
-    frames, channels, height, width = facts["latents"]["shape"]
-    return CARD.format(
-        name=config.out.name,
-        latents=f"{frames} frames as latents of {channels} channels, {height}×{width}",
-        data=options["shards"].rstrip("/").rpartition("/")[2],
-        step=step,
-        batch_size=options["batch_size"],
-        left_out=f", {skipped} of them left out as not finite" if skipped else "",
-        precision=options["precision"],
-        decay=facts["ema_decays"][which],
-        figures=_table(_held_out(config.run, step) if which == 0 else {}),
-    )
-
-
-def _table(figures: dict[str, tuple[int, float]]) -> str:
-    rows = [f"| {name} | {value:.4g} | {step} |" for name, (step, value) in figures.items()]
-    return FIGURES + "\n".join(rows) if rows else "None were measured on this average."
 
 
 def _held_out(run: Path, step: int) -> dict[str, tuple[int, float]]:

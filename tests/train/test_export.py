@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from vidfill.data.shards import ShardedDataset
+from vidfill.modeling.autoencoder import load_autoencoder
 from vidfill.modeling.checkpoint import newest_first
+from vidfill.modeling.diffusion import Denoiser
+from vidfill.sampling.pipeline import VideoInpaintPipeline
+from vidfill.sampling.sweep import SweepConfig, sweep
 from vidfill.train.config import (
     EvaluationConfig,
     ModelConfig,
@@ -54,6 +61,13 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         preview=PreviewConfig(every=0),
     )
     train(config)
+    return out
+
+
+@pytest.fixture(scope="module")
+def swept(run: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("swept") / "sweep"
+    sweep(SweepConfig(run, str(shards), out, "ddim:1 ddim:2", clips=1, keep=1, device="cpu"))
     return out
 
 
@@ -151,3 +165,103 @@ def test_a_damaged_checkpoint_is_exported_by_nobody(
     assert main([str(copy), str(tmp_path / "model")]) == 0
     assert "trying the one before" in capsys.readouterr().err
     assert_same_tensors(tmp_path / "model" / WEIGHTS, before / "model" / WEIGHTS)
+
+
+def test_the_pipeline_makes_what_the_run_itself_makes(run: Path, tmp_path: Path) -> None:
+    assert main([str(run), str(tmp_path / "model"), "--schedule", "ddim:2"]) == 0
+    exported = VideoInpaintPipeline.from_pretrained(tmp_path / "model")
+    denoiser = Denoiser.load(run)
+    autoencoder = load_autoencoder(denoiser.autoencoder["name"])
+    before = VideoInpaintPipeline.of(denoiser, autoencoder, "ddim:2")
+    video = np.random.default_rng(0).integers(0, 256, (22, 32, 32, 3), dtype=np.uint8)
+    mask = np.zeros((32, 32), bool)
+    mask[8:20, 12:24] = True
+    ours, theirs = (pipe(video, mask, output_type="np").frames for pipe in (exported, before))
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(ours[0], video / np.float32(255))
+
+
+def test_the_exported_folder_is_swept_by_the_autoencoder_in_it(
+    run: Path, shards: Path, swept: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    assert main([str(run), str(model)]) == 0
+    out = tmp_path / "sweep"
+    sweep(SweepConfig(model, str(shards), out, "ddim:1 ddim:2", clips=1, keep=1, device="cpu"))
+    about = json.loads((out / "sweep.json").read_text())
+    assert about["autoencoder"]["name"] == str(model / "vae")
+    ours, theirs = (
+        [line.split(",")[3:] for line in (folder / "results.csv").read_text().splitlines()]
+        for folder in (out, swept)
+    )
+    assert ours == theirs  # but for the seconds
+
+
+def test_half_the_precision_is_half_the_file_and_loads_as_float32(
+    run: Path, tmp_path: Path
+) -> None:
+    main([str(run), str(tmp_path / "whole")])
+    assert main([str(run), str(tmp_path / "half"), "--precision", "float16"]) == 0
+    whole, half = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "half"))
+    assert all(torch.equal(half[name], whole[name].half()) for name in whole)
+    loaded = Denoiser.load(tmp_path / "half").network
+    assert loaded.dtype == torch.float32
+    assert VideoInpaintPipeline.from_pretrained(tmp_path / "half").unet.dtype == torch.float32
+    assert "the weights here are float16" in (tmp_path / "half" / "README.md").read_text()
+    vae = "vae/diffusion_pytorch_model.safetensors"  # its hash is what the latents are known by
+    assert_same_tensors(tmp_path / "half" / vae, tmp_path / "whole" / vae)
+
+
+def test_the_card_names_data_masks_metrics_and_limits_and_no_path(
+    run: Path, shards: Path, swept: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    assert main([str(run), str(model), "--sweep", str(swept)]) == 0
+    card = (model / "README.md").read_text()
+    manifest = ShardedDataset(shards, "train").manifest
+    assert f"Data: `shards`, its training split, {manifest.examples} clips" in card
+    assert f"Masks: {' '.join(manifest.masks['families'])}." in card
+    assert "Autoencoder: AutoencoderTiny autoencoder (sha256" in card
+    header, _, *rows = [line for line in card.splitlines() if line.startswith("|")][:8]
+    names = [row.split("`")[1] for row in rows]
+    assert names == ["fill", "classic", "mean", "autoencoder", "ddim:1", "ddim:2"]
+    for column in ("NFE", "Temporal error", "PSNR of the hole", "SSIM"):
+        assert column in header
+    columns, first, *_ = (swept / "results.csv").read_text().splitlines()
+    psnr = dict(zip(columns.split(","), first.split(","), strict=True))["psnr"]
+    assert f"| {float(psnr):.2f} |" in rows[0]
+    assert "## Limits" in card and "no evidence of what was there" in card
+    for file in model.rglob("*"):
+        for folder in (run, shards, tmp_path):
+            assert file.is_dir() or str(folder.parent).encode() not in file.read_bytes()
+
+
+def test_an_autoencoder_that_moved_is_asked_for_and_another_is_refused(
+    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = shutil.copytree(run, tmp_path / "run")
+    gone = shards.parent / "autoencoder"
+    there = gone.rename(tmp_path / "elsewhere")
+    try:
+        assert main([str(moved), str(tmp_path / "model")]) == 2
+        assert "--autoencoder says where it is" in capsys.readouterr().err
+        assert main([str(moved), str(tmp_path / "model"), "--autoencoder", "shipped"]) == 2
+        assert "give that one with --autoencoder" in capsys.readouterr().err
+        assert not (tmp_path / "model").exists()
+        assert main([str(moved), str(tmp_path / "model"), "--autoencoder", str(there)]) == 0
+    finally:
+        there.rename(gone)
+    VideoInpaintPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_without_the_shards_the_card_says_that_their_masks_are_not_known(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = shutil.copytree(run, tmp_path / "run")
+    job = json.loads((moved / "job.json").read_text())
+    job["config"]["shards"] = str(tmp_path / "gone")
+    (moved / "job.json").write_text(json.dumps(job))
+    assert main([str(moved), str(tmp_path / "model")]) == 0
+    assert "the card cannot name the masks" in capsys.readouterr().err
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "Masks: not known any more" in card and "`gone`" in card

@@ -1,0 +1,167 @@
+"""The model card: what a model was trained on, what was measured on it, and where it ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import jobs
+from ..data.shards import Manifest, ShardedDataset, has_split
+from ..sampling.results import Row, Sweep
+from ..sampling.tables import rounded
+
+CARD = """\
+---
+library_name: diffusers
+tags: [video-inpainting]
+---
+
+# {name}
+
+A latent video diffusion model that fills the holes of a video, trained by vidfill. It was trained
+on `{data}`, clips of {clips}, and is good for videos like those only.
+
+    vidfill inpaint VIDEO --mask MASK --model MODEL --out OUT
+
+    from vidfill import VideoInpaintPipeline
+    pipe = VideoInpaintPipeline.from_pretrained("MODEL")
+    frames = pipe(video, mask).frames[0]
+
+Where no schedule is given it takes `{schedule}`.
+
+## Training
+
+- Data: `{data}`, its training split{examples}.
+- Masks: {masks}.
+- Autoencoder: {autoencoder}.
+- {step} steps of {batch_size} clips{left_out}.
+- Forward pass in {precision}; the weights here are {weights}.
+- These are not the last weights but their average, of decay {decay} a step.
+
+## Figures
+
+{figures}
+
+## Limits
+
+- What it fills in is made up: plausible at best, and no evidence of what was there.
+- It knows the data and the masks above. Other scenes, holes that are larger or move otherwise, and
+  other rates of frames were not trained.
+- It looks at {frames} frames at a time. Of longer videos a window sees the last frames of the one
+  before, and nothing that was shown only earlier or later.
+- It sees what is around the holes at about {size} pixels; finer detail is not made.
+- What is filled went through the autoencoder, which blurs and may shift colours a little. Pixels
+  outside the holes are not touched.
+"""
+
+LOSSES = """\
+The mean squared error of what this average predicts on held-out clips, at fixed noise and
+timesteps: of all latents, of those inside the hole and outside, and by ranges of the timesteps.
+
+| measure | value | at step |
+| --- | --- | --- |
+"""
+
+SWEPT = """\
+Schedules, and what they have to beat, on {clips} held-out clips of `{data}` under masks of {masks};
+docs/metrics.md of vidfill says what the columns mean.
+
+"""
+
+
+def write_card(
+    name: str,
+    options: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    losses: Mapping[str, tuple[int, float]],
+    sweep: Sweep | None,
+    **chosen: str | float,
+) -> str:
+    """The card, in Markdown.
+
+    Args:
+        name: Of the model.
+        options: Of `vidfill train`.
+        facts: Of the checkpoint.
+        losses: On held-out clips: by name the step and the value.
+        sweep: Of this model.
+        chosen: decay, schedule and weights.
+    """
+    skipped = facts["counters"]["skipped"]
+    frames, _, height, width = facts["latents"]["shape"]
+    autoencoder = facts["latents"]["autoencoder"]
+    unit = autoencoder["downsampling"]
+    size = f"{width * unit}x{height * unit}"
+    manifest = _find_manifest(options["shards"])
+    return CARD.format(
+        name=name,
+        clips=f"{frames} frames of {size}",
+        data=public_name(options["shards"]),
+        examples=f", {manifest.examples} clips" if manifest else "",
+        masks=_describe_masks(manifest),
+        autoencoder="{kind} {name} (sha256 of its weights {sha256:.12})".format(
+            **{**autoencoder, "name": public_name(autoencoder["name"])}
+        ),
+        step=facts["counters"]["step"],
+        batch_size=options["batch_size"],
+        left_out=f", {skipped} of them left out as not finite" if skipped else "",
+        precision=options["precision"],
+        figures="\n\n".join(_figures(losses, sweep)),
+        frames=frames,
+        size=size,
+        **chosen,
+    )
+
+
+def public_name(name: str) -> str:
+    """A hub's name as it is; of a folder or a URL the last part, which tells of no machine."""
+    local = "://" in name or Path(name).is_absolute() or Path(name).exists()
+    return name.rstrip("/").rpartition("/")[2] if local else name
+
+
+def _find_manifest(shards: str) -> Manifest | None:
+    """What the training split holds; None, said on stderr, where it is not to be found any more."""
+    try:
+        if has_split(shards, "train"):
+            return ShardedDataset(shards, "train").manifest
+        reason = "they are not there"
+    except (jobs.BadInput, OSError) as error:
+        reason = jobs.describe(error)
+    place = jobs.hide_secrets(shards)
+    print(f"vidfill: the card cannot name the masks of {place}: {reason}", file=sys.stderr)
+    return None
+
+
+def _describe_masks(manifest: Manifest | None) -> str:
+    if manifest is None:
+        return "not known any more when this was written"
+    families = manifest.masks["families"]
+    if len(families) == 1:
+        return next(iter(families))
+    return ", ".join(f"{name} (weight {weight:g})" for name, weight in families.items())
+
+
+def _figures(losses: Mapping[str, tuple[int, float]], sweep: Sweep | None) -> list[str]:
+    figures = []
+    if sweep:
+        figures.append(_table_of(sweep))
+    if losses:
+        rows = [f"| {name} | {value:.4g} | {step} |" for name, (step, value) in losses.items()]
+        figures.append(LOSSES + "\n".join(rows))
+    return figures or ["None were measured on this average."]
+
+
+def _table_of(sweep: Sweep) -> str:
+    rows: list[Row] = [*sweep.baselines, *sweep.schedules]
+    said = SWEPT.format(
+        clips=rows[0].texts["clips"],
+        data=public_name(sweep.about["shards"]),
+        masks=", ".join(sweep.about["masks"]),
+    )
+    shown = [measure for measure in sweep.measures if measure.column != "clips"]
+    lines = [["schedule", *(f"{m.title} ({m.unit}) {m.arrow}".rstrip() for m in shown)]]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[f"`{row.name}`", *(rounded(row, measure) for measure in shown)] for row in rows]
+    return said + "\n".join(f"| {' | '.join(line)} |" for line in lines)
