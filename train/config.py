@@ -22,8 +22,8 @@ class ModelConfig:
     """The network."""
 
     preset: str = ""
-    """One of docs/model.md's: tiny, mini, small, base, large, ramvid-32 or ramvid-64; empty takes the
-    four sizes that follow."""
+    """One of docs/model.md's: tiny, mini, small, base, large, ramvid-32 or ramvid-64; empty takes
+    the four sizes that follow."""
     block_out_channels: tuple[int, ...] = (64, 128, 128)
     """Width of each level, channels; each level halves height and width."""
     layers_per_block: int = 1
