@@ -247,8 +247,8 @@ def _fill_window(
     latents = {result.request.clip: result.latents for result in results}
     seams = []
     for k, number in enumerate(filler.samples):
-        decoded = filler.autoencoder.decode(latents[str(number)][None])[0]
-        made = to_frames(decoded)[window.finished : len(window.frames)]
+        added = latents[str(number)][window.finished : len(window.frames)]
+        made = to_frames(filler.autoencoder.decode(added[None])[0])
         seams.append(_put(window.new, k, box, made, filler))
     return seams, box
 
