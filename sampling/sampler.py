@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import itertools
 import math
 import time
@@ -153,14 +154,23 @@ def find_capacity(denoiser: Denoiser, requests: Sequence[Request]) -> int:
     """The slots with which the requests are sampled fastest.
 
     As many as an accelerator's memory holds, found by trying; `CAPACITY` on the CPU. Never more
-    than all evaluations over the longest program's: more could not end before that does.
+    than it takes to end with the longest program: with more none would end sooner.
     """
     nfes = [request.program.nfe for request in requests]
-    useful = math.ceil(sum(nfes) / max(nfes))
+    fewest = math.ceil(sum(nfes) / max(nfes))
+    useful = next(slots for slots in itertools.count(fewest) if _calls(nfes, slots) == max(nfes))
     condition = requests[0].condition()
     if condition.device.type == "cpu":
         return min(useful, CAPACITY)
     return largest_batch(denoiser, condition, useful)
+
+
+def _calls(nfes: Sequence[int], slots: int) -> int:
+    """Network calls until all have ended, the longest started first."""
+    ends = [0] * slots
+    for nfe in sorted(nfes, reverse=True):
+        heapq.heapreplace(ends, ends[0] + nfe)
+    return max(ends)
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ from .sampler import (
     find_capacity,
     known_of,
     pixels_of,
-    sample,
     sample_in_order,
+    time_evaluation,
 )
 from .schedules import Program, compile_schedule, parse
 from .scores import Judges, describe_clip, load_judges, score_clip
@@ -323,7 +323,8 @@ def show_plan(inputs: Inputs, batch_size: int, processes: int = 1) -> None:
     requests = make_requests(inputs)
     batch = batch_size or find_capacity(inputs.denoiser, requests)
     batch = min(_share_of(batch, requests, processes), len(requests))
-    seconds = time_evaluation(inputs, batch)
+    condition = condition_of(inputs.denoiser, inputs.dataset[next(iter(inputs.clips.values()))])
+    seconds = time_evaluation(inputs.denoiser, condition, batch)
     slots = batch * processes
     shown = Table("schedule", "NFE", "completions", "evaluations", "network time")
     for name, program in inputs.sampled.items():
@@ -339,23 +340,6 @@ def show_plan(inputs: Inputs, batch_size: int, processes: int = 1) -> None:
         f"one evaluation of a batch of {batch} takes {seconds:.3f} s on {inputs.device}; "
         "decoding and metrics come on top"
     )
-
-
-def time_evaluation(inputs: Inputs, slots: int) -> float:
-    """Wall seconds of one network call on `slots` clips, the second of two."""
-    condition = condition_of(inputs.denoiser, inputs.dataset[next(iter(inputs.clips.values()))])
-    program = compile_schedule(parse("ddim:2"), inputs.denoiser.timesteps)
-    requests = [Request(str(slot), "ddim:2", program, lambda: condition) for slot in range(slots)]
-    moments: list[float] = []
-    for _ in sample(
-        inputs.denoiser,
-        requests,
-        capacity=slots,
-        seed=0,
-        on_evaluations=lambda count: moments.append(time.perf_counter()),
-    ):
-        pass
-    return moments[1] - moments[0]
 
 
 # What is done

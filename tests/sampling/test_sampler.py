@@ -290,3 +290,5 @@ def test_no_more_slots_are_taken_than_shorten_the_run(
     requests = requests_for(denoiser, make_example, ["ddim:20", "ddim:4"], ["a", "bb"])
     assert find_capacity(denoiser, requests) == 3  # 48 evaluations, of which 20 follow each other
     assert find_capacity(denoiser, requests * 20) == CAPACITY
+    requests = requests_for(denoiser, make_example, ["ddim:20", "ddim:12"], ["a", "bb", "ccc"])
+    assert find_capacity(denoiser, requests) == 6  # of 5 slots one would run 12 and 12
