@@ -160,12 +160,12 @@ def test_requeued_and_at_its_time_limit_a_job_of_two_nodes_goes_on_as_if_nothing
     job.wait_for(lambda: "time is nearly over" in job.log)  # within half a minute
     for process in held:
         os.kill(process, signal.SIGCONT)
-    job.wait_for(lambda: len(job.starts()) == 3)
+    job.wait_for(lambda: len(job.starts()) >= 3)
     assert "ended in time and goes back into the queue" in job.log
     assert job.end() == "COMPLETED", job.log
     assert not (job.run / "stopped.json").exists()
-    first, second, third = job.starts()
-    assert first < second < third < 40, job.log
+    starts = job.starts()  # more where a busy machine meets the limit again
+    assert starts == sorted(set(starts)) and starts[-1] < 40, job.log
     expected = losses(alone(job.folder))
     assert losses(job.run) == pytest.approx(expected, rel=1e-4)
     assert len(expected) == 40
