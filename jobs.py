@@ -208,24 +208,53 @@ def _record(config: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Be the one job that writes into a folder, for as long as this lasts.
 
-    File systems that cannot lock a folder hold nobody up.
+    It holds the lock of a file there, for network file systems lock no folders, and nothing that is
+    not open for writing. Those that cannot lock hold nobody up.
+
+    Args:
+        folder: It exists.
+        patience: Seconds to wait for the other job's end; a lost node's lock outlives it.
 
     Raises:
         BadInput: another job is at work there.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    path, ends = folder / "job.lock", time.monotonic() + patience
+    held = _lock(path)
+    if held is None and patience > 0:
+        print(f"another job writes into {folder}: waiting {patience:g} s for it", file=sys.stderr)
+    while held is None:
+        if time.monotonic() >= ends:
+            raise BadInput(f"another job writes into {folder}: let it end first")
+        time.sleep(min(1.0, patience))
+        held = _lock(path)
     try:
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInput(f"another job writes into {folder}: let it end first") from None
         yield
     finally:
+        path.unlink(missing_ok=True)
+        os.close(held)
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of a file that nobody else has locked; None where somebody has."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         os.close(descriptor)
+        return None
+    except OSError:
+        return descriptor
+    try:
+        is_there = os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        is_there = False
+    if is_there:
+        return descriptor
+    os.close(descriptor)  # of a file that its last holder has just removed
+    return _lock(path)
 
 
 def _read_job(mark: Path) -> dict[str, Any]:

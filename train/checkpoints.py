@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -137,13 +138,18 @@ class Checkpoints:
             for kind, files in sources.items():
                 write_full(state, parameter, kind, files[name].get_tensor(name))
 
-    def save(self, state: TrainState) -> float:
+    def save(
+        self, state: TrainState, written: Callable[[int, float], object] = lambda *_: None
+    ) -> float:
         """Take a snapshot and begin to write it; return the seconds that this took.
 
-        Every process calls this. Where the last write is not done, this waits for it.
+        Every process calls this. Where the last write is not done, this waits for it. `written` is
+        called once the checkpoint is whole, in the thread that writes it, with its step and the
+        seconds since the snapshot was begun.
         """
         began = time.perf_counter()
         broken = self._end_of_last_write()
+        since = time.perf_counter()
         self._snapshot(state)
         if not self._models:
             self._wrap_averages(state.blank)
@@ -153,7 +159,7 @@ class Checkpoints:
                 "latents": dataclasses.asdict(self._denoiser.space),
                 "ema_decays": self._decays,
             }
-            self._writing = self._thread.submit(self._write, facts)
+            self._writing = self._thread.submit(self._write, facts, since, written)
         return time.perf_counter() - began
 
     def failure(self) -> Exception | None:
@@ -171,6 +177,10 @@ class Checkpoints:
         failure = self._end_of_last_write()
         if failure:
             raise failure
+
+    def close(self) -> None:
+        """Write no more, once what is being written is whole."""
+        self._thread.shutdown()
 
     def _end_of_last_write(self) -> Exception | None:
         failure = self._writing.exception() if self._writing else None
@@ -205,7 +215,9 @@ class Checkpoints:
                 network.load_state_dict(tensors, assign=True)
                 self._models[kind] = self._denoiser.with_network(network)
 
-    def _write(self, facts: dict[str, Any]) -> None:
+    def _write(
+        self, facts: dict[str, Any], since: float, written: Callable[[int, float], object]
+    ) -> None:
         step = facts["counters"]["step"]
         try:
             self._write_aside(self._folder / name_of(step), facts)
@@ -215,6 +227,7 @@ class Checkpoints:
                 f"({jobs.describe(error)}): mend that, and the same command continues from the "
                 "one before"
             ) from error
+        written(step, time.perf_counter() - since)
 
     def _write_aside(self, path: Path, facts: dict[str, Any]) -> None:
         with jobs.aside(path) as partial:

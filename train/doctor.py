@@ -43,6 +43,7 @@ examples:
 WAIT = 10.0  # seconds that a shared folder has to show a file to another node
 WIDTH = 110  # columns where there is no terminal
 OPEN_FILES = 4096  # that a process should be allowed
+GPUS = "GPUs"  # the check without which the others cannot be
 
 Level = Literal["good", "warning", "bad"]
 MARKS = {"good": "[green]good[/]", "warning": "[yellow]look[/]", "bad": "[red]bad[/]"}
@@ -66,8 +67,10 @@ def doctor(config: TrainConfig) -> None:
         BadInputEverywhere: Something is bad.
     """
     check(config)
+    findings = [*_look_around()]
+    _refuse_shared_gpus(findings)
     accelerator = make_accelerator(config)
-    findings = [*_look_around(), *_look_at_processes(accelerator)]
+    findings += _look_at_processes(accelerator)
     findings += _look_at_folder(config.out, accelerator)
     findings += _try(config, accelerator)
     everyone: list[tuple[int, Finding]] = gather_object(
@@ -88,6 +91,7 @@ def doctor(config: TrainConfig) -> None:
 def _look_around() -> Iterator[Finding]:
     yield from check_versions(importlib.metadata.requires("vidfill") or [])
     yield from check_launcher(os.environ)
+    yield from check_gpus(os.environ, torch.cuda.device_count())
     yield _check_open_files()
 
 
@@ -139,6 +143,26 @@ def check_launcher(environment: Mapping[str, str]) -> Iterator[Finding]:
         yield _check_signals(environment)
 
 
+def check_gpus(environment: Mapping[str, str], gpus: int) -> Iterator[Finding]:
+    """Has each process of this node a GPU of its own, where there are any?"""
+    local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if local > gpus > 0:
+        yield Finding(
+            GPUS,
+            "bad",
+            f"{local} processes on this node share {gpus} GPU(s)",
+            "give --num_processes as nodes times GPUs of a node",
+        )
+
+
+def _refuse_shared_gpus(findings: Sequence[Finding]) -> None:
+    """End here, for NCCL cannot share a GPU: the processes cannot tell one another anything."""
+    if any(finding.check == GPUS for finding in findings):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _show(findings, int(os.environ.get("WORLD_SIZE", "1")))
+        raise jobs.BadInputEverywhere("processes share GPUs: see above; all else waits for that")
+
+
 def _check_signals(environment: Mapping[str, str]) -> Finding:
     handled = "SIGUSR1" in environment.get("PET_SIGNALS_TO_HANDLE", "")
     ignored = signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN  # as this process inherited it
@@ -180,15 +204,6 @@ def _look_at_processes(accelerator: Accelerator) -> Iterator[Finding]:
     summed = int(accelerator.reduce(one, "sum").item())
     place = f"{accelerator.device}, by {accelerator.state.backend or 'no backend'}"
     yield Finding("processes", "good", f"{summed} add up; each on its {place}")
-    if accelerator.device.type == "cuda":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if local > torch.cuda.device_count():
-            yield Finding(
-                "processes",
-                "bad",
-                f"{local} processes on this node share {torch.cuda.device_count()} GPU(s)",
-                "give --num_processes as nodes times GPUs of a node",
-            )
 
 
 def _look_at_folder(out: Path, accelerator: Accelerator) -> Iterator[Finding]:
@@ -206,7 +221,7 @@ def _look_at_folder(out: Path, accelerator: Accelerator) -> Iterator[Finding]:
     if written:
         yield Finding("run's folder", "bad", f"{folder}: {written}", "name a folder of your own")
     elif seen:
-        yield Finding("run's folder", "good", f"{folder} is written, and seen by all")
+        yield Finding("run's folder", "good", f"{folder}: what process 0 writes is seen")
     else:
         yield Finding(
             "run's folder",

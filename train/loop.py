@@ -36,6 +36,8 @@ examples:
   tensorboard --logdir runs/first/tensorboard
 """
 
+PATIENCE = 120.0  # seconds for another run in the folder to end: a lost node's lock outlives it
+
 
 def train(config: TrainConfig) -> None:
     """Train until `config.steps`, from the newest checkpoint where there is one.
@@ -51,19 +53,21 @@ def train(config: TrainConfig) -> None:
     accelerator = make_accelerator(config)
     process, processes = accelerator.process_index, accelerator.num_processes
     denoiser = make_denoiser(config, dataset.manifest)
-    preview, held_out = _open_and_claim(config, denoiser, accelerator)
     stream = Stream(
         dataset, config.batch_size, config.seed, process, processes, damaged=config.data.damaged
     )
-    state = make_state(config, accelerator, denoiser.network)
-    checkpoints = Checkpoints(config, denoiser, accelerator)
-    checkpoints.load(state)
-    with (
-        Control(config.out, process, processes) as control,
-        _progress(config, state, accelerator) as progress,
-        contextlib.closing(stream.run(state.step, config.data.workers)) as batches,
-        Monitor(config, state, denoiser, stream, preview, accelerator) as monitor,
-    ):
+    with contextlib.ExitStack() as stack:
+        preview, held_out = _open_and_claim(config, denoiser, accelerator, stack)
+        state = make_state(config, accelerator, denoiser.network)
+        checkpoints = Checkpoints(config, denoiser, accelerator)
+        checkpoints.load(state)
+        control = stack.enter_context(Control(config.out, process, processes))
+        progress = stack.enter_context(_progress(config, state, accelerator))
+        batches = stream.run(state.step, config.data.workers)
+        stack.enter_context(contextlib.closing(batches))
+        monitor = Monitor(config, state, denoiser, stream, preview, accelerator)
+        stack.enter_context(monitor)
+        stack.enter_context(contextlib.closing(checkpoints))
         reason = None
         while state.step < config.steps and not reason:
             result = train_step(state, next(batches), denoiser, accelerator, config)
@@ -75,7 +79,7 @@ def train(config: TrainConfig) -> None:
                 monitor.preview(state.step, denoiser.with_network(averaged_network(state)))
             reason = control.stop(state.step, checkpoints.failure())
             if reason or _is_due(state.step, config.checkpoint_every, config.steps):
-                monitor.checkpoint(state.step, checkpoints.save(state))
+                monitor.checkpoint(state.step, checkpoints.save(state, monitor.written))
         checkpoints.wait()
         stopped = reason if state.step < config.steps else None
         if stopped:
@@ -101,11 +105,12 @@ def _say_stopped(state: TrainState, reason: signal.Signals, accelerator: Acceler
 
 
 def _open_and_claim(
-    config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator
+    config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator, stack: contextlib.ExitStack
 ) -> tuple[Preview | None, HeldOut | None]:
     """Take the folder, and open what is shown and measured; all learn whether that worked.
 
-    Each process opens its own held-out clips; the first one opens the preview too.
+    Each process opens its own held-out clips; the first one opens the preview too, and holds the
+    folder until `stack` is closed.
     """
     preview: Preview | None = None
     held_out: HeldOut | None = None
@@ -118,6 +123,8 @@ def _open_and_claim(
             preview = open_preview(config, denoiser, accelerator.device)
             located = dataclasses.replace(config, shards=jobs.locate(config.shards))
             jobs.claim(config.out, "train", located, MAY_CHANGE)
+            # The others' patience with a collective ends after the timeout.
+            stack.enter_context(jobs.hold(config.out, min(PATIENCE, 30 * config.timeout)))
     except (jobs.BadInput, OSError) as error:  # the others wait to hear of either
         refusal = jobs.describe(error)
     refusals = [said for said in gather_object([refusal]) if said]

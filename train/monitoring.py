@@ -71,6 +71,8 @@ SCALARS = {
     "this start and went into no step that counts: waiting to be started again, starting, steps "
     "done twice, and the pauses of earlier starts.",
     "time/checkpoint_seconds": "That the steps waited for a checkpoint.",
+    "time/checkpoint_written_seconds": "From the beginning of a checkpoint until it was whole on "
+    "disk, while the steps went on.",
     "time/evaluation_seconds": "That the steps waited for the held-out loss.",
     "time/preview_seconds": "That the steps waited for the samples.",
     "memory/gigabytes": "Largest so far of any process: allocated on its GPU, or resident.",
@@ -100,7 +102,7 @@ LAYOUT = {
         "Share of the peak rate (MFU)": ["Multiline", ["^speed/share_of_peak$"]],
         "Slowest process over the mean": ["Multiline", ["^speed/slowest_over_mean$"]],
         "Memory, GB": ["Multiline", ["^memory/"]],
-        "Seconds that pauses took": ["Multiline", ["^time/.*_seconds$"]],
+        "Seconds that pauses took, and checkpoints": ["Multiline", ["^time/.*_seconds$"]],
     },
 }
 
@@ -124,7 +126,6 @@ COMPARED = (
     "loss.timesteps",
 )
 
-TRAINING = 3  # a forward and a backward pass take the operations of three forward passes
 FORWARDS = 64  # the last forward passes, whose times are kept
 
 
@@ -266,7 +267,7 @@ class Monitor:
             frames, _, height, width = denoiser.space.shape
             options = denoiser.network.config
             cost = cost_of(lambda: VideoUNet.from_config(options), frames, height, width)
-            self._operations = TRAINING * 2 * cost.multiply_adds  # a clip
+            self._operations = cost.training_operations  # a clip
         self._note = ""
         self._step = state.step
         self._lost = clock() - state.began - state.productive
@@ -338,6 +339,10 @@ class Monitor:
         """Log how long the steps waited for a checkpoint."""
         self._lap()
         self._write(step, {"time/checkpoint_seconds": seconds})
+
+    def written(self, step: int, seconds: float) -> None:
+        """Log how long a checkpoint took to be on disk; any thread may call this."""
+        self._write(step, {"time/checkpoint_written_seconds": seconds})
 
     def _lap(self) -> float:
         """Seconds since the last lap."""

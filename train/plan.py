@@ -7,8 +7,10 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -24,12 +26,17 @@ from ..modeling.precision import autocast
 from ..modeling.presets import cost_of
 from ..modeling.unet import VideoUNet
 from .config import TrainConfig
+from .rates import measure_rate
 from .state import make_accelerator, make_denoiser, make_state
 from .step import train_step
 
 WARM_UP, MEASURED = 2, 3  # steps
+PATIENCE = 10.0  # seconds that they may take a processor at its best
 GPUS_A_NODE = 8
 DEEPSPEED_BUCKETS = 2 * 4 * 50_000_000  # bytes that it reduces and gathers in
+# DeepSpeed's defaults at stage 3: what it always keeps whole, and what only if used again soon.
+SMALL = 4 * 100_000  # bytes of a parameter
+SOON = 4 * 1_000_000_000  # bytes of weights in between
 SUPPOSED = 100e12  # operations a second of a GPU, where there is none to measure
 WIDTH = 100  # columns where there is no terminal
 
@@ -45,7 +52,8 @@ class Plan:
     clips_at_once: int  # of them, in one forward pass
     memory: dict[str, int]  # by part
     checkpoint: int  # bytes of one checkpoint
-    traffic: int  # bytes that a GPU sends, and receives, to average the gradients of a step
+    snapshot: int  # bytes of the first node's own memory, from the first checkpoint on
+    traffic: int  # bytes that a GPU sends, and receives, for the gradients and weights of a step
     epochs: float
     examples: int
     shards: int
@@ -64,6 +72,8 @@ def make_plan(config: TrainConfig, manifest: Manifest, gpus: int) -> Plan:
         return network
 
     cost = cost_of(make_network, frames, height, width, config.precision)
+    with torch.device("meta"):
+        sizes = [parameter.nbytes for parameter in make_network().parameters()]
     clips = math.ceil(config.batch_size / gpus)
     at_once = math.ceil(clips / config.gradient_accumulation)
     weights, averages = 4 * cost.parameters, len(config.optimizer.ema_decays)
@@ -80,7 +90,9 @@ def make_plan(config: TrainConfig, manifest: Manifest, gpus: int) -> Plan:
         memory=state_memory(weights, averages, config.zero_stage, gpus)
         | {"activations": activation_memory(config, manifest, make_network, at_once)},
         checkpoint=(3 + averages) * weights,
-        traffic=round(2 * (gpus - 1) / gpus * weights),
+        # What a GPU copies to while it computes is pinned, in powers of two.
+        snapshot=(3 + averages) * sum(1 << (size - 1).bit_length() for size in sizes),
+        traffic=traffic(sizes, config.zero_stage, min(config.gradient_accumulation, clips), gpus),
         epochs=config.steps * config.batch_size / manifest.examples,
         examples=manifest.examples,
         shards=len(manifest.shards.bytes),
@@ -95,7 +107,8 @@ def state_memory(weights: int, averages: int, stage: int, gpus: int) -> dict[str
 
     DeepSpeed keeps float32 weights beside the network's own, which it shares out from stage 1 on,
     like moments and averages; gradients from stage 2 on; the network's weights at stage 3
-    (Rajbhandari et al. 2020, "ZeRO", section 5).
+    (Rajbhandari et al. 2020, "ZeRO", section 5). What it gathers of these for the forward pass it
+    keeps for the backward pass, unless that is far away.
 
     Args:
         weights: Bytes of all weights in float32.
@@ -110,8 +123,42 @@ def state_memory(weights: int, averages: int, stage: int, gpus: int) -> dict[str
         "gradients": share if stage >= 2 else weights,
         "moments and averages": optimizer + (share if stage else 0),
     }
+    if stage == 3:
+        parts["gathered weights"] = min(SOON, weights)
     # Of plain training the buckets are the gradients themselves.
     return parts | ({"buckets": min(DEEPSPEED_BUCKETS, 2 * weights)} if stage else {})
+
+
+def traffic(sizes: Sequence[int], stage: int, parts: int, gpus: int) -> int:
+    """Bytes that each of `gpus` GPUs sends, and receives, for the gradients and weights of a step.
+
+    To gather what N GPUs share, or to reduce what each has to shares, moves (N − 1)/N of it
+    through each: one exchange. To reduce it to all takes two (Rajbhandari et al. 2020, "ZeRO",
+    section 7). The exchanges of a step of p parts are, where the paper needs 2, 2, p + 1, 3p:
+
+    - 2 without ZeRO: gradients are reduced to all, after the last part;
+    - 3 at stage 1, where new weights are gathered too;
+    - 2p + 1 at stage 2, where each part's gradients are reduced, to all, though each GPU keeps its
+      share alone (DeepSpeed's `use_multi_rank_bucket_allreduce`);
+    - 2p at stage 3: each part gathers the weights, and reduces its gradients to shares. Small
+      weights are gathered once a step; of a network so large that DeepSpeed gives up what it has
+      gathered before the backward pass, the others twice a part.
+
+    Args:
+        sizes: Bytes of each parameter in float32.
+        stage: Of ZeRO.
+        parts: In which a GPU takes its clips.
+        gpus: That share.
+    """
+    weights, small = sum(sizes), sum(size for size in sizes if size < SMALL)
+    gathers = 1 if 2 * weights <= SOON else 2  # the first weights are used again last
+    exchanged = {
+        0: 2 * weights,
+        1: 3 * weights,
+        2: (2 * parts + 1) * weights,
+        3: parts * weights + gathers * parts * (weights - small) + small,
+    }
+    return round((gpus - 1) / gpus * exchanged[stage])
 
 
 def activation_memory(
@@ -147,22 +194,45 @@ def measure_step(config: TrainConfig, dataset: ShardedDataset, clips: int) -> tu
     The median of a few real steps in one process, after some to warm up. The peak is 0 without a
     GPU.
     """
-    alone = dataclasses.replace(config, batch_size=clips, zero_stage=0)
-    accelerator = make_accelerator(alone)
-    denoiser = make_denoiser(alone, dataset.manifest)
-    state = make_state(alone, accelerator, denoiser.network)
-    stream = Stream(dataset, clips, config.seed)
-    seconds = []
-    on_gpu = accelerator.device.type == "cuda"
-    for number in range(WARM_UP + MEASURED):
-        batch = stream.batch(number)
-        began = time.perf_counter()
-        train_step(state, batch, denoiser, accelerator, alone)
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return statistics.median(seconds[WARM_UP:]), peak
+    with tempfile.TemporaryDirectory() as scratch:  # for what a bad step would list
+        alone = dataclasses.replace(config, out=Path(scratch), batch_size=clips, zero_stage=0)
+        accelerator = make_accelerator(alone)
+        denoiser = make_denoiser(alone, dataset.manifest)
+        state = make_state(alone, accelerator, denoiser.network)
+        stream = Stream(dataset, clips, config.seed)
+        seconds = []
+        on_gpu = accelerator.device.type == "cuda"
+        for number in range(WARM_UP + MEASURED):
+            batch = stream.batch(number)
+            began = time.perf_counter()
+            train_step(state, batch, denoiser, accelerator, alone)
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        return statistics.median(seconds[WARM_UP:]), peak
+
+
+def why_not_here(config: TrainConfig, needs: Plan, memory: int, rate: float) -> str:
+    """Why a processor is not to measure steps; empty where it may.
+
+    Args:
+        config: The run's.
+        needs: Of the run.
+        memory: Bytes that the machine has.
+        rate: Operations a second that it does at best.
+    """
+    if config.plan_gpus:
+        return "a processor is no GPU"
+    if config.compile:
+        return "to compile the network takes a processor minutes (--compile false)"
+    wanted = sum(needs.memory.values())
+    if wanted > memory:
+        return f"a step takes {in_bytes(wanted)}, and there are {in_bytes(memory)} of memory"
+    seconds = (WARM_UP + MEASURED) * needs.operations / rate
+    if seconds > PATIENCE:
+        return f"{WARM_UP + MEASURED} steps take this processor {_days(seconds / 86400)} at best"
+    return ""
 
 
 def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
@@ -181,18 +251,28 @@ def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
             f"batch_size is {config.batch_size} and plan_gpus {gpus}: give each GPU a clip or more"
         )
     needs = make_plan(config, dataset.manifest, gpus)
-    seconds, peak = None, 0
-    if torch.cuda.is_available() or not config.plan_gpus:
-        print(f"measuring {MEASURED} steps of {needs.clips} clip(s) here…", file=sys.stderr)
-        try:
-            seconds, peak = measure_step(config, dataset, needs.clips)
-        except torch.OutOfMemoryError:
-            print(
-                "a step does not fit here: give more --plan_gpus, --gradient_accumulation or "
-                "--model.gradient_checkpointing",
-                file=sys.stderr,
-            )
-    _show(config, needs, seconds, peak)
+    _show(config, needs, *_measure(config, dataset, needs))
+
+
+def _measure(config: TrainConfig, dataset: ShardedDataset, needs: Plan) -> tuple[float | None, int]:
+    """What `measure_step` does, where that makes sense; else None and 0, and why, on stderr."""
+    if not torch.cuda.is_available():
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        rate = measure_rate(torch.device("cpu"), config.precision)
+        reason = why_not_here(config, needs, memory, rate)
+        if reason:
+            print(f"nothing is measured here: {reason}", file=sys.stderr)
+            return None, 0
+    print(f"measuring {MEASURED} steps of {needs.clips} clip(s) here…", file=sys.stderr)
+    try:
+        return measure_step(config, dataset, needs.clips)
+    except torch.OutOfMemoryError:
+        print(
+            "a step does not fit here: give more --plan_gpus, --gradient_accumulation or "
+            "--model.gradient_checkpointing",
+            file=sys.stderr,
+        )
+        return None, 0
 
 
 def _show(config: TrainConfig, needs: Plan, seconds: float | None, peak: int) -> None:
@@ -215,6 +295,7 @@ def _size(config: TrainConfig, needs: Plan) -> list[tuple[str, str]]:
         ("shards", f"{needs.shards}, {in_bytes(needs.shard_bytes)} in all"),
         ("cache of a node, behind a URL", f"{in_bytes(needs.cache)} ({GPUS_A_NODE} GPUs a node)"),
         ("checkpoint", f"{in_bytes(needs.checkpoint)}, {config.keep_checkpoints + 1} at most"),
+        ("memory of the first node, for it", f"{in_bytes(needs.snapshot)}, pinned"),
     ]
 
 
@@ -230,7 +311,7 @@ def _time(config: TrainConfig, needs: Plan, measured: float | None) -> list[tupl
     seconds = measured or needs.operations / SUPPOSED
     rate = needs.operations / seconds / 1e12
     days = config.steps * seconds / 86400
-    source = "measured here" if measured else "supposed: no GPU is here to measure on"
+    source = "measured here" if measured else "supposed, of a GPU"
     return [
         ("operations of a step", f"{needs.operations / 1e12:.3g} TFLOP on a GPU"),
         ("a step", f"{seconds:.3g} s, {rate:.3g} TFLOP/s on a GPU ({source})"),
@@ -239,7 +320,7 @@ def _time(config: TrainConfig, needs: Plan, measured: float | None) -> list[tupl
             "reading",
             f"{in_bytes(round(needs.fetched / seconds))}/s in all, where shards lie behind a URL",
         ),
-        ("gradients", f"{in_bytes(needs.traffic)} a step out of each GPU, and as much in"),
+        ("traffic", f"{in_bytes(needs.traffic)} a step out of each GPU, and as much in"),
         ("time, without communication", f"{_days(days)}, {days * 24 * needs.gpus:.3g} GPU hours"),
     ]
 

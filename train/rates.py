@@ -8,8 +8,10 @@ import torch
 
 from ..modeling.precision import Precision
 
-# Operations a second of NVIDIA's data sheets, without sparsity: in 16 bits, and in TensorFloat-32,
-# which is what torch's convolutions take in float32. The first name that a device's begins with.
+# Operations a second of NVIDIA's data sheets (nvidia.com/data-center/ a100, h100, h200, l40s,
+# grace-hopper-superchip and hgx), which is half of what they give with sparsity: in 16 bits, and in
+# TensorFloat-32, which is what torch's convolutions take in float32. The first name that a device's
+# begins with.
 PEAKS = {
     "NVIDIA B200": (2250e12, 1100e12),
     "NVIDIA GH200": (989e12, 494e12),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +14,15 @@ from pathlib import Path
 import pytest
 from vidfill.jobs import BadInput
 from vidfill.train.config import DataConfig, TrainConfig
-from vidfill.train.doctor import Finding, check_launcher, check_versions, doctor, main, merge
+from vidfill.train.doctor import (
+    Finding,
+    check_gpus,
+    check_launcher,
+    check_versions,
+    doctor,
+    main,
+    merge,
+)
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -81,6 +91,12 @@ def test_deepspeeds_launcher_of_several_nodes_is_bad_unless_it_is_the_standard_o
     assert "bad" not in levels(list(check_launcher(standard)))
 
 
+@pytest.mark.parametrize(("processes", "gpus", "bad"), [(8, 8, 0), (8, 2, 1), (2, 0, 0)])
+def test_processes_that_share_gpus_are_bad(processes: int, gpus: int, bad: int) -> None:
+    """Without GPUs they may be as many as one likes."""
+    assert len(list(check_gpus({"LOCAL_WORLD_SIZE": str(processes)}, gpus))) == bad
+
+
 def test_a_launcher_that_dies_of_slurms_warning_is_warned_of() -> None:
     job = {"WORLD_SIZE": "16", "SLURM_JOB_ID": "1"}
     assert "warning" in levels(list(check_launcher(job)))
@@ -131,3 +147,42 @@ def test_two_processes_are_found_to_add_up(shards: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert "2 add up" in done.stdout
     assert "bad" not in done.stdout
+
+
+# Starts the doctor in a folder of the process's own, as on nodes that share none.
+NODE = """
+import os, sys
+os.chdir(f"node-{os.environ['RANK']}")
+from vidfill.train.doctor import main
+sys.exit(main())
+"""
+
+
+def test_folders_that_one_of_two_nodes_does_not_see_are_bad(shards: Path, tmp_path: Path) -> None:
+    """What each finds is said of it, and the step is for none, or one would wait for ever."""
+    for node in ("node-0", "node-1"):
+        (tmp_path / node).mkdir()
+    (tmp_path / "node-0" / "shards").symlink_to(shards)
+    (tmp_path / "node.py").write_text(NODE)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"),
+            *("2", "node.py", "shards", "run", *TINY),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode != 0
+    for row in (
+        r"run's folder +good +process 0: ",
+        r"run's folder +bad +process 1: ",
+        r"shards and network +bad +process 1: shards holds no",
+        r"one step +look +process 0: not tried",
+    ):
+        assert re.search(row, done.stdout), done.stdout
+    assert "error: 2 of 12 checks are bad: see above" in done.stderr
+    assert not list(tmp_path.glob("node-*/.partial-*"))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from vidfill.modeling.checkpoint import newest_first, verify
+from vidfill.train.loop import main
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -24,16 +27,33 @@ LAUNCHER = [
 ]
 
 
-def start(shards: Path, out: Path, launcher: list[str]) -> subprocess.CompletedProcess[str]:
+def start(
+    shards: Path, out: Path, launcher: list[str], *options: str
+) -> subprocess.CompletedProcess[str]:
     """The run's command, to its end."""
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "vidfill.train", str(shards), str(out), *TINY],
+        [sys.executable, *launcher, "-m", "vidfill.train", str(shards), str(out), *TINY, *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=250,
         check=False,
     )
+
+
+def begin(shards: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+    """The run's command, once it is about to take its first step."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vidfill.train", str(shards), str(out), *TINY, *options],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr
+    for line in process.stderr:
+        if "on 1 process(es)" in line:
+            return process
+    raise AssertionError(f"the run ended with {process.wait()}")
 
 
 def weights(run: Path) -> dict[str, bytes]:
@@ -104,6 +124,37 @@ def test_a_full_disk_ends_the_run_with_one_line_and_with_room_it_goes_on_to_the_
     assert "Traceback" not in said
     assert start(shards, tmp_path / "alone", []).returncode == 0
     assert weights(disk / "run") == weights(tmp_path / "alone")
+
+
+def test_a_folder_has_one_run_at_a_time_and_who_waits_takes_over(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a run that is halted, one of two processes gives up; another outwaits its end."""
+    run = tmp_path / "run"
+    with begin(shards, run, "--steps", "1000000") as lives:
+
+        def end() -> None:
+            lives.send_signal(signal.SIGTERM)
+            lives.send_signal(signal.SIGCONT)
+
+        timer = threading.Timer(5, end)
+        try:
+            lives.send_signal(signal.SIGSTOP)
+            gives_up = start(shards, run, LAUNCHER, "--timeout", "0.5")  # minutes
+            timer.start()
+            assert main([str(shards), str(run), *TINY]) == 0
+            _, last_words = lives.communicate(timeout=100)
+        finally:
+            timer.cancel()
+            lives.kill()
+    refusal = f"vidfill train: error: another job writes into {run}: let it end first"
+    assert gives_up.returncode != 0
+    assert [line for line in gives_up.stderr.splitlines() if "error:" in line] == [refusal]
+    (saved,) = re.findall(r"stopped by SIGTERM after step (\d+)", last_words)
+    said = capsys.readouterr().err
+    assert f"another job writes into {run}: waiting 120 s for it" in said
+    assert f"step {saved} of 12" in said
+    assert not (run / "job.lock").exists()
 
 
 def test_a_full_disk_under_one_process_ends_all_alike(shards: Path, disk: Path) -> None:

@@ -79,17 +79,20 @@ def launch(arguments: list[str], processes: int) -> None:
 def test_the_model_overfits_one_clip(
     tiny_config: TrainConfig, tmp_path: Path, losses: Losses
 ) -> None:
-    """Of one clip the network learns all that its size allows, and its frames are shown."""
+    """Of one clip the network learns all that its size allows, and its frames are shown.
+
+    Seen of three seeds: 0.12 to 0.15 of the first loss.
+    """
     autoencoder = ShardedDataset(tiny_config.shards, "train").manifest.autoencoder["name"]
     synth(SynthConfig(tmp_path / "videos", clips=1, validation=1, size=32, frames=20))
     encode(EncodeConfig(tmp_path / "videos", tmp_path / "one", autoencoder=autoencoder))
     config = dataclasses.replace(
         tiny_config,
         shards=str(tmp_path / "one"),
-        steps=400,
+        steps=250,
         diffusion=DiffusionConfig(target="v"),
-        checkpoint_every=400,
-        preview=PreviewConfig(every=400, clips=1, schedule="ddim:2"),
+        checkpoint_every=250,
+        preview=PreviewConfig(every=250, clips=1, schedule="ddim:2"),
     )
     train(config)
     curve = losses(config.out)
@@ -99,6 +102,9 @@ def test_the_model_overfits_one_clip(
     events.Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"train/loss", "held_out/loss", "speed/clips_per_second"} <= scalars
+    (written,) = events.Scalars("time/checkpoint_written_seconds")
+    (waited,) = events.Scalars("time/checkpoint_seconds")
+    assert written.value > waited.value
     assert len(events.Tags()["images"]) == 2  # a picture and a film
 
 
@@ -138,16 +144,13 @@ def test_two_processes_train_like_one(
 def test_zero_2_on_two_processes_trains_like_one_and_its_checkpoint_continues_anywhere(
     tiny_config: TrainConfig, shards: Path, tmp_path: Path, losses: Losses
 ) -> None:
-    """Real DeepSpeed over gloo: three steps of ZeRO-2, the next three without DeepSpeed."""
+    """Real DeepSpeed over gloo: two steps without it, two under ZeRO-2, and two without."""
     train(tiny_config)
     run = tmp_path / "zero"
-    launch([str(shards), str(run), *TINY, "--zero_stage", "2", "--steps", "3"], processes=2)
+    assert main([str(shards), str(run), *TINY, "--steps", "2"]) == 0
+    launch([str(shards), str(run), *TINY, "--zero_stage", "2", "--steps", "4"], processes=2)
     assert main([str(shards), str(run), *TINY]) == 0
     assert losses(run) == pytest.approx(losses(tiny_config.out), rel=1e-4)
-    other = tmp_path / "plain"
-    train(dataclasses.replace(tiny_config, out=other, steps=3))
-    launch([str(shards), str(other), *TINY, "--zero_stage", "2"], processes=2)
-    assert losses(other) == pytest.approx(losses(tiny_config.out), rel=1e-4)
 
 
 def damage_an_example(root: Path) -> str:

@@ -102,6 +102,7 @@ def follow(config: TrainConfig) -> list[StepResult]:
         monitor.evaluation(run.state.step, held_out.measure(averaged, run.accelerator))
         monitor.preview(run.state.step, averaged)
         monitor.checkpoint(run.state.step, 0.25)
+        monitor.written(run.state.step, 0.5)
     return results
 
 
@@ -165,6 +166,7 @@ def test_what_was_measured_is_what_tensorboard_shows(config: TrainConfig) -> Non
         assert values["train/learning_rate"][step] == pytest.approx(second.learning_rate)
         assert values["train/epochs"][step] == step * 3 / 4
     assert values["time/checkpoint_seconds"] == {4: 0.25}
+    assert values["time/checkpoint_written_seconds"] == {4: 0.5}
     assert values["time/preview_seconds"][4] > 0
     assert values["memory/gigabytes"][4] < 20
     images = events_of(config)

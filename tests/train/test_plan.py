@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 from vidfill.data.shards import ShardedDataset
 from vidfill.jobs import BadInput
-from vidfill.train.config import ModelConfig, TrainConfig
+from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from vidfill.train.loop import train
-from vidfill.train.plan import make_plan, state_memory
+from vidfill.train.plan import make_plan, measure_step, state_memory, traffic, why_not_here
 from vidfill.train.state import make_accelerator, make_denoiser, make_state
 
 
@@ -30,6 +30,7 @@ def test_the_state_counted_is_the_state_allocated(tiny_config: TrainConfig) -> N
     assert plan.memory["moments and averages"] == sum(tensor.nbytes for tensor in others)
     assert plan.checkpoint == plan.memory["weights"] + plan.memory["moments and averages"]
     assert "buckets" not in plan.memory
+    assert plan.checkpoint < plan.snapshot < 2 * plan.checkpoint  # powers of two
 
 
 def test_the_checkpoint_counted_is_the_checkpoint_written(tiny_config: TrainConfig) -> None:
@@ -45,7 +46,8 @@ def test_each_zero_stage_shares_out_more_than_the_one_before() -> None:
     """16 bytes a parameter without averages: ZeRO's paper has them at (2 + 2 + K) bytes, K = 12."""
     of_stage = [state_memory(4_000_000, 0, stage, gpus=4) for stage in range(4)]
     for parts in of_stage:
-        parts.pop("buckets", None)
+        for passing in ("buckets", "gathered weights"):
+            parts.pop(passing, None)
     assert [sum(parts.values()) / 1_000_000 for parts in of_stage] == [16, 11, 8, 5]
 
 
@@ -57,6 +59,44 @@ def test_a_share_is_of_the_gpus_that_were_named(tiny_config: TrainConfig) -> Non
     assert (four.clips, four.clips_at_once) == (3, 1)
     assert one.memory["activations"] > 2 * four.memory["activations"]
     assert (one.traffic, one.epochs) == (0, four.epochs)
+
+
+def test_an_exchange_of_many_parts_is_one_of_one_part_many_times() -> None:
+    """In ZeRO's paper data parallel training moves 2 weights a step, and stage 3 half more."""
+    sizes = [4_000_000, 400]
+    one, four = (
+        [traffic(sizes, stage, parts, gpus=1000) / sum(sizes) for stage in range(4)]
+        for parts in (1, 4)
+    )
+    assert one == pytest.approx([2, 3, 3, 2], rel=2e-3)
+    assert four == pytest.approx([2, 3, 9, 8], rel=2e-3)
+    huge = [2_500_000_000]
+    assert traffic(huge, 3, 1, gpus=1000) / sum(huge) == pytest.approx(3, rel=2e-3)
+    assert all(traffic(sizes, stage, parts=4, gpus=1) == 0 for stage in range(4))
+
+
+def test_a_processor_measures_only_what_it_can(tiny_config: TrainConfig) -> None:
+    plan = make_plan(tiny_config, ShardedDataset(tiny_config.shards, "train").manifest, gpus=1)
+    enough = 2 * sum(plan.memory.values())
+    assert not why_not_here(tiny_config, plan, enough, rate=float(plan.operations))
+    assert "memory" in why_not_here(tiny_config, plan, enough // 3, rate=float(plan.operations))
+    assert "8.3 minutes" in why_not_here(tiny_config, plan, enough, rate=plan.operations / 100)
+    for change in ({"plan_gpus": 2}, {"compile": True}):
+        config = dataclasses.replace(tiny_config, **change)
+        assert why_not_here(config, plan, enough, rate=float(plan.operations))
+
+
+def test_a_step_that_is_measured_writes_nothing_into_the_runs_folder(
+    tiny_config: TrainConfig,
+) -> None:
+    config = dataclasses.replace(
+        tiny_config,
+        max_skipped=9,
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup=0),
+    )
+    seconds, _ = measure_step(config, ShardedDataset(config.shards, "train"), clips=2)
+    assert seconds > 0
+    assert not tiny_config.out.exists()
 
 
 def test_recomputed_activations_are_not_kept(tiny_config: TrainConfig) -> None:

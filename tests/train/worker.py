@@ -92,7 +92,8 @@ class Run:
         self.config, self.accelerator = config, accelerator
         self.said: dict[str, Any] = {"losses": [], "norms": [], "scales": [], "refusal": ""}
         # The averages again, in float64.
-        self.exact = [self.read("weights").double() for _ in config.optimizer.ema_decays]
+        weights = self.read("weights").double()
+        self.exact = [weights.clone() for _ in config.optimizer.ema_decays]
 
     def read(self, kind: str) -> Tensor:
         """All of a kind, end to end."""
@@ -118,11 +119,14 @@ class Run:
         number = self.state.step
         batch, denoiser = self.poisoned(self.stream.batch(number))
         counts = number == self.wanted.get("count")
-        with profile() if counts else contextlib.nullcontext() as profiled:
+        with profile(record_shapes=True) if counts else contextlib.nullcontext() as profiled:
             result = train_step(self.state, batch, denoiser, self.accelerator, self.config)
         if profiled:
-            events = [event.name for event in profiled.events() or []]
-            self.said["collectives"] = sum(name.startswith("gloo:") for name in events)
+            self.said["exchanged"] = [
+                [event.name, sum(map(math.prod, event.input_shapes))]
+                for event in profiled.events() or []
+                if event.name.startswith("gloo:")
+            ]
         self.said["losses"].append(float(self.accelerator.reduce(result.loss, "mean")))
         self.said["norms"].append(result.gradient_norm)
         self.said["scales"].append(self.state.scale)
