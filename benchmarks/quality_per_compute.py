@@ -4,9 +4,10 @@ Every network is trained by the same few lines on the same batches with the same
 target, the mask as a channel, AdamW without weight decay, a warm-up, the gradient clipped at 1, and
 an average of the weights with vidfill's decay (1 + step) / (10 + step), which is what is measured.
 Its learning rate is the best of a grid after short runs with the first seed. Then it is trained for
-the whole budget, once a seed. In a round all networks are trained in turns in one process, so that
-what else the machine does hits them alike. Time is a network's own training time: evaluation and
-the other networks' turns are not counted.
+the whole budget, once a seed; a run that diverges is done again at the next lower rate. In a round
+all networks are trained in turns in one process, so that what else the machine does hits them
+alike. Time is a network's own training time: evaluation and the other networks' turns are not
+counted.
 
 The held-out loss is that of fixed validation clips, each at one fixed timestep, spread evenly over
 all of them, and fixed noise. How the peers are wired stands in `benchmarks/peers.py`.
@@ -31,7 +32,7 @@ import matplotlib.style
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 from vidfill import jobs, seeding
 from vidfill.data.shards import ShardedDataset
@@ -40,7 +41,7 @@ from vidfill.modeling.diffusion import Denoiser
 from vidfill.modeling.noise import DiffusionConfig, LossConfig, draw_timesteps, timesteps_at
 from vidfill.modeling.precision import Precision, autocast
 from vidfill.modeling.presets import build
-from vidfill.sampling.figures import DPI, SMALL, STYLE
+from vidfill.sampling.figures import DPI, FAINT, REFERENCE, SMALL, STYLE
 from vidfill.train.state import space_of
 from vidfill.train.step import diffusion_loss, draw_latents, draw_noise
 
@@ -62,6 +63,7 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     **PEERS,
 }
 COLOURS = dict(zip(NETWORKS, ("#0072B2", "#D55E00", "#009E73"), strict=True))  # Okabe and Ito's
+DIVERGED = 1.25  # of its lowest held-out loss, at which a run ends or above
 GOAL = 1 / 3  # of the budget, at most, in which ours should reach a peer's final loss
 DIFFUSION, LOSS = DiffusionConfig(target="v", mask_channel=True), LossConfig()
 WARMUP = 30  # optimizer steps
@@ -107,17 +109,13 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Runs of all networks side by side, each at a rate of its own."""
+    """Runs of networks side by side, each at a rate of its own."""
 
     name: str
     seed: int
     rates: dict[str, float]
     seconds: float
     points: int
-
-    @property
-    def turns(self) -> int:
-        return len(NETWORKS) * self.points
 
 
 def prepare(settings: Settings) -> Work:
@@ -213,35 +211,35 @@ def follow(average: nn.Module, network: nn.Module, steps: int) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
 
 
-def train_round(round_: Round, work: Work, progress: jobs.Progress) -> list[dict[str, Any]]:
-    """Train all networks in turns, from one measurement to the next."""
+def train_round(round_: Round, work: Work) -> list[dict[str, Any]]:
+    """Train the round's networks in turns, from one measurement to the next."""
     runs = [Run(name, rate, round_.seed, work) for name, rate in round_.rates.items()]
     for run in runs:
         run.measure()
-    for index in range(1, round_.points + 1):
-        for run in runs:
-            run.train(round_.seconds * index / round_.points)
-            run.measure()
-            note = f"{run.name}, {run.steps} steps, held-out loss {run.points[-1][2]:.4f}"
-            progress.advance(note=note)
+    turns = len(runs) * round_.points
+    with jobs.progress(round_.name, turns, "turns") as progress:
+        for index in range(1, round_.points + 1):
+            for run in runs:
+                run.train(round_.seconds * index / round_.points)
+                run.measure()
+                note = f"{run.name}, {run.steps} steps, held-out loss {run.points[-1][2]:.4f}"
+                progress.advance(note=note)
     return [run.result() for run in runs]
 
 
-def run_all(work: Work) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The short runs and the long ones; those that are in the folder are not run again."""
-    settings = work.settings
-    rounds = [*tuning_rounds(settings), *final_rounds(settings, {})]
-    total = sum(round_.turns for round_ in rounds)
-    done = sum(round_.turns for round_ in rounds if file_of(round_, work).is_file())
-    short: list[dict[str, Any]] = []
+def run_all(work: Work) -> dict[str, list[dict[str, Any]]]:
+    """The short runs, the long ones, and the long ones that diverged and were done again."""
+    short = [run for round_ in tuning_rounds(work.settings) for run in keep(round_, work)]
+    rates = {name: best(short, name)["rate"] for name in NETWORKS}
     long: list[dict[str, Any]] = []
-    with jobs.progress("quality_per_compute", total, "turns", done) as progress:
-        for round_ in tuning_rounds(settings):
-            short += keep(round_, work, progress)
-        rates = {name: best(short, name)["rate"] for name in NETWORKS}
-        for round_ in final_rounds(settings, rates):
-            long += keep(round_, work, progress)
-    return short, long
+    diverged: list[dict[str, Any]] = []
+    for round_ in final_rounds(work.settings, rates):
+        runs = {run["network"]: run for run in keep(round_, work)}
+        while (round_ := lower(round_, runs, work.settings.rates)).rates:
+            diverged += [runs[name] for name in round_.rates]
+            runs |= {run["network"]: run for run in keep(round_, work)}
+        long += runs.values()
+    return {"tuning_runs": short, "diverged_runs": diverged, "runs": long}
 
 
 def tuning_rounds(settings: Settings) -> Iterator[Round]:
@@ -255,15 +253,21 @@ def final_rounds(settings: Settings, rates: dict[str, float]) -> Iterator[Round]
         yield Round(f"seed-{seed}", seed, rates, settings.budget, settings.points)
 
 
-def file_of(round_: Round, work: Work) -> Path:
-    return work.settings.out / "rounds" / f"{round_.name}.json"
+def lower(round_: Round, runs: dict[str, dict[str, Any]], grid: Sequence[float]) -> Round:
+    """The networks whose run diverged, each at the next lower rate of the grid if there is one."""
+    rates = {
+        name: max(rate for rate in grid if rate < run["rate"])
+        for name, run in runs.items()
+        if has_diverged(run) and run["rate"] > min(grid)
+    }
+    return dataclasses.replace(round_, name=f"{round_.name}-lower", rates=rates)
 
 
-def keep(round_: Round, work: Work, progress: jobs.Progress) -> list[dict[str, Any]]:
-    """The runs of a round, from its file where there is one."""
-    file = file_of(round_, work)
+def keep(round_: Round, work: Work) -> list[dict[str, Any]]:
+    """The runs of a round, from its file where there is one: none is trained twice."""
+    file = work.settings.out / "rounds" / f"{round_.name}.json"
     if not file.is_file():
-        runs = train_round(round_, work, progress)
+        runs = train_round(round_, work)
         jobs.write_atomically(file, json.dumps(runs).encode())
     return json.loads(file.read_text())
 
@@ -278,6 +282,14 @@ def best(runs: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
 
 def last_loss(run: dict[str, Any]) -> float:
     return run["points"][-1][2]
+
+
+def lowest_loss(run: dict[str, Any]) -> float:
+    return min(loss for _, _, loss in run["points"])
+
+
+def has_diverged(run: dict[str, Any]) -> bool:
+    return last_loss(run) >= DIVERGED * lowest_loss(run)
 
 
 def mean_curve(runs: Sequence[dict[str, Any]]) -> list[Point]:
@@ -321,12 +333,10 @@ def compare(curves: dict[str, list[Point]], budget: float) -> dict[str, dict[str
     return found
 
 
-def summarise(
-    work: Work, short: Sequence[dict[str, Any]], long: Sequence[dict[str, Any]], command: str
-) -> dict[str, Any]:
+def summarise(work: Work, done: dict[str, list[dict[str, Any]]], command: str) -> dict[str, Any]:
     """All that is kept: settings, figures and every curve."""
     settings = work.settings
-    by_name = {name: [run for run in long if run["network"] == name] for name in NETWORKS}
+    by_name = {name: [run for run in done["runs"] if run["network"] == name] for name in NETWORKS}
     curves = {name: mean_curve(runs) for name, runs in by_name.items()}
     reached = compare(curves, settings.budget)
     by_seed = [
@@ -338,8 +348,8 @@ def summarise(
     networks = {
         name: {
             "parameters": runs[0]["parameters"],
-            "rate": runs[0]["rate"],
-            "rate_at_edge": runs[0]["rate"] in (min(settings.rates), max(settings.rates)),
+            "tuned_rate": best(done["tuning_runs"], name)["rate"],
+            "rates": [run["rate"] for run in runs],
             "steps": [run["points"][-1][1] for run in runs],
             "losses": [last_loss(run) for run in runs],
         }
@@ -358,8 +368,7 @@ def summarise(
         "goal": GOAL,
         "networks": networks,
         "reached": reached,
-        "tuning_runs": list(short),
-        "runs": list(long),
+        **done,
     }
 
 
@@ -367,6 +376,7 @@ def summarise(
 
 
 def network_table(found: dict[str, Any]) -> str:
+    grid = found["settings"]["rates"]
     lines = [
         "| network | parameters | learning rate | steps | held-out loss at the end |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -374,10 +384,10 @@ def network_table(found: dict[str, Any]) -> str:
     for name, figures in found["networks"].items():
         steps = ", ".join(f"{each:,}" for each in figures["steps"])
         losses = ", ".join(f"{each:.4f}" for each in figures["losses"])
-        edge = " (edge of the grid)" if figures["rate_at_edge"] else ""
+        rates = ", ".join(f"{each:g}" for each in figures["rates"])
+        edge = " (edge of the grid)" if figures["tuned_rate"] in (min(grid), max(grid)) else ""
         lines.append(
-            f"| {name} | {figures['parameters'] / 1e6:.2f} M | {figures['rate']:g}{edge} "
-            f"| {steps} | {losses} |"
+            f"| {name} | {figures['parameters'] / 1e6:.2f} M | {rates}{edge} | {steps} | {losses} |"
         )
     return "\n".join(lines)
 
@@ -394,6 +404,16 @@ def tuning_table(found: dict[str, Any]) -> str:
         losses = " | ".join(f"{last_loss(run):.4f}" for run in runs)
         lines.append(f"| {name} | {losses} |")
     return "\n".join(lines)
+
+
+def diverged_lines(found: dict[str, Any]) -> str:
+    left = [run for run in found["runs"] if has_diverged(run)]
+    return "\n".join(
+        f"{run['network']} diverged at the rate {run['rate']:g} with seed {run['seed']} "
+        f"(from {lowest_loss(run):.4f} up to {last_loss(run):.4f} at the end), "
+        + ("the lowest of the grid" if run in left else "and was done again at a lower one")
+        for run in [*found["diverged_runs"], *left]
+    )
 
 
 def reached_lines(found: dict[str, Any]) -> str:
@@ -419,7 +439,10 @@ def reached_lines(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], file: Path) -> None:
-    """The curves: faint a seed, strong their mean, and when ours is where a peer ends."""
+    """The curves: faint a seed, strong their mean, and when ours is where a peer ends.
+
+    Dotted, up to where it was best, a run that diverged and was done again.
+    """
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7, 3.6), dpi=DPI, layout="constrained")
         axes = figure.subplots()
@@ -431,6 +454,10 @@ def draw(found: dict[str, Any], file: Path) -> None:
             mean = mean_curve(runs)
             plot_curve(axes, mean, color=colour, lw=1.6)
             ends[name] = mean[-1]
+        for run in found["diverged_runs"]:
+            until = [loss for _, _, loss in run["points"]].index(lowest_loss(run)) + 1
+            look = {"ls": ":", "lw": 0.8, "marker": "x", "ms": 4, "markevery": slice(-1, None)}
+            plot_curve(axes, run["points"][:until], color=COLOURS[run["network"]], **look)
         style_axes(axes, found)
         mark_reached(axes, found, ends)
         label_ends(axes, found, ends)
@@ -440,7 +467,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
 
 def plot_curve(axes: Axes, curve: Sequence[Point], **look: Any) -> None:
     """Without its start, at which there is no time on a logarithmic axis."""
-    seconds, _, losses = zip(*curve[1:], strict=True)
+    seconds, losses = ([point[index] for point in curve[1:]] for index in (0, 2))
     axes.plot(seconds, losses, solid_capstyle="round", **look)
 
 
@@ -449,17 +476,26 @@ def style_axes(axes: Axes, found: dict[str, Any]) -> None:
     kind = "processor seconds" if settings["processor_time"] else "seconds"
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xlim(settings["budget"] / settings["points"], settings["budget"])
+    digits = (1, 1.5, 2, 3, 4, 5, 6, 8)
     for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        steps = [digit * 10.0**power for power in range(-4, 6) for digit in digits]
+        axis.set_ticks([step for step in steps if low <= step <= high])
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    first, last = settings["budget"] / settings["points"], settings["budget"]
-    axes.set_xticks([last * share for share in (1 / 9, 1 / 3, 1)], minor=False)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-    axes.set_xlim(first, last)
-    low, high = axes.get_ylim()
-    steps = [digit * 10.0**power for power in range(-4, 1) for digit in (1, 1.5, 2, 3, 4, 5, 6, 8)]
-    axes.set_yticks([step for step in steps if low <= step <= high], minor=False)
-    axes.set_ylim(low, high)
+        axis.set_minor_locator(NullLocator())
+    goal = found["goal"]
+    axes.axvline(goal * settings["budget"], color=REFERENCE, lw=0.6, zorder=0)
+    axes.annotate(
+        f"the goal: {goal:.2f} of the time",
+        xy=(goal * settings["budget"], 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="top",
+        fontsize=SMALL,
+        color=FAINT,
+    )
     axes.set_xlabel(f"training time of each network, {kind}")
     axes.set_title("held-out loss", loc="left")
 
@@ -524,7 +560,9 @@ def say_plan(work: Work) -> None:
             f"{name}: {count_parameters(run.network) / 1e6:.2f} M parameters, {step:.2f} s a step, "
             f"{held_out:.1f} s a held-out loss, {settings.budget / step:,.0f} steps a run"
         )
-    print(f"about {total / 60:.0f} minutes in all, less what is done")
+    print(
+        f"about {total / 60:.0f} minutes in all, less what is done, and more where a run diverges"
+    )
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -589,10 +627,11 @@ def run(options: argparse.Namespace, command: str) -> None:
         return
     jobs.claim(settings.out, "quality_per_compute", settings, may_change={"seeds"})
     with jobs.hold(settings.out):
-        found = summarise(work, *run_all(work), command)
+        found = summarise(work, run_all(work), command)
         jobs.write_atomically(settings.out / "results.json", json.dumps(found, indent=1).encode())
         draw(found, settings.out / "curves.png")
-    print(network_table(found), tuning_table(found), reached_lines(found), sep="\n\n", end="\n\n")
+    shown = (network_table, tuning_table, diverged_lines, reached_lines)
+    print(*filter(None, (each(found) for each in shown)), sep="\n\n", end="\n\n")
     print(found["environment"], command, sep="\n")
 
 

@@ -30,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 from vidfill import jobs
@@ -264,6 +265,7 @@ def run_on(processes: int, config: TrainConfig, threads: int) -> list[Times]:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id="overhead",
+        logs_specs=DefaultLogsSpecs(str(config.out.parent / "logs")),
         max_restarts=0,
     )
     return list(elastic_launch(launch, train_in_turns)(config, threads).values())

@@ -78,7 +78,7 @@ def test_networks_are_of_one_size_and_train_at_the_best_rate_of_the_grid(
             for each in found["tuning_runs"]
             if each["network"] == name
         }
-        assert figures["rate"] == tried[min(tried)]
+        assert figures["tuned_rate"] == tried[min(tried)]
         assert f"| {name} | {figures['parameters'] / 1e6:.2f} M |" in measured.printed
     assert set(found["reached"]) == set(NETWORKS[1:])
     for peer, figures in found["reached"].items():
@@ -88,6 +88,32 @@ def test_networks_are_of_one_size_and_train_at_the_best_rate_of_the_grid(
     assert (measured.out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_diverged_is_done_again_at_the_next_lower_rate_and_kept(
+    measured: Measured,
+) -> None:
+    file = measured.out / "rounds" / "seed-0.json"
+    runs = json.loads(file.read_text())
+    held, diverged, at_lowest = runs
+    for each, rate in zip(runs, (3e-4, 3e-4, 1e-4), strict=True):
+        each["rate"] = rate
+        lowest = min(loss for _, _, loss in each["points"][:-1])
+        each["points"][-1][2] = lowest * (1.24 if each is held else 1.26)
+    file.write_text(json.dumps(runs))
+    done = run(*measured.arguments, "--seeds", "0")
+    assert done.returncode == 0, done.stderr
+    found = read(measured.out)
+    again = found["runs"][1]
+    assert found["diverged_runs"] == [diverged]
+    assert found["runs"] == [held, again, at_lowest]
+    assert (again["network"], again["rate"], again["seed"]) == (NETWORKS[1], 1e-4, 0)
+    assert again["points"][0] == diverged["points"][0] and again["points"][-1][0] >= 0.6
+    assert found["networks"][NETWORKS[1]]["losses"] == [again["points"][-1][2]]
+    assert re.findall(r"(\w+) diverged at the rate (\S+) with seed 0.*, (.*)", done.stdout) == [
+        (NETWORKS[1], "0.0003", "and was done again at a lower one"),
+        (NETWORKS[2], "0.0001", "the lowest of the grid"),
+    ]
+
+
 def test_a_further_seed_runs_alone_and_what_is_done_stays(measured: Measured) -> None:
     before = read(measured.out)
     done = run(*measured.arguments, "--seeds", "0", "1")
@@ -95,6 +121,7 @@ def test_a_further_seed_runs_alone_and_what_is_done_stays(measured: Measured) ->
     after = read(measured.out)
     assert after["tuning_runs"] == before["tuning_runs"]
     assert after["runs"][:3] == before["runs"]
+    assert after["diverged_runs"] == before["diverged_runs"]
     assert [each["seed"] for each in after["runs"]] == [0, 0, 0, 1, 1, 1]
     assert [len(after["networks"][name]["losses"]) for name in NETWORKS] == [2, 2, 2]
 

@@ -40,7 +40,13 @@ Losses = Callable[[Path], list[float]]
 
 
 def ask(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    """What a command of Slurm's prints; nothing of a job that Slurm has forgotten."""
+    for _ in range(10):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 or "Invalid job id" in done.stderr:
+            break
+        time.sleep(1)  # a busy Slurm did not answer, which says nothing of the job
+    return done.stdout.strip()
 
 
 class Job:
