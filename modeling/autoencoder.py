@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,33 @@ def load_autoencoder(
     if name == SHIPPED:
         _say_shipped()
     return Autoencoder(network.to(device), name, precision)
+
+
+def load_trained_autoencoder(
+    trained: Mapping[str, Any],
+    name: str = "",
+    device: str | torch.device = "cpu",
+    precision: Precision = "float32",
+) -> Autoencoder:
+    """Load the autoencoder whose latents a model was trained on.
+
+    `trained` is its record in the model, with its name and the SHA-256 of its weights; `name` says
+    where it lies now, if that is elsewhere.
+
+    Raises:
+        BadInput: it cannot be loaded, or is another than the record's.
+    """
+    name = name or trained["name"]
+    try:
+        autoencoder = load_autoencoder(name, device, precision)
+    except BadInput as error:
+        raise BadInput(f"{error}; --autoencoder says where it is") from error
+    if autoencoder.sha256 != trained["sha256"]:
+        raise BadInput(
+            f"autoencoder is {name} (sha256 {autoencoder.sha256[:12]}); the model was trained on "
+            f"{trained['name']} (sha256 {trained['sha256'][:12]}): give that one with --autoencoder"
+        )
+    return autoencoder
 
 
 @contextlib.contextmanager

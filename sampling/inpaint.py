@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 
 from .. import jobs
 from ..data.videos import FrameSize
-from ..modeling.autoencoder import hash_weights, load_autoencoder
+from ..modeling.autoencoder import hash_weights, load_trained_autoencoder
 from ..modeling.diffusion import SHIPPED, Denoiser
 from ..modeling.precision import Precision
 from .footage import Footage, Picture, check_masks, open_footage, read_masked, read_masks
@@ -176,14 +176,9 @@ def open_inputs(config: InpaintConfig) -> Inputs:
     check_masks(config.mask, footage)
     denoiser = Denoiser.load(config.model, str(device), config.precision)
     program = compile_schedule(schedule, denoiser.timesteps)
-    name = config.autoencoder or denoiser.autoencoder["name"]
-    autoencoder = load_autoencoder(name, device, config.precision)
-    if autoencoder.sha256 != denoiser.autoencoder["sha256"]:
-        raise jobs.BadInput(
-            f"autoencoder is {name} (sha256 {autoencoder.sha256[:12]}); the model was trained on "
-            f"{denoiser.autoencoder['name']} (sha256 {denoiser.autoencoder['sha256'][:12]}): give "
-            "that one with --autoencoder"
-        )
+    autoencoder = load_trained_autoencoder(
+        denoiser.autoencoder, config.autoencoder, device, config.precision
+    )
     filler = Filler(
         *(denoiser, autoencoder, program, config.seed, range(config.samples)),
         *(FrameSize.parse(config.size), config.overlap, config.feather, config.colour_match),

@@ -25,7 +25,7 @@ from rich.table import Table
 from .. import jobs
 from ..crew import Crew, choose_device
 from ..data.shards import MANIFEST, Example, ShardedDataset, family_of
-from ..modeling.autoencoder import Autoencoder, hash_weights, load_autoencoder
+from ..modeling.autoencoder import Autoencoder, hash_weights, load_trained_autoencoder
 from ..modeling.diffusion import Denoiser
 from ..modeling.precision import Precision
 from . import baselines
@@ -209,13 +209,9 @@ def open_inputs(config: SweepConfig) -> Inputs:
     programs = {name: compile_schedule(parse(name), denoiser.timesteps) for name in schedules}
     _check_latents(config, dataset, denoiser)
     clips = _choose_clips(config, dataset)
-    name = config.autoencoder or denoiser.autoencoder["name"]
-    autoencoder = load_autoencoder(name, device, config.precision)
-    if autoencoder.sha256 != denoiser.autoencoder["sha256"]:
-        raise jobs.BadInput(
-            f"autoencoder is {name} (sha256 {autoencoder.sha256[:12]}); the model was trained on "
-            f"{_identity(denoiser.autoencoder)}: give that one with --autoencoder"
-        )
+    autoencoder = load_trained_autoencoder(
+        denoiser.autoencoder, config.autoencoder, device, config.precision
+    )
     frames = dataset.manifest.clip["frames"]
     if config.i3d and frames < FVD_FRAMES:
         raise jobs.BadInput(
@@ -282,7 +278,7 @@ def _check_latents(config: SweepConfig, dataset: ShardedDataset, denoiser: Denoi
         )
 
 
-def _identity(autoencoder: Mapping[str, str]) -> str:
+def _identity(autoencoder: Mapping[str, Any]) -> str:
     return f"{autoencoder['name']} (sha256 {autoencoder['sha256'][:12]})"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import jobs
-from ..modeling.autoencoder import Autoencoder, load_autoencoder
+from ..modeling.autoencoder import load_trained_autoencoder
 from ..modeling.checkpoint import newest_first, newest_whole, verify
 from ..modeling.diffusion import Denoiser
 from ..sampling.pipeline import CARD, SCHEDULE, VideoInpaintPipeline
@@ -96,7 +96,7 @@ def _open(
         raise jobs.BadInput(
             f"the run has removed {checkpoint} meanwhile: give the same command again"
         ) from None
-    autoencoder = _open_autoencoder(config, denoiser)
+    autoencoder = load_trained_autoencoder(denoiser.autoencoder, config.autoencoder)
     if sweep and sweep.about["autoencoder"]["sha256"] != autoencoder.sha256:
         raise jobs.BadInput(f"{config.sweep} is of a model with another autoencoder: give its own")
     if config.precision == "float16":
@@ -106,21 +106,6 @@ def _open(
     space = dataclasses.replace(denoiser.space, autoencoder=identity)
     given = Denoiser(denoiser.network, denoiser.config, space)
     return VideoInpaintPipeline.of(given, autoencoder, config.schedule)
-
-
-def _open_autoencoder(config: ExportConfig, denoiser: Denoiser) -> Autoencoder:
-    trained = denoiser.autoencoder
-    name = config.autoencoder or trained["name"]
-    try:
-        autoencoder = load_autoencoder(name)
-    except jobs.BadInput as error:
-        raise jobs.BadInput(f"{error}; --autoencoder says where it is") from error
-    if autoencoder.sha256 != trained["sha256"]:
-        raise jobs.BadInput(
-            f"autoencoder is {name} (sha256 {autoencoder.sha256[:12]}); the model was trained on "
-            f"{trained['name']} (sha256 {trained['sha256'][:12]}): give that one with --autoencoder"
-        )
-    return autoencoder
 
 
 def _read_options(run: Path) -> dict[str, Any]:
