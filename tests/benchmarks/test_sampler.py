@@ -17,7 +17,7 @@ SMALLEST = shlex.split(
 )
 OURS, THEIRS = "vidfill, all schedules in one batch", "diffusers, schedule by schedule"
 DOCUMENTED = re.findall(
-    r"^ {4}python -m benchmarks\.sampler(.*)$",
+    r"^ {4}(?:OMP_NUM_THREADS=1 )?python -m benchmarks\.sampler(.*)$",
     (ROOT / "docs" / "benchmarks.md").read_text(),
     flags=re.MULTILINE,
 )
