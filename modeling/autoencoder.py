@@ -220,9 +220,14 @@ def load_trained_autoencoder(
     if autoencoder.sha256 != trained["sha256"]:
         raise BadInput(
             f"autoencoder is {name} (sha256 {autoencoder.sha256[:12]}); the model was trained on "
-            f"{trained['name']} (sha256 {trained['sha256'][:12]}): give that one with --autoencoder"
+            f"{identify(trained)}: give that one with --autoencoder"
         )
     return autoencoder
+
+
+def identify(autoencoder: Mapping[str, Any]) -> str:
+    """The autoencoder of a model's or of a manifest's record, as messages name it."""
+    return f"{autoencoder['name']} (sha256 {autoencoder['sha256'][:12]})"
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from rich.table import Table
 from .. import jobs
 from ..crew import Crew, choose_device
 from ..data.shards import MANIFEST, Example, ShardedDataset, family_of
-from ..modeling.autoencoder import Autoencoder, hash_weights, load_trained_autoencoder
+from ..modeling.autoencoder import Autoencoder, hash_weights, identify, load_trained_autoencoder
 from ..modeling.diffusion import Denoiser
 from ..modeling.precision import Precision
 from . import baselines
@@ -266,8 +266,8 @@ def _check_latents(config: SweepConfig, dataset: ShardedDataset, denoiser: Denoi
     ours, theirs = denoiser.autoencoder, dataset.manifest.autoencoder
     if ours["sha256"] != theirs["sha256"]:
         raise jobs.BadInput(
-            f"the shards in {_place(config)} were encoded with {_identity(theirs)}, the model in "
-            f"{config.model} was trained on {_identity(ours)}: encode with the model's"
+            f"the shards in {_place(config)} were encoded with {identify(theirs)}, the model in "
+            f"{config.model} was trained on {identify(ours)}: encode with the model's"
         )
     shape, trained = list(dataset.manifest.latent_shape), list(denoiser.space.shape)
     if shape != trained:
@@ -276,10 +276,6 @@ def _check_latents(config: SweepConfig, dataset: ShardedDataset, denoiser: Denoi
             f"height, width), the model in {config.model} was trained on {trained}: encode with "
             "the training clips' length and size"
         )
-
-
-def _identity(autoencoder: Mapping[str, Any]) -> str:
-    return f"{autoencoder['name']} (sha256 {autoencoder['sha256'][:12]})"
 
 
 def _choose_families(config: SweepConfig, dataset: ShardedDataset) -> list[str]:
