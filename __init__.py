@@ -7,7 +7,7 @@ The layers, each a folder; imports point upwards only:
     sampling    schedules -> batched sampler -> metrics, sweep, report   (uses data, modeling)
     train       configuration, state, step, loop, checkpoints, demo      (uses all three)
     launch      an Accelerate configuration and a Slurm script
-    jobs, seeding, crew, cli   what every verb shares, and `vidfill <verb>`
+    errors, files, progress, processes, seeding, jobs, cli   what every verb shares, and `vidfill <verb>`
 """
 
 __version__ = "0.1.0"

@@ -8,18 +8,18 @@ import sys
 from collections.abc import Sequence
 
 VERBS = {
-    "synth": ("data.synth", "make collision videos to try everything on"),
-    "encode": ("data.encode", "videos -> shards of latents"),
-    "verify": ("data.verify", "are shards what was written? mends them too"),
-    "doctor": ("train.doctor", "what would go wrong with a training run, found in a minute"),
+    "synth": ("data.synth.run", "make collision videos to try everything on"),
+    "encode": ("data.encode.run", "videos -> shards of latents"),
+    "verify": ("data.verify.run", "are shards what was written? mends them too"),
+    "doctor": ("train.preflight.doctor", "what would go wrong with a training run"),
     "train": ("train.loop", "shards -> a model"),
     "launch": ("launch.launch", "writes and submits the scripts of a cluster's job"),
     "export": ("train.export", "a run -> a model's folder to give away"),
-    "schedule": ("sampling.schedule", "what a schedule does and costs, before it runs"),
-    "sweep": ("sampling.sweep", "a model + held-out shards -> schedules compared"),
-    "inpaint": ("sampling.inpaint", "a video + a mask -> the video with its holes filled"),
-    "report": ("sampling.report", "a sweep -> a page and figures"),
-    "demo": ("train.demo", "all of it, on synthetic videos, in minutes"),
+    "schedule": ("sampling.schedules.show", "what a schedule does and costs, before it runs"),
+    "sweep": ("sampling.sweep.run", "a model + held-out shards -> schedules compared"),
+    "inpaint": ("sampling.inpaint.run", "a video + a mask -> the video with its holes filled"),
+    "report": ("sampling.report.run", "a sweep -> a page and figures"),
+    "demo": ("demo", "all of it, on synthetic videos, in minutes"),
 }
 
 USAGE = "usage: vidfill VERB …\n\n{verbs}\n\n`vidfill VERB --help` shows a verb's options.\n"

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+LAYERS = ("data", "launch", "modeling", "sampling", "train")
 VERSION = next(
     line.split('"')[1]
     for line in (HERE / "__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+ROOMS = [f"{room}{below}" for room in LAYERS for below in ("", ".*")]
 
 setup(
     name="vidfill",
@@ -20,14 +22,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"vidfill": "."},
-    packages=[
-        "vidfill",
-        "vidfill.data",
-        "vidfill.launch",
-        "vidfill.modeling",
-        "vidfill.sampling",
-        "vidfill.train",
-    ],
+    packages=["vidfill", *(f"vidfill.{name}" for name in find_packages(include=ROOMS))],
     package_data={
         "vidfill.modeling": ["weights/*/*", "weights/*/*/*"],
         "vidfill.launch": ["*.yaml", "*.sbatch", "*.json"],

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
-from vidfill import jobs
+from vidfill.errors import BadInput
 from vidfill.modeling.attention import Backend, attend, attention_backend
 from vidfill.modeling.precision import Precision
+from vidfill.processes import choose_device
 
 from .machine import describe, in_new_process, peak_bytes
 
@@ -45,7 +46,7 @@ def peaks(backend: Backend, options: dict[str, Any]) -> dict[str, int] | None:
     device, dtype = torch.device(options["device"]), getattr(torch, options["precision"])
     try:
         attention_backend(device.type, dtype, backend)
-    except jobs.BadInput:
+    except BadInput:
         return None
 
     def inputs(tokens: int) -> list[torch.Tensor]:
@@ -107,8 +108,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     options = parse_options(argv)
     try:
-        device = jobs.choose_device(options.device)
-    except jobs.BadInput as error:
+        device = choose_device(options.device)
+    except BadInput as error:
         print(f"python -m benchmarks.attention_memory: error: {error}", file=sys.stderr)
         return 2
     options.device = str(device)

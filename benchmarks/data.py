@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from vidfill.data.cache import CacheConfig
-from vidfill.data.encode import EncodeConfig, encode
-from vidfill.data.layout import index_name, shard_name
-from vidfill.data.order import Order, choose_lanes
-from vidfill.data.synth import SynthConfig, synth
+from vidfill.data.encode.run import encode
+from vidfill.data.encode.settings import EncodeConfig
+from vidfill.data.shards.order import Order, choose_lanes
+from vidfill.data.storage.names import index_name, shard_name
+from vidfill.data.storage.store import CacheConfig
+from vidfill.data.synth.run import SynthConfig, synth
 from vidfill.modeling.precision import Precision
 from webdataset import shuffle
 

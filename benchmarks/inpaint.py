@@ -16,11 +16,12 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from vidfill import jobs
+from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import SHIPPED, load_autoencoder
-from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, LatentSpace
+from vidfill.modeling.denoiser import Denoiser, LatentSpace
+from vidfill.modeling.noise import DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
-from vidfill.sampling.inpaint import InpaintConfig, inpaint
+from vidfill.sampling.inpaint.run import InpaintConfig, inpaint
 
 from .machine import describe, in_new_process, peak_bytes
 
@@ -168,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse_options(argv)
     try:
         rows = measure(options)
-    except jobs.BadInput as error:
+    except BadInput as error:
         print(f"python -m benchmarks.inpaint: error: {error}", file=sys.stderr)
         return 2
     if options.json:

@@ -35,13 +35,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 from vidfill import jobs, seeding
-from vidfill.data.shards import ShardedDataset
-from vidfill.data.stream import Batch, Stream
-from vidfill.modeling.diffusion import Denoiser
+from vidfill.data.shards.reading import ShardedDataset
+from vidfill.data.shards.stream import Batch, Stream
+from vidfill.errors import BadInput
+from vidfill.files import aside, hold, write_atomically
+from vidfill.modeling.denoiser import Denoiser
 from vidfill.modeling.noise import DiffusionConfig, LossConfig, draw_timesteps, timesteps_at
 from vidfill.modeling.precision import Precision, autocast
 from vidfill.modeling.presets import build
-from vidfill.sampling.figures import DPI, FAINT, REFERENCE, SMALL, STYLE
+from vidfill.processes import choose_device
+from vidfill.progress import show_progress
+from vidfill.sampling.figure_style import DPI, FAINT, REFERENCE, SMALL, STYLE
 from vidfill.train.state import space_of
 from vidfill.train.step import diffusion_loss, draw_latents, draw_noise
 
@@ -120,7 +124,7 @@ class Round:
 
 def prepare(settings: Settings) -> Work:
     torch.set_num_threads(settings.threads)
-    device = jobs.choose_device(settings.device)
+    device = choose_device(settings.device)
     held_out = ShardedDataset(settings.shards, "validation")
     clips = min(settings.clips, len(held_out))
     size = math.gcd(clips, HELD_OUT_BATCH)
@@ -164,7 +168,7 @@ class Run:
         timestep = draw_timesteps(sources, self.denoiser.timesteps, LOSS)
         loss = self._losses(self.network, batch, timestep, self.seed).mean()
         if not math.isfinite(value := float(loss.detach())):
-            raise jobs.BadInput(
+            raise BadInput(
                 f"rates has {self.rate:g}, at which the loss of {self.name} is {value} "
                 f"in step {self.steps}: give lower ones, and another folder"
             )
@@ -217,7 +221,7 @@ def train_round(round_: Round, work: Work) -> list[dict[str, Any]]:
     for run in runs:
         run.measure()
     turns = len(runs) * round_.points
-    with jobs.progress(round_.name, turns, "turns") as progress:
+    with show_progress(round_.name, turns, "turns") as progress:
         for index in range(1, round_.points + 1):
             for run in runs:
                 run.train(round_.seconds * index / round_.points)
@@ -268,7 +272,7 @@ def keep(round_: Round, work: Work) -> list[dict[str, Any]]:
     file = work.settings.out / "rounds" / f"{round_.name}.json"
     if not file.is_file():
         runs = train_round(round_, work)
-        jobs.write_atomically(file, json.dumps(runs).encode())
+        write_atomically(file, json.dumps(runs).encode())
     return json.loads(file.read_text())
 
 
@@ -461,7 +465,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         style_axes(axes, found)
         mark_reached(axes, found, ends)
         label_ends(axes, found, ends)
-        with jobs.aside(file) as partial:
+        with aside(file) as partial:
             figure.savefig(partial, format="png")
 
 
@@ -626,9 +630,9 @@ def run(options: argparse.Namespace, command: str) -> None:
         say_plan(work)
         return
     jobs.claim(settings.out, "quality_per_compute", settings, may_change={"seeds"})
-    with jobs.hold(settings.out):
+    with hold(settings.out):
         found = summarise(work, run_all(work), command)
-        jobs.write_atomically(settings.out / "results.json", json.dumps(found, indent=1).encode())
+        write_atomically(settings.out / "results.json", json.dumps(found, indent=1).encode())
         draw(found, settings.out / "curves.png")
     shown = (network_table, tuning_table, diverged_lines, reached_lines)
     print(*filter(None, (each(found) for each in shown)), sep="\n\n", end="\n\n")
@@ -639,7 +643,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse_options(argv)
     try:
         run(options, shlex.join(["python", "-m", "benchmarks.quality_per_compute", *argv]))
-    except jobs.BadInput as error:
+    except BadInput as error:
         print(f"python -m benchmarks.quality_per_compute: error: {error}", file=sys.stderr)
         return 2
     return 0

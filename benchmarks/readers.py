@@ -25,21 +25,14 @@ import numpy as np
 import torch
 import webdataset
 import xxhash
-from vidfill import jobs
-from vidfill.data.layout import MANIFEST, shard_name
 from vidfill.data.masks import draw_mask
-from vidfill.data.order import choose_lanes
-from vidfill.data.shards import (
-    Example,
-    Manifest,
-    ShardedDataset,
-    ShardTable,
-    Span,
-    latent_moments,
-    read_index,
-    write_shard,
-)
-from vidfill.data.stream import Stream
+from vidfill.data.shards.format import Example, Manifest, ShardTable
+from vidfill.data.shards.order import choose_lanes
+from vidfill.data.shards.reading import ShardedDataset, Span
+from vidfill.data.shards.stream import Stream
+from vidfill.data.shards.writing import latent_moments, read_index, write_shard
+from vidfill.data.storage.names import MANIFEST, shard_name
+from vidfill.progress import show_progress
 
 SPLIT = "train"
 FRAMES, CHANNELS, DOWNSAMPLING = 20, 4, 8
@@ -88,7 +81,7 @@ class Work:
 def write_dataset(work: Work) -> None:
     """Write random latents under drawn masks as our shards."""
     bounds = [work.examples * n // work.shards for n in range(work.shards + 1)]
-    with jobs.progress("writing", work.shards, "shards") as progress:
+    with show_progress("writing", work.shards, "shards") as progress:
         for number, (first, last) in enumerate(itertools.pairwise(bounds)):
             examples = (make_example(index, work) for index in range(first, last))
             write_shard(work.folder / SPLIT, number, [], examples)

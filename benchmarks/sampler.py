@@ -16,13 +16,17 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
-from vidfill import jobs, seeding
-from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, LatentSpace
-from vidfill.modeling.noise import betas
+from vidfill import seeding
+from vidfill.errors import BadInput
+from vidfill.modeling.denoiser import Denoiser, LatentSpace
+from vidfill.modeling.noise import DiffusionConfig, betas
 from vidfill.modeling.presets import PRESETS, build
-from vidfill.sampling.sampler import Request, find_capacity, sample
-from vidfill.sampling.schedules import CLEAN, Schedule, compile_schedule, parse
-from vidfill.sampling.sweep import read_schedules
+from vidfill.processes import choose_device
+from vidfill.sampling.capacity import find_capacity
+from vidfill.sampling.sampler import Request, sample
+from vidfill.sampling.schedules.language import Schedule, parse
+from vidfill.sampling.schedules.program import CLEAN, compile_schedule
+from vidfill.sampling.sweep.inputs import read_schedules
 
 from .machine import clock, describe, spread, summarise
 
@@ -98,7 +102,7 @@ def make_work(options: argparse.Namespace) -> Work:
     """
     torch.manual_seed(options.seed)
     schedules = choose_schedules(options.schedules)
-    device = jobs.choose_device(options.device)
+    device = choose_device(options.device)
     network = build(options.preset, CHANNELS, CHANNELS)
     for weight in network.parameters():  # some begin at 0: let every input matter to every output
         weight.data.add_(torch.randn_like(weight), alpha=0.02)
@@ -130,7 +134,7 @@ def choose_schedules(text: str) -> list[Schedule]:
     names = read_schedules(text)
     for name in names:
         if not re.fullmatch(IN_PEERS, name) or 1000 % parse(name).steps:
-            raise jobs.BadInput(
+            raise BadInput(
                 f"schedules has {name}; diffusers' loops here follow ddpm and ddim, with resample "
                 "or without, and dpmpp, each at a divisor of 1000 steps: choose of these"
             )
@@ -390,7 +394,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse_options(argv)
     try:
         work = make_work(options)
-    except jobs.BadInput as error:
+    except BadInput as error:
         print(f"python -m benchmarks.sampler: error: {error}", file=sys.stderr)
         return 2
     rounds, calls, differences = [], [], []

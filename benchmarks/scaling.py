@@ -12,10 +12,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from vidfill.data.order import choose_lanes
-from vidfill.data.shards import Manifest, ShardTable, Span
+from vidfill.data.shards.format import Manifest, ShardTable
+from vidfill.data.shards.order import choose_lanes
+from vidfill.data.shards.reading import Span
 from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
-from vidfill.train.plan import GPUS_A_NODE, in_bytes, make_plan, state_memory
+from vidfill.train.preflight.plan import GPUS_A_NODE, in_bytes, make_plan, state_memory
 
 GRADIENTS = 0.1  # share of a step that averaging the gradients may take, were it not overlapped
 

@@ -21,10 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from vidfill import jobs, seeding
-from vidfill.data.encode import EncodeConfig, encode
-from vidfill.data.synth import SynthConfig, synth
-from vidfill.modeling.checkpoint import name_of, newest_first, newest_whole
+from vidfill import seeding
+from vidfill.data.encode.run import encode
+from vidfill.data.encode.settings import EncodeConfig
+from vidfill.data.synth.run import SynthConfig, synth
+from vidfill.files import PARTIAL
+from vidfill.modeling.run_folder import name_of, newest_first, newest_whole
 
 from .machine import describe
 
@@ -188,7 +190,7 @@ def _step_of(checkpoint: Path) -> int:
 
 def _being_written(out: Path) -> int:
     """The step of the checkpoint that lies aside, not whole yet; 0: none does."""
-    aside = (out / "checkpoints").glob(f"{jobs.PARTIAL}step-*")
+    aside = (out / "checkpoints").glob(f"{PARTIAL}step-*")
     return max((_step_of(path) for path in aside), default=0)
 
 

@@ -16,9 +16,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
-from vidfill.data.cache import CacheConfig
-from vidfill.data.shards import ShardedDataset
-from vidfill.data.stream import Stream
+from vidfill.data.shards.reading import ShardedDataset
+from vidfill.data.shards.stream import Stream
+from vidfill.data.storage.store import CacheConfig
 
 from .readers import BATCH, SPLIT
 

@@ -34,17 +34,19 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 from vidfill import jobs
-from vidfill.data.shards import Manifest, ShardedDataset
-from vidfill.data.stream import Batch, Stream
-from vidfill.modeling.diffusion import Denoiser
+from vidfill.data.shards.format import Manifest
+from vidfill.data.shards.reading import ShardedDataset
+from vidfill.data.shards.stream import Batch, Stream
+from vidfill.errors import BadInput
+from vidfill.modeling.denoiser import Denoiser
 from vidfill.modeling.precision import autocast
 from vidfill.train import loop, step
 from vidfill.train.checkpoints import Checkpoints
 from vidfill.train.config import EvaluationConfig, PreviewConfig, TrainConfig, find_recipe
 from vidfill.train.control import Control
-from vidfill.train.monitoring import Monitor
-from vidfill.train.plan import make_plan, measure_step
-from vidfill.train.rates import peak_rate
+from vidfill.train.monitor.rates import peak_rate
+from vidfill.train.monitor.tensorboard import Monitor
+from vidfill.train.preflight.plan import make_plan, measure_step
 from vidfill.train.state import TrainState, make_denoiser
 from vidfill.train.step import StepResult
 
@@ -523,7 +525,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="vidfill-benchmark-") as folder:
         try:
             found = measure(make_config(options, Path(folder)), options)
-        except jobs.BadInput as error:
+        except BadInput as error:
             print(f"python -m benchmarks.train_overhead: error: {error}", file=sys.stderr)
             return 2
     found["environment"] = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

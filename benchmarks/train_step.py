@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from vidfill import jobs
+from vidfill.errors import BadInput
 from vidfill.modeling.precision import Precision, autocast
 from vidfill.modeling.presets import PRESETS, build
 from vidfill.modeling.unet import VideoUNet
+from vidfill.processes import choose_device
 
 from . import peers
 from .machine import clock, describe, in_new_process, peak_bytes, spread, summarise
@@ -400,7 +401,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_setting(options: argparse.Namespace) -> Setting:
-    device = jobs.choose_device(options.device)
+    device = choose_device(options.device)
     on_gpu = device.type == "cuda"
     torch.set_num_threads(options.threads)
     setting = Setting(
@@ -422,7 +423,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse_options(argv)
     try:
         setting = make_setting(options)
-    except jobs.BadInput as error:
+    except BadInput as error:
         print(f"python -m benchmarks.train_step: error: {error}", file=sys.stderr)
         return 2
     found = measure(options.networks, setting, options.rounds)

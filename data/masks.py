@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from .. import jobs
+from ..errors import BadInput
 from ..seeding import derive_seed
 
 # (frames, height, width, *seed_parts) -> mask; the docstring's first line is its help.
@@ -44,7 +44,7 @@ def draw_mask(
     if family not in FAMILIES:
         raise ValueError(f"{family!r} is not drawn: {', '.join(FAMILIES)} are")
     if frames < 1 or min(height, width) < GRID:
-        raise jobs.BadInput(
+        raise BadInput(
             f"a clip of {frames} frames of {width}x{height} pixels is too small for a mask: "
             f"choose at least 1 frame of {GRID}x{GRID}"
         )
@@ -251,7 +251,7 @@ def _most_shown(family: str, frames: int) -> int:
 
 def _refuse_single(family: str, frames: int) -> None:
     if frames < 2:
-        raise jobs.BadInput(
+        raise BadInput(
             f"frames is {frames}; {family} leaves some frames visible and hides in others: "
             f"choose at least 2, or leave {family} out of the masks"
         )
@@ -306,16 +306,16 @@ class Mix:
     def __post_init__(self) -> None:
         known = (*FAMILIES, OWN)
         if not self.weights:
-            raise jobs.BadInput(f"the mix of masks is empty: choose among {', '.join(known)}")
+            raise BadInput(f"the mix of masks is empty: choose among {', '.join(known)}")
         for name, weight in self.weights.items():
             if name not in known:
                 [nearest] = difflib.get_close_matches(name, known, n=1, cutoff=0)
-                raise jobs.BadInput(
+                raise BadInput(
                     f"{name!r} is no family of masks (the nearest is {nearest}): "
                     f"choose among {', '.join(known)}"
                 )
             if not 0 < weight < math.inf:
-                raise jobs.BadInput(
+                raise BadInput(
                     f"the weight of {name} in the mix of masks is {weight}: choose a finite one "
                     "above 0, or leave the family out"
                 )
@@ -331,11 +331,11 @@ class Mix:
         for part in text.replace(",", " ").split():
             name, colon, weight = part.partition(":")
             if name in weights:
-                raise jobs.BadInput(f"the mix of masks {text!r} names {name} twice: name it once")
+                raise BadInput(f"the mix of masks {text!r} names {name} twice: name it once")
             try:
                 weights[name] = float(weight) if colon else 1.0
             except ValueError:
-                raise jobs.BadInput(
+                raise BadInput(
                     f"the mix of masks has {part!r}: give FAMILY or FAMILY:WEIGHT, as box:0.5"
                 ) from None
         return cls(weights)
@@ -392,7 +392,7 @@ def visible_median(
     """
     visible = np.compress((mask == 0).reshape(-1), frames.reshape(-1, 3), axis=0)
     if not len(visible):
-        raise jobs.BadInput("the mask hides every pixel of the clip: give a fill colour")
+        raise BadInput("the mask hides every pixel of the clip: give a fill colour")
     red, green, blue = (_median(visible[:, channel]) for channel in range(3))
     return red, green, blue
 

@@ -18,7 +18,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from .. import jobs
+from ..errors import BadInput
+from ..files import aside
 
 SUFFIXES = frozenset(
     {
@@ -89,7 +90,7 @@ class FrameSize:
             return None
         match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text, re.ASCII)
         if not match:
-            raise jobs.BadInput(
+            raise BadInput(
                 f'size is {text!r}: give "128" for a square, or "432x240", width by height'
             )
         width, height = match[1], match[2] or match[1]
@@ -401,12 +402,12 @@ def write_video(
     """
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
-        raise jobs.BadInput(
+        raise BadInput(
             f"{path} would be {width}x{height}: H.264 in 4:2:0 asks for an even width and height"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     rate = Fraction(fps).limit_denominator(1001)
-    with jobs.aside(path) as partial, av.open(str(partial), "w") as container:
+    with aside(path) as partial, av.open(str(partial), "w") as container:
         # x264's macroblock tree gives small frames other bytes from run to run.
         options = {"crf": str(crf), "mbtree": "0"}
         stream = container.add_stream("libx264", rate=rate, options=options)

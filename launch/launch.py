@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import jobs
+from ..errors import BadInput
+from ..files import write_atomically
 from ..train.config import TrainConfig, check, find_recipe
 from ..train.deepspeed import deepspeed_config
 
@@ -31,7 +33,7 @@ examples:
 
 MODULES = {
     "train": "vidfill.train",
-    "doctor": "vidfill.train.doctor",
+    "doctor": "vidfill.train.preflight",
     "encode": "vidfill.data.encode",
     "sweep": "vidfill.sampling.sweep",
 }
@@ -125,7 +127,7 @@ def launch(config: LaunchConfig) -> None:
         files[".json"] = json.dumps(ours, indent=2) + "\n"
     if config.out:
         for suffix, text in files.items():
-            jobs.write_atomically(Path(f"{config.out}{suffix}"), text.encode())
+            write_atomically(Path(f"{config.out}{suffix}"), text.encode())
     if config.submit:
         print(_submit(files[".sbatch"]))
     elif not config.out:
@@ -149,16 +151,16 @@ def _check_settings(config: LaunchConfig) -> None:
     least = {"nodes": 1, "gpus_per_node": 0, "processes_per_node": 0, "cpus_per_process": 1}
     for field, value in {**least, "warning": 1}.items():
         if getattr(config, field) < value:
-            raise jobs.BadInput(f"{field} is {getattr(config, field)}: give {value} or more")
+            raise BadInput(f"{field} is {getattr(config, field)}: give {value} or more")
     for field in ("name", "partition", "account"):
         text = getattr(config, field)
         if text and not re.fullmatch(NAME, text):
-            raise jobs.BadInput(
+            raise BadInput(
                 f"{field} is {text!r}: give letters, digits and . , _ - as Slurm has them"
             )
     limit = seconds_of(config.time)
     if config.warning >= limit:
-        raise jobs.BadInput(
+        raise BadInput(
             f"warning is {config.warning} seconds and time {config.time}: give a shorter warning"
         )
 
@@ -171,7 +173,7 @@ def seconds_of(time: str) -> int:
     """
     found = TIME.fullmatch(time)
     if not found:
-        raise jobs.BadInput(
+        raise BadInput(
             f"time is {time!r}: give [DAYS-]HOURS:MINUTES:SECONDS, as in 24:00:00 or 3-00:00:00"
         )
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
@@ -186,13 +188,13 @@ def read_tasks(config: LaunchConfig) -> list[Task]:
     """
     tasks = [_read_task(line.strip()) for line in config.job.splitlines() if line.strip()]
     if not tasks:
-        raise jobs.BadInput('job is empty: give a command, as in "train shards run"')
+        raise BadInput('job is empty: give a command, as in "train shards run"')
     verbs = sorted({task.verb for task in tasks})
     if len(verbs) > 1:
-        raise jobs.BadInput(f"job has {' and '.join(verbs)}: launch them one after the other")
+        raise BadInput(f"job has {' and '.join(verbs)}: launch them one after the other")
     outs = [task.marker for task in tasks if task.marker]
     if len(set(outs)) < len(outs):
-        raise jobs.BadInput("job has two runs in one folder: give each task its own")
+        raise BadInput("job has two runs in one folder: give each task its own")
     return tasks
 
 
@@ -202,7 +204,7 @@ def _read_task(line: str) -> Task:
     if verb not in MODULES:
         near = difflib.get_close_matches(verb, MODULES, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(MODULES)}"
-        raise jobs.BadInput(f"job begins with {verb!r}: {remedy}")
+        raise BadInput(f"job begins with {verb!r}: {remedy}")
     if verb in ("train", "doctor"):
         training = jobs.parse(TrainConfig, find_recipe(words), verb=verb, examples="")
         check(training)
@@ -216,14 +218,14 @@ def _ask_verb(verb: str, words: Sequence[str]) -> None:
     command = [sys.executable, "-m", "vidfill.cli", verb, *words, "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise jobs.BadInput(done.stderr.strip().rpartition("error: ")[2])
+        raise BadInput(done.stderr.strip().rpartition("error: ")[2])
 
 
 def _split(field: str, text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise jobs.BadInput(f"{field} is {text!r}: {str(error).lower()}") from None
+        raise BadInput(f"{field} is {text!r}: {str(error).lower()}") from None
 
 
 # The script
@@ -277,7 +279,7 @@ def _options(config: LaunchConfig, tasks: int) -> list[str]:
     further = _split("options", config.options)
     if further:
         if not further[0].startswith("-") or any("\n" in word for word in further):
-            raise jobs.BadInput(f'options is {config.options!r}: give sbatch\'s, as in "--mem=0"')
+            raise BadInput(f'options is {config.options!r}: give sbatch\'s, as in "--mem=0"')
         lines.append(shlex.join(further))
     return lines
 
@@ -298,11 +300,11 @@ def _submit(script: str) -> str:
     try:
         done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise jobs.BadInput(
+        raise BadInput(
             "submit is true, and there is no sbatch here: submit on a node that has Slurm"
         ) from None
     if done.returncode:
-        raise jobs.BadInput(f"Slurm refuses the job: {' '.join(done.stderr.split())}")
+        raise BadInput(f"Slurm refuses the job: {' '.join(done.stderr.split())}")
     return done.stdout.strip()
 
 

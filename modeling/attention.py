@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..jobs import BadInput
+from ..errors import BadInput
 
 Tokens = Float[Tensor, "batch tokens heads channels"]
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]

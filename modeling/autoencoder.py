@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..jobs import BadInput
+from ..errors import BadInput
 from .precision import Precision, autocast
 
 SHIPPED = "shipped"  # the name of the package's own small autoencoder

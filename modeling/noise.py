@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..jobs import BadInputEverywhere
+from ..errors import BadInputEverywhere
 
 Process = Literal["ddpm", "flow"]
 Target = Literal["noise", "v", "clean", "flow"]

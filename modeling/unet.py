@@ -13,10 +13,17 @@ from jaxtyping import Float, Num
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..jobs import BadInput
-from .attention import Choice, CrossAttention, Positions, SelfAttention, check_word, zero
-from .blocks import (
+from ..errors import BadInput
+from .attention import (
     Activations,
+    Choice,
+    CrossAttention,
+    Positions,
+    SelfAttention,
+    check_word,
+    zero,
+)
+from .blocks import (
     Attention,
     Conditioning,
     ConditionMaps,

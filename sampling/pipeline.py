@@ -30,20 +30,22 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.videos import FrameSize
-from ..jobs import BadInput
+from ..errors import BadInput
 from ..modeling.autoencoder import SHIPPED as SHIPPED_AUTOENCODER
 from ..modeling.autoencoder import Autoencoder, load_autoencoder
-from ..modeling.diffusion import INDEX, Denoiser, DiffusionConfig, LatentSpace, model_folder
+from ..modeling.denoiser import INDEX, Denoiser, LatentSpace, model_folder
+from ..modeling.noise import DiffusionConfig
 from ..modeling.precision import Precision
 from ..modeling.unet import VideoUNet
-from .metrics import Frames, Mask
-from .schedules import compile_schedule, parse
-from .windows import FEATHER, Filler, fill_stretches
+from .inpaint.blending import FEATHER
+from .inpaint.windows import SCHEDULE, Filler, fill_stretches
+from .metrics.pixels import Frames, Mask
+from .schedules.language import parse
+from .schedules.program import compile_schedule
 
 Images = Sequence[Any] | np.ndarray | Tensor
 Output = Literal["pil", "np", "pt"]
 
-SCHEDULE = "ddim:20"
 CARD = "README.md"
 REMOTE = "pipeline"  # the module that diffusers runs to find the class
 REMOTE_CODE = "from vidfill.sampling.pipeline import VideoInpaintPipeline  # noqa: F401\n"
@@ -279,19 +281,6 @@ class VideoInpaintPipeline(DiffusionPipeline):
         return VideoInpaintPipelineOutput(_write_frames(results, output_type))
 
 
-def usual_schedule(model: Path) -> str:
-    """The schedule that a model is used with where none is given.
-
-    Args:
-        model: As `Denoiser.load` takes it.
-
-    Raises:
-        BadInput: It is no model.
-    """
-    index = model_folder(model) / INDEX
-    return json.loads(index.read_text())["schedule"] if index.is_file() else SCHEDULE
-
-
 def _precision(network: torch.nn.Module) -> Precision:
     """That of a network's weights: it computes in it, from and to float32."""
     return cast(Precision, str(next(network.parameters()).dtype).removeprefix("torch."))
@@ -313,9 +302,6 @@ def _upload(
         token=token,
         create_pr=create_pr,
     )
-
-
-# What goes in
 
 
 def read_video(video: Images) -> Frames:
@@ -389,9 +375,6 @@ def _stack(images: Sequence[Any], name: str, mode: str) -> np.ndarray:
         listed = " and ".join(f"{width}x{height}" for width, height in sorted(sizes))
         raise BadInput(f"{name} has images of {listed or 'no size'}: give one or more of one size")
     return np.stack([np.array(image.convert(mode)) for image in images])
-
-
-# What comes out
 
 
 def _write_frames(

@@ -9,10 +9,7 @@ ablation.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import heapq
 import itertools
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -24,12 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import seeding
-from ..data.masks import latent_mask
-from ..data.shards import Example
-from ..jobs import BadInput
-from ..modeling.autoencoder import Autoencoder, to_frames
+from ..errors import BadInput
+from ..modeling.denoiser import Denoiser
 from ..modeling.diffusion import (
-    Denoiser,
     Variance,
     add_noise,
     ddim_step,
@@ -39,15 +33,13 @@ from ..modeling.diffusion import (
     heun_step,
     renoise,
 )
-from .metrics import Frames, composite
-from .schedules import CLEAN, Kind, Move, Program, Term, compile_schedule, parse
+from .schedules.language import Term
+from .schedules.program import CLEAN, Kind, Move, Program
 
 Latents = Float[Tensor, "frames channels h w"]
 Condition = Float[Tensor, "frames condition h w"]
 LatentMask = Float[Tensor, "frames 1 h w"]
 Batch = Float[Tensor, "batch frames channels h w"]
-
-CAPACITY = 16  # slots, where no accelerator's memory says more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,79 +140,6 @@ def sample_in_order(
         results = slots.advance()
         on_evaluations(evaluations)
         yield from results
-
-
-def find_capacity(denoiser: Denoiser, requests: Sequence[Request]) -> int:
-    """The slots with which the requests are sampled fastest.
-
-    As many as an accelerator's memory holds, found by trying; `CAPACITY` on the CPU. Never more
-    than it takes to end with the longest program: with more none would end sooner.
-    """
-    nfes = [request.program.nfe for request in requests]
-    fewest = math.ceil(sum(nfes) / max(nfes))
-    useful = next(slots for slots in itertools.count(fewest) if _calls(nfes, slots) == max(nfes))
-    condition = requests[0].condition()
-    if condition.device.type == "cpu":
-        return min(useful, CAPACITY)
-    return largest_batch(denoiser, condition, useful)
-
-
-def _calls(nfes: Sequence[int], slots: int) -> int:
-    """Network calls until all have ended, the longest started first."""
-    ends = [0] * slots
-    for nfe in sorted(nfes, reverse=True):
-        heapq.heapreplace(ends, ends[0] + nfe)
-    return max(ends)
-
-
-@torch.no_grad()
-def largest_batch(denoiser: Denoiser, condition: Condition, most: int) -> int:
-    """The most examples, 1 to `most`, that the network evaluates at once without running out.
-
-    An eighth more are tried than found, for what else needs memory beside the network.
-
-    Raises:
-        BadInput: not even one fits.
-    """
-    frames, _, height, width = condition.shape
-    channels = len(denoiser.space.mean)
-
-    def fits(count: int) -> bool:
-        tried = math.ceil(count * 9 / 8)
-        latents = condition.new_zeros(tried, frames, channels, height, width)
-        timestep = torch.zeros(tried, dtype=torch.long, device=condition.device)
-        try:
-            denoiser.denoise(latents, timestep, condition.repeat(tried, 1, 1, 1, 1))
-        except torch.OutOfMemoryError:
-            return False
-        return True
-
-    fitting, failing = 0, most + 1
-    while failing - fitting > 1:
-        tried = min(max(1, 2 * fitting), (fitting + failing) // 2)
-        fitting, failing = (tried, failing) if fits(tried) else (fitting, tried)
-    if not fitting:
-        raise BadInput(
-            f"one clip does not fit into the memory of {condition.device}: "
-            "take a larger device, or precision bfloat16"
-        )
-    return fitting
-
-
-def time_evaluation(denoiser: Denoiser, condition: Condition, slots: int) -> float:
-    """Wall seconds of one network call on `slots` clips, the second of two."""
-    program = compile_schedule(parse("ddim:2"), denoiser.timesteps)
-    requests = [Request(str(slot), "ddim:2", program, lambda: condition) for slot in range(slots)]
-    moments: list[float] = []
-    for _ in sample(
-        denoiser,
-        requests,
-        capacity=slots,
-        seed=0,
-        on_evaluations=lambda count: moments.append(time.perf_counter()),
-    ):
-        pass
-    return moments[1] - moments[0]
 
 
 @dataclasses.dataclass
@@ -434,82 +353,3 @@ class _Slots:
                 "finite: the model has diverged; use an earlier checkpoint"
             )
         return Result(request, latents, trajectory.seconds)
-
-
-def inpaint(
-    denoiser: Denoiser,
-    autoencoder: Autoencoder,
-    examples: Sequence[Example],
-    schedule: str,
-    *,
-    seed: int,
-    capacity: int,
-) -> Iterator[tuple[Example, Frames]]:
-    """Fill the holes of a few examples under one schedule; yields each as it is finished.
-
-    The network is used as it stands: put it into evaluation mode first.
-
-    Raises:
-        BadInput: the schedule cannot be read, or an example's shard keeps no pixels.
-    """
-    program = compile_schedule(parse(schedule), denoiser.timesteps)
-    by_key = {example.key: example for example in examples}
-    requests = [
-        Request(
-            key,
-            schedule,
-            program,
-            functools.partial(condition_of, denoiser, example),
-            functools.partial(known_of, denoiser, example),
-        )
-        for key, example in by_key.items()
-    ]
-    for result in sample(denoiser, requests, capacity=capacity, seed=seed):
-        example = by_key[result.request.clip]
-        yield example, decode_result(autoencoder, example, result.latents)
-
-
-def condition_of(denoiser: Denoiser, example: Example) -> Condition:
-    """What the network is told of an example, on the network's device."""
-    masked_latents, hole = _masked(denoiser, example)
-    return denoiser.condition(masked_latents, hole)[0]
-
-
-def known_of(denoiser: Denoiser, example: Example) -> Known:
-    """What is known of an example: the masked video's latents, on the network's device.
-
-    Not the video's own: those near the hole tell of it, the autoencoder looks beyond its cells.
-    """
-    masked_latents, hole = _masked(denoiser, example)
-    return Known(denoiser.normalise(masked_latents)[0], hole[0])
-
-
-def _masked(denoiser: Denoiser, example: Example) -> tuple[Batch, Float[Tensor, "1 frames 1 h w"]]:
-    device = next(denoiser.network.parameters()).device
-    masked_latents = torch.from_numpy(example.masked_latents).float()
-    hole = latent_mask(example.mask, *masked_latents.shape[-2:])
-    return masked_latents[None].to(device), hole[None].to(device)
-
-
-def decode_result(autoencoder: Autoencoder, example: Example, latents: Latents) -> Frames:
-    """Latents, as the autoencoder scales them, to frames: the example's own outside its hole.
-
-    Raises:
-        BadInput: the example's shard keeps no pixels.
-    """
-    frames = to_frames(autoencoder.decode(latents[None])[0])
-    return composite(pixels_of(example), frames, example.mask)
-
-
-def pixels_of(example: Example) -> Frames:
-    """The pixels of an example.
-
-    Raises:
-        BadInput: its shard keeps none.
-    """
-    if example.pixels is None:
-        raise BadInput(
-            f"{example.key} is in a shard without pixels: encode again with --pixels all, "
-            "or name the validation split, which keeps them"
-        )
-    return example.pixels

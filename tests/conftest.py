@@ -14,10 +14,8 @@ from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-install_import_hook(
-    [f"vidfill.{part}" for part in ("crew", "data", "launch", "modeling", "sampling", "train")],
-    "beartype.beartype",
-)
+CHECKED = ("data", "files", "launch", "modeling", "processes", "progress", "sampling", "train")
+install_import_hook([f"vidfill.{part}" for part in CHECKED], "beartype.beartype")
 
 # The fixtures import what they need themselves: the package comes after its hook.
 
@@ -27,8 +25,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training clips and one held-out one of 32×32, encoded by a random autoencoder."""
     import torch
     from diffusers import AutoencoderTiny
-    from vidfill.data.encode import EncodeConfig, encode
-    from vidfill.data.synth import SynthConfig, synth
+    from vidfill.data.encode.run import encode
+    from vidfill.data.encode.settings import EncodeConfig
+    from vidfill.data.synth.run import SynthConfig, synth
 
     root = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)

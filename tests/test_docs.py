@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [module for module, _ in cli.VERBS.values()] + ["train.autoencoder"]
 MODULE_VERBS = {
-    "vidfill.data.encode": "data.encode",
+    "vidfill.data.encode": "data.encode.run",
     "vidfill.train": "train.loop",
     "vidfill.train.autoencoder": "train.autoencoder",
-    "vidfill.train.doctor": "train.doctor",
+    "vidfill.train.preflight": "train.preflight.doctor",
 }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from vidfill import jobs
+from vidfill.errors import BadInput, BadInputEverywhere
+from vidfill.files import hash_file, hold, locate, write_atomically
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def run(error: BaseException) -> int:
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a"), "a: Not a directory"),
         (OSError("a library's own\nwords"), "a library's own"),
         (ConnectionError(), "ConnectionError"),
-        (jobs.BadInput("steps is 0: give more"), "steps is 0: give more"),
+        (BadInput("steps is 0: give more"), "steps is 0: give more"),
     ],
 )
 def test_what_the_system_or_the_input_refuses_is_said_in_one_line(
@@ -47,10 +49,10 @@ def test_what_the_system_or_the_input_refuses_is_said_in_one_line(
 @pytest.mark.parametrize(
     ("error", "rank", "said"),
     [
-        (jobs.BadInput("wrong"), "0", "vidfill test: error: wrong\n"),
-        (jobs.BadInput("wrong"), "1", "[rank 1] vidfill test: error: wrong\n"),
-        (jobs.BadInputEverywhere("wrong"), "0", "vidfill test: error: wrong\n"),
-        (jobs.BadInputEverywhere("wrong"), "1", ""),
+        (BadInput("wrong"), "0", "vidfill test: error: wrong\n"),
+        (BadInput("wrong"), "1", "[rank 1] vidfill test: error: wrong\n"),
+        (BadInputEverywhere("wrong"), "0", "vidfill test: error: wrong\n"),
+        (BadInputEverywhere("wrong"), "1", ""),
     ],
 )
 def test_an_error_is_said_by_whoever_has_it_and_a_common_one_once(
@@ -73,7 +75,7 @@ def test_a_moved_job_continues_and_a_path_is_the_same_however_it_is_given(
     Path("out").rename("moved")
     moved = Config(tmp_path / "moved", tmp_path / "source")
     jobs.claim(moved.out, "test", moved)
-    with pytest.raises(jobs.BadInput, match="source was"):
+    with pytest.raises(BadInput, match="source was"):
         jobs.claim(moved.out, "test", replace(moved, source=tmp_path / "other"))
 
 
@@ -82,7 +84,7 @@ def test_what_may_change_is_recorded_anew(tmp_path: Path) -> None:
         jobs.claim(tmp_path / "out", "test", Config(steps=steps), may_change=("steps",))
         job = json.loads((tmp_path / "out" / "job.json").read_text())
         assert job["config"]["steps"] == steps
-    with pytest.raises(jobs.BadInput, match="steps was 2, now 3"):
+    with pytest.raises(BadInput, match="steps was 2, now 3"):
         jobs.claim(tmp_path / "out", "test", Config(steps=3))
 
 
@@ -91,7 +93,7 @@ def test_what_may_change_is_recorded_anew(tmp_path: Path) -> None:
 )
 def test_a_job_file_that_is_not_ours_is_left_alone(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "job.json").write_bytes(content)
-    with pytest.raises(jobs.BadInput, match="not written by vidfill: choose another folder"):
+    with pytest.raises(BadInput, match="not written by vidfill: choose another folder"):
         jobs.claim(tmp_path, "test", Config())
     assert (tmp_path / "job.json").read_bytes() == content
 
@@ -101,32 +103,32 @@ def test_a_folder_with_only_a_killed_jobs_partial_file_is_empty(tmp_path: Path) 
     jobs.claim(tmp_path, "test", Config())
     assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
     (tmp_path / "job.json").rename(tmp_path / "mine.json")
-    with pytest.raises(jobs.BadInput, match="not empty"):
+    with pytest.raises(BadInput, match="not empty"):
         jobs.claim(tmp_path, "test", Config())
 
 
 def test_a_file_that_cannot_take_its_place_leaves_no_partial(tmp_path: Path) -> None:
     (tmp_path / "taken" / "by").mkdir(parents=True)
     with pytest.raises(OSError, match="taken"):
-        jobs.write_atomically(tmp_path / "taken", b"content")
+        write_atomically(tmp_path / "taken", b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_one_job_at_a_time_holds_a_folder(tmp_path: Path) -> None:
-    refused = pytest.raises(jobs.BadInput, match="another job writes into")
-    with jobs.hold(tmp_path), refused, jobs.hold(tmp_path):
+    refused = pytest.raises(BadInput, match="another job writes into")
+    with hold(tmp_path), refused, hold(tmp_path):
         pass
-    with jobs.hold(tmp_path):
+    with hold(tmp_path):
         pass
 
 
 def test_a_record_of_a_url_has_no_secrets() -> None:
-    assert jobs.locate("https://me:word@host/shards?signature=x") == "https://host/shards"
+    assert locate("https://me:word@host/shards?signature=x") == "https://host/shards"
 
 
 def test_a_files_hash_is_that_of_its_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    assert jobs.hash_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+    assert hash_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -5,34 +5,58 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Each layer, and what it may import of the package beside itself. `cli` finds a verb's module by
-# its name when the verb is run.
-MAY_IMPORT = {
-    "jobs": set(),
-    "seeding": set(),
-    "crew": {"jobs"},
-    "cli": {"__version__"},
-    "modeling": {"jobs", "seeding"},
-    "data": {"jobs", "seeding", "crew", "modeling"},
-    "sampling": {"jobs", "seeding", "crew", "modeling", "data"},
-    "train": {"jobs", "seeding", "crew", "modeling", "data", "sampling"},
-    "launch": {"jobs", "train.config", "train.deepspeed"},
-}
+# The floors, ground first. A module stands on the floor that names it best, and imports from its
+# own floor or a lower one. `cli` finds a verb's module by its name when the verb is run.
+FLOORS = (
+    ("errors", "seeding"),
+    ("files",),
+    ("progress", "processes", "jobs"),
+    ("modeling",),
+    ("data.videos", "data.masks", "data.storage", "data.synth"),
+    ("data.shards",),
+    ("data.encode", "data.own_masks"),
+    ("data.verify",),
+    ("sampling.figure_style",),
+    ("sampling.schedules", "sampling.metrics"),
+    ("sampling.sampler", "sampling.capacity", "sampling.examples"),
+    ("sampling.inpaint", "sampling.sweep"),
+    ("sampling.pipeline", "sampling.report"),
+    ("train.config", "train.deepspeed", "train.monitor.profiling"),
+    ("train.card", "train.control", "train.state", "train.step", "train.checkpoints"),
+    ("train.monitor", "train.export"),
+    ("train.preflight",),
+    ("train.loop", "train.autoencoder"),
+    ("demo", "launch", "cli", "train.__main__"),
+)
+LAUNCH_MAY_IMPORT = ("errors", "files", "jobs", "train.config", "train.deepspeed")
+LAYERS = ("modeling", "data", "sampling", "train", "launch")
 HEAVY = ("torch", "numpy", "diffusers", "accelerate", "av", "cv2", "matplotlib", "jsonargparse")
 
 
 def sources() -> dict[str, Path]:
-    """Every module of the package by its dotted name within it; `__main__` is run, not imported."""
-    files = [ROOT / f"{layer}.py" for layer in MAY_IMPORT if (ROOT / f"{layer}.py").is_file()]
-    files += [file for layer in MAY_IMPORT for file in (ROOT / layer).glob("*.py")]
+    """Every module of the package, at any depth, by its dotted name within it."""
+    files = [file for file in ROOT.glob("*.py") if file.name not in ("setup.py", "__init__.py")]
+    files += [file for layer in LAYERS for file in (ROOT / layer).rglob("*.py")]
     names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
-    return {name.removesuffix(".__init__"): file for name, file in names.items()}
+    modules = {name.removesuffix(".__init__"): file for name, file in names.items()}
+    return {name: file for name, file in modules.items() if ".weights." not in name}
+
+
+def floor_of(module: str) -> int:
+    """The number of the floor that names a module, or the nearest folder around it."""
+    named = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:length])) in named:
+            return named[name]
+    raise KeyError(f"{module} stands on no floor: add it to FLOORS")
 
 
 def imported_by(module: str, source: str, is_package: bool = False) -> set[str]:
@@ -50,7 +74,10 @@ def imported_by(module: str, source: str, is_package: bool = False) -> set[str]:
                 found.add(node.module or "")
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1]
-            named = [node.module] if node.module else [name.name for name in node.names]
+            names = [name.name for name in node.names]
+            named = [node.module] if node.module else names
+            if node.module and (ROOT / "/".join([*base, *node.module.split(".")])).is_dir():
+                named = [f"{node.module}.{name}" for name in names]
             found |= {".".join([*base, name]) for name in named}
     return found
 
@@ -63,12 +90,13 @@ def is_within(module: str, layer: str) -> bool:
     ("source", "found"),
     [
         ("from ..train.loop import train", {"train.loop"}),
+        ("from ..data import masks, videos", {"data.masks", "data.videos"}),
         ("from .. import jobs, seeding", {"jobs", "seeding"}),
         (
-            "from . import figures\nfrom .metrics import psnr",
-            {"sampling.figures", "sampling.metrics"},
+            "from . import pipeline\nfrom .sampler import sample",
+            {"sampling.pipeline", "sampling.sampler"},
         ),
-        ("def late():\n    from ..launch import files", {"launch"}),
+        ("def late():\n    from ..launch import files", {"launch.files"}),
         ("import vidfill.train\nfrom vidfill.cli import main", {"vidfill.train", "vidfill.cli"}),
         ("import torch\nfrom numpy.linalg import norm", set()),
     ],
@@ -77,18 +105,44 @@ def test_every_way_to_import_is_seen(source: str, found: set[str]) -> None:
     assert imported_by("sampling.report", source) == found
 
 
-@pytest.mark.parametrize("module", sources())
-def test_imports_point_towards_the_lower_layers_only(module: str) -> None:
-    file = sources()[module]
-    layer = module.split(".")[0]
-    allowed = {layer} | MAY_IMPORT[layer]
-    for name in imported_by(module, file.read_text(), file.name == "__init__.py"):
-        assert any(is_within(name, other) for other in allowed), f"{module} imports {name}"
+PACKAGES = [name for name, file in sources().items() if file.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("module", [name for name in sources() if name not in PACKAGES])
+def test_imports_point_towards_the_lower_floors_only(module: str) -> None:
+    for name in imported_by(module, sources()[module].read_text()) - {"__version__"}:
+        assert floor_of(name) <= floor_of(module), f"{module} imports {name}"
+
+
+def test_launch_imports_configuration_only() -> None:
+    for name in imported_by("launch.launch", sources()["launch.launch"].read_text()):
+        assert any(is_within(name, other) for other in LAUNCH_MAY_IMPORT), name
+
+
+def test_nothing_imports_what_stands_on_the_top_floor() -> None:
+    top = len(FLOORS) - 1
+    for module in sources().keys() - set(PACKAGES):
+        named = imported_by(module, sources()[module].read_text())
+        named -= {"__version__"} if module == "cli" else set()
+        assert not [name for name in named if floor_of(name) == top], module
+
+
+def test_the_faces_of_packages_import_nothing() -> None:
+    for name in PACKAGES:
+        assert not imported_by(name, sources()[name].read_text(), True)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {
+        module: imported_by(module, file.read_text(), file.name == "__init__.py")
+        for module, file in sources().items()
+    }
+    tuple(TopologicalSorter(graph).static_order())
 
 
 def test_every_folder_with_source_is_a_layer() -> None:
     packages = {file.parent.name for file in ROOT.glob("*/__init__.py")}
-    assert packages == {layer for layer in MAY_IMPORT if (ROOT / layer).is_dir()}
+    assert packages == set(LAYERS)
 
 
 @pytest.mark.parametrize("command", [["-c", "import vidfill"], ["-m", "vidfill.cli", "--help"]])

@@ -22,11 +22,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .. import jobs
+from ..data.encode.sources import find_sources
 from ..data.masks import draw_mask, fill_hole
-from ..data.sources import find_sources
 from ..data.videos import FrameSize, UnreadableVideo, read_video
+from ..errors import BadInput
+from ..files import write_atomically
 from ..modeling.autoencoder import CONFIG, WEIGHTS, load_autoencoder, to_frames, to_pixels
-from ..sampling.metrics import psnr
+from ..processes import choose_device
+from ..progress import show_progress
+from ..sampling.metrics.pixels import psnr
 from ..seeding import derive_seed, generator
 
 VERB = "train.autoencoder"
@@ -103,7 +107,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
         jobs.BadInput: a value is out of range, a video is no video, or the loss is not finite.
     """
     _check(config)
-    device = jobs.choose_device(config.device)
+    device = choose_device(config.device)
     jobs.refuse_launcher(VERB)
     train_videos, held_out_videos = _split(config.videos)
     jobs.claim(config.out, VERB, config)
@@ -115,7 +119,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
     _save(config.out, network, _latent_deviation(network, held_out))
     figures = evaluate(config.out, held_out, config.frames_per_video)
     card = write_card(config, figures, seconds, len(train_videos), len(held_out_videos))
-    jobs.write_atomically(config.out / CARD, card.encode())
+    write_atomically(config.out / CARD, card.encode())
     (config.out / STATE).unlink()
     return _say(figures)
 
@@ -123,13 +127,13 @@ def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
 def _check(config: AutoencoderConfig) -> None:
     factor = 2 ** (STAGES - 1)
     if not config.sizes or any(size < factor or size % factor for size in config.sizes):
-        raise jobs.BadInput(f"sizes is {config.sizes}; choose one or more multiples of {factor}")
+        raise BadInput(f"sizes is {config.sizes}; choose one or more multiples of {factor}")
     for field in ("encoder_blocks", "decoder_blocks"):
         if len(getattr(config, field)) != STAGES:
-            raise jobs.BadInput(f"{field} is {getattr(config, field)}; give {STAGES} numbers")
+            raise BadInput(f"{field} is {getattr(config, field)}; give {STAGES} numbers")
     for field in ("frames_per_video", "latent_channels", "width", "steps", "batch", "save_every"):
         if getattr(config, field) < 1:
-            raise jobs.BadInput(f"{field} is {getattr(config, field)}; choose 1 or more")
+            raise BadInput(f"{field} is {getattr(config, field)}; choose 1 or more")
 
 
 def _split(videos: Path) -> tuple[list[Path], list[Path]]:
@@ -140,14 +144,14 @@ def _split(videos: Path) -> tuple[list[Path], list[Path]]:
         return training, validation
     everything = training or validation
     if len(everything) < 2:
-        raise jobs.BadInput(f"{videos} holds one video: give at least two, for one is held out")
+        raise BadInput(f"{videos} holds one video: give at least two, for one is held out")
     held_out = everything[::HOLDS_OUT]
     return [video for video in everything if video not in held_out], held_out
 
 
 def _read(videos: Sequence[Path], config: AutoencoderConfig, description: str) -> Frames:
     read: dict[int, list[np.ndarray]] = {size: [] for size in config.sizes}
-    with jobs.progress(description, len(videos), "videos") as progress:
+    with show_progress(description, len(videos), "videos") as progress:
         for video in videos:
             for size, frames in read.items():
                 frames.append(_read_evenly(video, size, config.frames_per_video))
@@ -159,7 +163,7 @@ def _read_evenly(video: Path, size: int, count: int) -> UInt8[np.ndarray, "frame
     try:
         frames, _ = read_video(video, FrameSize(size, size))
     except UnreadableVideo as error:
-        raise jobs.BadInput(f"{video} cannot be read ({error}): remove it or mend it") from error
+        raise BadInput(f"{video} cannot be read ({error}): remove it or mend it") from error
     return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
@@ -181,14 +185,12 @@ def _train(config: AutoencoderConfig, network: Network, frames: Frames) -> float
     optimizer = torch.optim.Adam(network.parameters())
     done, seconds = _load_state(config.out / STATE, network, optimizer)
     began = time.monotonic() - seconds
-    with jobs.progress("training", config.steps, "steps", done) as progress:
+    with show_progress("training", config.steps, "steps", done) as progress:
         for step in range(done, config.steps):
             optimizer.param_groups[0]["lr"] = learning_rate(config, step)
             loss, error = _loss(config, network, draw_batch(config, frames, step), step)
             if not math.isfinite(loss.item()):
-                raise jobs.BadInput(
-                    f"the loss is {loss.item()} at step {step}: lower learning_rate"
-                )
+                raise BadInput(f"the loss is {loss.item()} at step {step}: lower learning_rate")
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), GRADIENT_CLIP)
@@ -254,7 +256,7 @@ def _save_state(
         for name, value in values.items()
     }
     whole = {name: value.contiguous() for name, value in tensors.items()}
-    jobs.write_atomically(path, save(whole, {"step": str(step), "seconds": str(seconds)}))
+    write_atomically(path, save(whole, {"step": str(step), "seconds": str(seconds)}))
 
 
 def _load_state(path: Path, network: Network, optimizer: torch.optim.Adam) -> tuple[int, float]:
@@ -293,8 +295,8 @@ def _save(out: Path, network: Network, latent_deviation: float) -> None:
     config = json.loads(network.to_json_string())
     config.pop("block_out_channels", None)  # diffusers derives it, and warns where it finds it
     weights = {name: value.half().contiguous() for name, value in network.state_dict().items()}
-    jobs.write_atomically(out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    jobs.write_atomically(out / WEIGHTS, save(weights, {"format": "pt"}))
+    write_atomically(out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(out / WEIGHTS, save(weights, {"format": "pt"}))
 
 
 def evaluate(folder: Path, held_out: Frames, frames_per_video: int) -> dict[int, float]:
@@ -379,7 +381,7 @@ def _command(config: AutoencoderConfig) -> str:
 
 
 def _describe_hardware(config: AutoencoderConfig) -> str:
-    device = jobs.choose_device(config.device)
+    device = choose_device(config.device)
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import jobs
-from ..data.shards import Manifest, ShardedDataset, has_split
-from ..sampling.results import Row, Sweep
-from ..sampling.tables import rounded
+from ..data.shards.format import Manifest
+from ..data.shards.reading import ShardedDataset, has_split
+from ..errors import BadInput, describe
+from ..files import hide_secrets
+from ..sampling.report.tables import rounded
+from ..sampling.sweep.measures import Row
+from ..sampling.sweep.results import Sweep
 
 CARD = """\
 ---
@@ -25,7 +28,7 @@ on `{data}`, clips of {clips}, and is good for videos like those only.
 
     vidfill inpaint VIDEO --mask MASK --model MODEL --out OUT
 
-    from vidfill import VideoInpaintPipeline
+    from .. import VideoInpaintPipeline
     pipe = VideoInpaintPipeline.from_pretrained("MODEL")
     frames = pipe(video, mask).frames[0]
 
@@ -127,9 +130,9 @@ def _find_manifest(shards: str) -> Manifest | None:
         if has_split(shards, "train"):
             return ShardedDataset(shards, "train").manifest
         reason = "they are not there"
-    except (jobs.BadInput, OSError) as error:
-        reason = jobs.describe(error)
-    place = jobs.hide_secrets(shards)
+    except (BadInput, OSError) as error:
+        reason = describe(error)
+    place = hide_secrets(shards)
     print(f"vidfill: the card cannot name the masks of {place}: {reason}", file=sys.stderr)
     return None
 

@@ -24,8 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import jobs
-from ..modeling.checkpoint import (
+from ..errors import BadInput, BadInputEverywhere, describe
+from ..files import PARTIAL, aside, write_atomically
+from ..modeling.denoiser import Denoiser
+from ..modeling.run_folder import (
     LATEST,
     MODEL,
     Damaged,
@@ -35,7 +37,6 @@ from ..modeling.checkpoint import (
     read_state,
     seal,
 )
-from ..modeling.diffusion import Denoiser
 from ..modeling.unet import VideoUNet
 from .config import TrainConfig
 from .state import TrainState, kinds, read_full, write_full
@@ -83,7 +84,7 @@ class Checkpoints:
         broadcast_object_list(choice)
         name, facts, refusal = choice[0]
         if refusal:
-            raise jobs.BadInputEverywhere(refusal)
+            raise BadInputEverywhere(refusal)
         if not name:
             return
         with contextlib.ExitStack() as opened:
@@ -97,8 +98,8 @@ class Checkpoints:
             if not newest_first(self._folder):
                 return "", {}, ""
             path, facts = newest_whole(self._folder)
-        except (jobs.BadInput, OSError) as error:  # the others wait to hear of it
-            return "", {}, jobs.describe(error)
+        except (BadInput, OSError) as error:  # the others wait to hear of it
+            return "", {}, describe(error)
         if facts["latents"] != dataclasses.asdict(self._denoiser.space):
             refusal = (
                 f"{path} was trained on other latents (shape, scale or autoencoder) than these "
@@ -127,7 +128,7 @@ class Checkpoints:
         answers = self._accelerator.gather(answer).tolist()
         if not all(answers):
             blind = ", ".join(str(rank) for rank, answer in enumerate(answers) if not answer)
-            raise jobs.BadInputEverywhere(
+            raise BadInputEverywhere(
                 f"process {blind} does not see {path} as process 0 does: "
                 "let out be a folder that all nodes share"
             )
@@ -222,15 +223,15 @@ class Checkpoints:
         try:
             self._write_aside(self._folder / name_of(step), facts)
         except (OSError, SafetensorError) as error:
-            raise jobs.BadInput(
+            raise BadInput(
                 f"the checkpoint of step {step} cannot be written into {self._folder} "
-                f"({jobs.describe(error)}): mend that, and the same command continues from the "
+                f"({describe(error)}): mend that, and the same command continues from the "
                 "one before"
             ) from error
         written(step, time.perf_counter() - since)
 
     def _write_aside(self, path: Path, facts: dict[str, Any]) -> None:
-        with jobs.aside(path) as partial:
+        with aside(path) as partial:
             partial.mkdir()
             for kind, tensors in self._memory.items():
                 if kind in self._models:
@@ -240,7 +241,7 @@ class Checkpoints:
             seal(partial, facts)
             if path.exists():  # a damaged one, which the run did not continue from
                 _remove(path)
-        jobs.write_atomically(self._folder / LATEST, path.name.encode())
+        write_atomically(self._folder / LATEST, path.name.encode())
         found = newest_first(self._folder)
         # Newer ones are damaged: the run did not continue from them.
         kept = found[found.index(path) :][: self._keep]
@@ -264,7 +265,7 @@ def _files(path: Path, kind: str) -> list[Path]:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint: for whoever looks it is there whole, or not at all."""
-    path.rename(path.with_name(f"{jobs.PARTIAL}old-{path.name}"))
+    path.rename(path.with_name(f"{PARTIAL}old-{path.name}"))
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -272,5 +273,5 @@ def _remove_leftovers(folder: Path) -> None:
 
     A network's file system may keep a file that a reader has open; the next call removes it.
     """
-    for path in folder.glob(f"{jobs.PARTIAL}*"):
+    for path in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

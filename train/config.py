@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.cache import CacheConfig
-from ..jobs import BadInputEverywhere
+from ..data.storage.store import CacheConfig
+from ..errors import BadInputEverywhere
 from ..modeling.attention import Choice as AttentionBackend
 from ..modeling.blocks import Conditioning
 from ..modeling.noise import DiffusionConfig, LossConfig, check_diffusion, check_loss
 from ..modeling.precision import Precision
 from ..modeling.presets import PRESETS
-from .profiling import profiled_steps
+from .monitor.profiling import profiled_steps
 
 
 @dataclass(frozen=True)

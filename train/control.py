@@ -19,7 +19,8 @@ from typing import Any
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from .. import jobs
+from ..errors import BadInputEverywhere, describe
+from ..files import write_atomically
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 MARKER = "stopped.json"  # in the run's folder: the run ended early, and the same command continues
@@ -90,14 +91,14 @@ class Control:
         if step < notice["before"]:
             return None
         if notice["failure"]:
-            raise jobs.BadInputEverywhere(notice["failure"])
+            raise BadInputEverywhere(notice["failure"])
         return signal.Signals(notice["signal"])
 
     def _announce(self, step: int, failure: Exception | None) -> None:
         alone = self._size == 1
         notice = {
             "before": step if alone else step + 1,
-            "failure": jobs.describe(failure) if failure else "",
+            "failure": describe(failure) if failure else "",
             "signal": self._caught,
         }
         self._store.compare_set(_KEY, "", json.dumps(notice))
@@ -107,4 +108,4 @@ class Control:
         """Say in the run's folder that it ended early: a job script starts it again by this."""
         if self._rank == 0:
             said = {"step": step, "reason": reason.name, "time": time.time()}
-            jobs.write_atomically(self._marker, json.dumps(said).encode())
+            write_atomically(self._marker, json.dumps(said).encode())

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import jobs
+from ..errors import BadInput
+from ..files import aside
 from ..modeling.autoencoder import load_trained_autoencoder
-from ..modeling.checkpoint import newest_first, newest_whole, verify
-from ..modeling.diffusion import Denoiser
-from ..sampling.pipeline import CARD, SCHEDULE, VideoInpaintPipeline
-from ..sampling.results import Sweep, read_sweep
+from ..modeling.denoiser import Denoiser
+from ..modeling.run_folder import newest_first, newest_whole, verify
+from ..sampling.inpaint.windows import SCHEDULE
+from ..sampling.pipeline import CARD, VideoInpaintPipeline
+from ..sampling.sweep.results import Sweep, read_sweep
 from .card import public_name, write_card
 from .checkpoints import folder_of_average
 
@@ -64,7 +67,7 @@ def export(config: ExportConfig) -> None:
             `out` is taken.
     """
     if config.out.exists():
-        raise jobs.BadInput(f"{config.out} exists: choose another folder or remove it")
+        raise BadInput(f"{config.out} exists: choose another folder or remove it")
     options = _read_options(config.run)
     sweep = read_sweep(config.sweep) if config.sweep else None
     checkpoint, facts = _find(config.run / "checkpoints", config.checkpoint)
@@ -80,7 +83,7 @@ def export(config: ExportConfig) -> None:
         schedule=config.schedule,
         weights=config.precision,
     )
-    with jobs.aside(config.out) as partial:
+    with aside(config.out) as partial:
         pipeline.save_pretrained(partial)
         (partial / CARD).write_text(card)
 
@@ -90,15 +93,15 @@ def _open(
 ) -> VideoInpaintPipeline:
     try:
         denoiser = Denoiser.load(checkpoint / folder_of_average(which))
-    except jobs.BadInput:
+    except BadInput:
         if checkpoint.exists():
             raise
-        raise jobs.BadInput(
+        raise BadInput(
             f"the run has removed {checkpoint} meanwhile: give the same command again"
         ) from None
     autoencoder = load_trained_autoencoder(denoiser.autoencoder, config.autoencoder)
     if sweep and sweep.about["autoencoder"]["sha256"] != autoencoder.sha256:
-        raise jobs.BadInput(f"{config.sweep} is of a model with another autoencoder: give its own")
+        raise BadInput(f"{config.sweep} is of a model with another autoencoder: give its own")
     if config.precision == "float16":
         denoiser.network.half()
     # A path would say nothing elsewhere, and tell of this machine.
@@ -116,7 +119,7 @@ def _read_options(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         options = None
     if not isinstance(options, dict):
-        raise jobs.BadInput(f"run is {run}: name a folder that `vidfill train` wrote")
+        raise BadInput(f"run is {run}: name a folder that `vidfill train` wrote")
     return options
 
 
@@ -124,12 +127,12 @@ def _find(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:
     """A checkpoint that is whole, and what its state.json says."""
     there = newest_first(folder)
     if not there:
-        raise jobs.BadInput(f"{folder} holds no checkpoint yet: the run has to write its first")
+        raise BadInput(f"{folder} holds no checkpoint yet: the run has to write its first")
     if not name:
         return newest_whole(folder)
     if name not in [path.name for path in there]:
         listed = ", ".join(path.name for path in there)
-        raise jobs.BadInput(f"checkpoint is {name!r}; {folder} holds {listed}: give one of them")
+        raise BadInput(f"checkpoint is {name!r}; {folder} holds {listed}: give one of them")
     return folder / name, verify(folder / name)
 
 
@@ -138,7 +141,7 @@ def _choose_average(decays: list[float], wanted: float) -> int:
         return 0
     if wanted not in decays:
         listed = " and ".join(str(decay) for decay in decays)
-        raise jobs.BadInput(f"ema is {wanted}; the run averaged with {listed}: give one of them")
+        raise BadInput(f"ema is {wanted}; the run averaged with {listed}: give one of them")
     return decays.index(wanted)
 
 

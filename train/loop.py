@@ -12,16 +12,19 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from .. import jobs
-from ..data.shards import ShardedDataset
-from ..data.stream import Stream
-from ..modeling.diffusion import Denoiser
+from ..data.shards.reading import ShardedDataset
+from ..data.shards.stream import Stream
+from ..errors import BadInput, BadInputEverywhere, describe
+from ..files import hold, locate
+from ..modeling.denoiser import Denoiser
+from ..progress import Progress, show_progress
 from .checkpoints import Checkpoints
 from .config import MAY_CHANGE, TrainConfig, check, find_recipe
 from .control import Control, Stopped
-from .evaluation import HeldOut, open_held_out
-from .monitoring import Monitor, tensorboard_command
-from .plan import plan
-from .previews import Preview, open_preview
+from .monitor.held_out import HeldOut, open_held_out
+from .monitor.previews import Preview, open_preview
+from .monitor.tensorboard import Monitor, tensorboard_command
+from .preflight.plan import plan
 from .state import TrainState, averaged_network, make_accelerator, make_denoiser, make_state
 from .step import train_step
 
@@ -121,24 +124,24 @@ def _open_and_claim(
         )
         if accelerator.is_main_process:
             preview = open_preview(config, denoiser, accelerator.device)
-            located = dataclasses.replace(config, shards=jobs.locate(config.shards))
+            located = dataclasses.replace(config, shards=locate(config.shards))
             jobs.claim(config.out, "train", located, MAY_CHANGE)
             # The others' patience with a collective ends after the timeout.
-            stack.enter_context(jobs.hold(config.out, min(PATIENCE, 30 * config.timeout)))
-    except (jobs.BadInput, OSError) as error:  # the others wait to hear of either
-        refusal = jobs.describe(error)
+            stack.enter_context(hold(config.out, min(PATIENCE, 30 * config.timeout)))
+    except (BadInput, OSError) as error:  # the others wait to hear of either
+        refusal = describe(error)
     refusals = [said for said in gather_object([refusal]) if said]
     if refusals:
-        raise jobs.BadInputEverywhere(refusals[0])
+        raise BadInputEverywhere(refusals[0])
     return preview, held_out
 
 
 def _progress(
     config: TrainConfig, state: TrainState, accelerator: Accelerator
-) -> contextlib.AbstractContextManager[jobs.Progress]:
+) -> contextlib.AbstractContextManager[Progress]:
     """Progress on the first process, which says what begins; the others work in silence."""
     if not accelerator.is_main_process:
-        return contextlib.nullcontext(jobs.Progress())
+        return contextlib.nullcontext(Progress())
     parameters = sum(parameter.numel() for parameter in state.blank.parameters())
     print(
         f"vidfill train: {parameters / 1e6:.2f} M parameters on {accelerator.num_processes} "
@@ -146,7 +149,7 @@ def _progress(
         f"  {tensorboard_command(config.out)}   # http://localhost:6006/#custom_scalars",
         file=sys.stderr,
     )
-    return jobs.progress("train", config.steps, "steps", done=state.step)
+    return show_progress("train", config.steps, "steps", done=state.step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,8 +22,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.shards import Manifest
-from ..modeling.diffusion import Denoiser, LatentSpace
+from ..data.shards.format import Manifest
+from ..modeling.denoiser import Denoiser, LatentSpace
 from ..modeling.precision import Precision, autocast
 from ..modeling.presets import build
 from ..modeling.unet import VideoUNet

@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.stream import Batch
-from ..jobs import BadInputEverywhere
-from ..modeling.diffusion import Denoiser
+from ..data.shards.stream import Batch
+from ..errors import BadInputEverywhere
+from ..modeling.denoiser import Denoiser
 from ..modeling.noise import LossConfig, draw_timesteps
 from ..seeding import generator
 from .config import OptimizerConfig, TrainConfig

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vidfill.data import shards
-from vidfill.data.order import choose_lanes
-from vidfill.data.shards import Example, Manifest, ShardTable
+from vidfill.data.shards.format import Example, Manifest, ShardTable
+from vidfill.data.shards.order import choose_lanes
+from vidfill.data.shards.writing import latent_moments, write_shard
+from vidfill.data.storage.names import MANIFEST
 
 FRAMES, CHANNELS, LATENT, SIDE = 3, 2, 2, 8
 
@@ -44,8 +45,8 @@ def _write_dataset(
     indexes, rest = [], iter(examples)
     for number, size in enumerate(sizes):
         part = [next(rest) for _ in range(size)]
-        indexes.append(shards.write_shard(folder, number, [f"source {number}"], part))
-    mean, std = shards.latent_moments(indexes)
+        indexes.append(write_shard(folder, number, [f"source {number}"], part))
+    mean, std = latent_moments(indexes)
     chosen_lanes, block = lanes or choose_lanes(sizes)
     manifest = Manifest(
         split="train",
@@ -71,7 +72,7 @@ def _write_dataset(
         block=block,
         skipped=0,
     )
-    (folder / shards.MANIFEST).write_text(manifest.to_json())
+    (folder / MANIFEST).write_text(manifest.to_json())
     return examples
 
 

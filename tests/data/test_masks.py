@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from vidfill.data import masks
 from vidfill.data.masks import FAMILIES, OWN, Mix, draw_mask
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
 
 GRIDS = ("stationary", "variable")
 WHOLE_FRAMES = ("prediction", "infilling")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from vidfill.data import videos
 from vidfill.data.videos import FrameSize, Header, UnreadableVideo
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
 
 REAL = Path(__file__).parents[3] / "shared" / "videos" / "real"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
 from vidfill.modeling import attention
 from vidfill.modeling.attention import (
     CrossAttention,

@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from vidfill.data.raycast import render
-from vidfill.data.synth import SynthConfig, scene_of
+from vidfill.data.synth.raycast import render
+from vidfill.data.synth.run import SynthConfig, scene_of
 from vidfill.data.videos import read_video
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
 from vidfill.modeling import autoencoder as module
 from vidfill.modeling.autoencoder import (
     CONFIG,
@@ -25,7 +25,7 @@ from vidfill.modeling.autoencoder import (
     to_frames,
     to_pixels,
 )
-from vidfill.sampling.metrics import psnr
+from vidfill.sampling.metrics.pixels import psnr
 
 SHARED = Path(__file__).parents[3] / "shared"
 TAESD = SHARED / "weights" / "taesd"

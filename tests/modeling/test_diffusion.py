@@ -11,10 +11,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
+from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.diffusion import (
-    Denoiser,
-    LatentSpace,
     Variance,
     add_noise,
     clean_of,

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr as dd
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
 from vidfill.modeling.diffusion import add_noise, clean_of, target_of
 from vidfill.modeling.noise import (
     DiffusionConfig,

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
 from vidfill.modeling.blocks import timestep_embedding
-from vidfill.modeling.presets import PRESETS, build, cost_table, measure
+from vidfill.modeling.cost import cost_table, measure
+from vidfill.modeling.presets import PRESETS, build
 from vidfill.modeling.unet import VideoUNet
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
 from vidfill.modeling.blocks import (
     ClipNorm,
     FrameNorm,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from vidfill.data.shards import Example
+from vidfill.data.shards.format import Example
 from vidfill.modeling.autoencoder import Autoencoder
-from vidfill.modeling.diffusion import Denoiser, DiffusionConfig, LatentSpace
+from vidfill.modeling.denoiser import Denoiser, LatentSpace
+from vidfill.modeling.noise import DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
 
 FRAMES, SIZE, CHANNELS = 3, 16, 4  # of the smallest clips; their latents are 4x4

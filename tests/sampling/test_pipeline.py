@@ -20,13 +20,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import Autoencoder, load_autoencoder
-from vidfill.modeling.diffusion import SHIPPED, SHIPPED_FOLDER, Denoiser
-from vidfill.sampling import pipeline
-from vidfill.sampling.pipeline import VideoInpaintPipeline, read_mask, read_video, usual_schedule
-from vidfill.sampling.schedules import compile_schedule, parse
-from vidfill.sampling.windows import Filler, fill_stretches
+from vidfill.modeling.denoiser import SHIPPED, SHIPPED_FOLDER, Denoiser
+from vidfill.sampling.inpaint import windows
+from vidfill.sampling.inpaint.windows import Filler, fill_stretches, usual_schedule
+from vidfill.sampling.pipeline import VideoInpaintPipeline, read_mask, read_video
+from vidfill.sampling.schedules.language import parse
+from vidfill.sampling.schedules.program import compile_schedule
 
 SCHEDULE = "ddim:2"
 FRAMES, HEIGHT, WIDTH = 5, 18, 22  # more frames than a window has, sides that fit nothing
@@ -323,7 +324,7 @@ def test_a_folder_says_which_schedule_is_its_usual_one(
     pipe.save_pretrained(tmp_path / "given")
     denoiser.save(tmp_path / "of_a_run")
     assert usual_schedule(tmp_path / "given") == SCHEDULE
-    assert usual_schedule(tmp_path / "of_a_run") == pipeline.SCHEDULE
+    assert usual_schedule(tmp_path / "of_a_run") == windows.SCHEDULE
 
 
 def test_the_packages_own_model_fills_at_once_and_is_small(

@@ -9,22 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 from vidfill import seeding
-from vidfill.data.shards import Example
-from vidfill.jobs import BadInput
+from vidfill.data.shards.format import Example
+from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import Autoencoder
-from vidfill.modeling.diffusion import Denoiser
-from vidfill.sampling.sampler import (
-    CAPACITY,
-    Request,
-    Result,
-    condition_of,
-    find_capacity,
-    inpaint,
-    known_of,
-    largest_batch,
-    sample,
-)
-from vidfill.sampling.schedules import compile_schedule, parse
+from vidfill.modeling.denoiser import Denoiser
+from vidfill.sampling.capacity import CAPACITY, find_capacity, largest_batch
+from vidfill.sampling.examples import condition_of, inpaint, known_of
+from vidfill.sampling.sampler import Request, Result, sample
+from vidfill.sampling.schedules.language import parse
+from vidfill.sampling.schedules.program import compile_schedule
 
 MakeExample = Callable[[str], Example]
 MIXED = [

@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from vidfill import jobs
 from vidfill.data.videos import write_video
-from vidfill.jobs import BadInput
+from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import WEIGHTS, load_autoencoder, to_pixels
 from vidfill.train import autoencoder as recipe
 from vidfill.train.autoencoder import AutoencoderConfig, train_autoencoder

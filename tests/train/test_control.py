@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from vidfill.jobs import BadInputEverywhere
+from vidfill.errors import BadInputEverywhere
 from vidfill.train.control import MARKER, Control, Stopped
 
 # Steps of 10 ms in which no process finishes before all have come to it, as in training; process 1

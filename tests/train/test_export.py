@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from vidfill.data.shards import ShardedDataset
+from vidfill.data.shards.reading import ShardedDataset
 from vidfill.modeling.autoencoder import load_autoencoder
-from vidfill.modeling.checkpoint import newest_first
-from vidfill.modeling.diffusion import Denoiser
+from vidfill.modeling.denoiser import Denoiser
+from vidfill.modeling.run_folder import newest_first
 from vidfill.sampling.pipeline import VideoInpaintPipeline
-from vidfill.sampling.sweep import SweepConfig, sweep
+from vidfill.sampling.sweep.inputs import SweepConfig
+from vidfill.sampling.sweep.run import sweep
 from vidfill.train.config import (
     EvaluationConfig,
     ModelConfig,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vidfill.modeling.checkpoint import newest_first, verify
+from vidfill.modeling.run_folder import newest_first, verify
 from vidfill.train.loop import main
 
 ROOT = Path(__file__).parents[2]

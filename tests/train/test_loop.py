@@ -17,13 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from vidfill.data.encode import EncodeConfig, encode
-from vidfill.data.shards import ShardedDataset, read_index, shard_name
-from vidfill.data.stream import Batch
-from vidfill.data.synth import SynthConfig, synth
-from vidfill.jobs import BadInput
-from vidfill.modeling.diffusion import Denoiser, DiffusionConfig
-from vidfill.modeling.noise import LossConfig
+from vidfill.data.encode.run import encode
+from vidfill.data.encode.settings import EncodeConfig
+from vidfill.data.shards.reading import ShardedDataset
+from vidfill.data.shards.stream import Batch
+from vidfill.data.shards.writing import read_index
+from vidfill.data.storage.names import shard_name
+from vidfill.data.synth.run import SynthConfig, synth
+from vidfill.errors import BadInput
+from vidfill.modeling.denoiser import Denoiser
+from vidfill.modeling.noise import DiffusionConfig, LossConfig
 from vidfill.modeling.presets import PRESETS
 from vidfill.train.config import ModelConfig, PreviewConfig, TrainConfig
 from vidfill.train.loop import main, train

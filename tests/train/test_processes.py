@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from vidfill.train.plan import traffic
+from vidfill.train.preflight.plan import traffic
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the runs of all
 

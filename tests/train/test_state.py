@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from vidfill.data.shards import ShardedDataset
+from vidfill.data.shards.reading import ShardedDataset
 from vidfill.modeling.attention import SelfAttention
 from vidfill.train.config import ModelConfig, TrainConfig
 from vidfill.train.state import (

@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from vidfill.data.shards import ShardedDataset
-from vidfill.data.stream import Batch, Stream
-from vidfill.modeling.diffusion import Denoiser
+from vidfill.data.shards.reading import ShardedDataset
+from vidfill.data.shards.stream import Batch, Stream
+from vidfill.modeling.denoiser import Denoiser
 from vidfill.modeling.noise import draw_timesteps
 from vidfill.seeding import generator
 from vidfill.train.config import OptimizerConfig, TrainConfig

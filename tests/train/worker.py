@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, distributed  # noqa: E402
 from torch.profiler import profile  # noqa: E402
 from vidfill import jobs  # noqa: E402
-from vidfill.data.shards import ShardedDataset  # noqa: E402
-from vidfill.data.stream import Batch, Stream  # noqa: E402
-from vidfill.modeling.diffusion import Denoiser  # noqa: E402
+from vidfill.data.shards.reading import ShardedDataset  # noqa: E402
+from vidfill.data.shards.stream import Batch, Stream  # noqa: E402
+from vidfill.modeling.denoiser import Denoiser  # noqa: E402
 from vidfill.train.config import TrainConfig  # noqa: E402
 from vidfill.train.state import (  # noqa: E402
     TrainState,

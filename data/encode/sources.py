@@ -1,0 +1,303 @@
+"""What there is to encode: found in the layouts that data sets come in, and cut into shards."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ...errors import BadInput
+from ..videos import (
+    IMAGE_SUFFIXES,
+    SUFFIXES,
+    list_images,
+)
+
+SPLITS = {
+    "train": ("video_train", "train"),
+    "validation": ("video_validation", "validation", "valid", "val"),
+    "test": ("video_test", "test"),
+}
+CLEVRER = {
+    "train": range(10_000),
+    "validation": range(10_000, 15_000),
+    "test": range(15_000, 20_000),
+}
+DAVIS_LISTS = {"train": "train.txt", "validation": "val.txt"}
+DAVIS_RESOLUTION = "480p"  # of two or more, the one that everybody uses
+FRAMES, ANNOTATIONS, LISTS = "JPEGImages", "Annotations", "ImageSets"
+
+LONGEST_NAME = 48  # so that a member of a shard, KEY.masked_latents.npy, fits a tar's 100 bytes
+THREADS = 16  # that look at videos; on a network's disk they mostly wait
+AT_ONCE = 4096  # videos handed to the threads, so that a million do not wait in memory
+
+
+@dataclass(frozen=True)
+class Source:
+    """One video to encode."""
+
+    label: str  # its path below the folder of videos, with slashes
+    name: str  # begins its examples' keys: ASCII letters, digits, _ and -
+    split: str
+    path: Path  # a video file, or a folder of frames
+    masks: Path | None = None  # its own masks: a video, one image for all frames, or a folder
+    annotated: bool = False  # its masks are annotations, where all but 0 is hole
+
+
+class _Found(NamedTuple):
+    split: str
+    path: Path
+    masks: Path | None = None
+
+
+def find_sources(root: Path, mask_files: Path | None = None) -> list[Source]:
+    """The videos under `root`, by split, then by path, in one of these layouts.
+
+    - DAVIS: `JPEGImages/480p/VIDEO/00000.jpg`, `Annotations/480p/VIDEO/00000.png`, and the splits
+      in `ImageSets/YEAR/train.txt` and `val.txt` of the newest year.
+    - Folders of splits: `train` or `video_train`, `validation`, `valid`, `val` or
+      `video_validation`, `test` or `video_test`. Each is searched to the bottom for video files
+      and for folders of frames, which hold images and no video. A split may also be as in
+      YouTube-VOS: `train/JPEGImages/VIDEO/00000.jpg` and `train/Annotations/VIDEO/00000.png`.
+    - No such folder: all is searched in the same way. Videos that are all named as CLEVRER's,
+      `video_00000` to `video_19999`, get its official splits (10,000, 5,000 and 5,000); others are
+      all "train".
+
+    Hidden files and folders are left out. An annotated frame's hole is all that is not 0; a frame
+    without an annotation takes that of the nearest before it, else of the nearest after.
+
+    Args:
+        root: the folder of videos.
+        mask_files: a folder of masks that mirrors `root`, used instead of annotations: for
+            `a/b.mp4` a video `a/b.mkv`, an image `a/b.png` for all frames, or a folder `a/b` of
+            images, one a frame or with the frames' names. The hole is above 127 of 255, and
+            everything but 0 in an image with a palette.
+
+    Raises:
+        jobs.BadInput: a folder is missing or holds no video, a split has two folders, two videos
+            would share a key, or `mask_files` fits no video.
+    """
+    if not root.is_dir():
+        raise BadInput(f"videos is {root}, which is no folder: name a folder of videos")
+    if mask_files is not None and not (mask_files.is_dir() and not mask_files.samefile(root)):
+        raise BadInput(f"mask_files is {mask_files}: name a folder of masks beside or below {root}")
+    found = _find(root, mask_files)
+    if mask_files is not None:
+        found = _mirror(found, root, mask_files)
+    names = _name(root, [video.path for video in found])
+    return [
+        Source(
+            label=video.path.relative_to(root).as_posix(),
+            name=name,
+            split=video.split,
+            path=video.path,
+            masks=video.masks,
+            annotated=video.masks is not None and mask_files is None,
+        )
+        for video, name in zip(found, names, strict=True)
+    ]
+
+
+def find_outside(root: Path, sources: Sequence[Source], mask_files: Path | None) -> list[Path]:
+    """The videos under `root` that are none of its `sources`, sorted."""
+    inside = {source.path for source in sources}
+    return [path for path in _search(root, mask_files) if path not in inside]
+
+
+def _find(root: Path, mask_files: Path | None) -> list[_Found]:
+    if (root / FRAMES).is_dir() and (root / LISTS).is_dir():
+        return _find_davis(root)
+    if folders := _split_folders(root):
+        return [
+            _Found(split, path, masks)
+            for split, folder in folders.items()
+            for path, masks in _list_videos(folder, mask_files)
+        ]
+    listed = _list_videos(root, mask_files)
+    splits = _clevrer_splits([path for path, _ in listed]) or ["train"] * len(listed)
+    found = [_Found(split, *pair) for split, pair in zip(splits, listed, strict=True)]
+    return sorted(found, key=lambda video: list(SPLITS).index(video.split))
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    folders = {}
+    for split, names in SPLITS.items():
+        present = [name for name in names if (root / name).is_dir()]
+        if len(present) > 1:
+            raise BadInput(
+                f"{root} has both {' and '.join(present)} for the split {split}: keep one of them"
+            )
+        if present:
+            folders[split] = root / present[0]
+    return folders
+
+
+def _find_davis(root: Path) -> list[_Found]:
+    resolution = _davis_resolution(root / FRAMES)
+    frames, annotations = root / FRAMES / resolution, root / ANNOTATIONS / resolution
+    years = sorted(path for path in (root / LISTS).iterdir() if path.name.isdecimal())
+    for year in reversed(years):
+        lists = {split: year / name for split, name in DAVIS_LISTS.items()}
+        found = [
+            _Found(split, frames / name, _annotations(annotations / name))
+            for split, file in lists.items()
+            if file.is_file()
+            for name in sorted(set(file.read_text().split()))
+        ]
+        if found:
+            return found
+    raise BadInput(
+        f"{root / LISTS} has no YEAR/train.txt or YEAR/val.txt that names a video: "
+        "DAVIS comes with them"
+    )
+
+
+def _davis_resolution(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if DAVIS_RESOLUTION in names:
+        return DAVIS_RESOLUTION
+    if len(names) != 1:
+        raise BadInput(
+            f"{folder} has the resolutions {', '.join(names) or 'none'}: "
+            f"keep one of them, or add {DAVIS_RESOLUTION}"
+        )
+    return names[0]
+
+
+def _clevrer_splits(paths: Sequence[Path]) -> list[str]:
+    """Each video's official split; none at all unless every video is named as CLEVRER's."""
+    splits = []
+    for path in paths:
+        match = re.fullmatch(r"video_(\d{5})", path.stem, re.ASCII)
+        number = int(match[1]) if match else -1
+        splits += [split for split, numbers in CLEVRER.items() if number in numbers]
+    return splits if len(splits) == len(paths) else []
+
+
+def _list_videos(folder: Path, mask_files: Path | None) -> list[tuple[Path, Path | None]]:
+    """The videos of one split, sorted, each with its annotations."""
+    found: list[tuple[Path, Path | None]]
+    if (folder / FRAMES).is_dir():
+        videos = sorted(path for path in (folder / FRAMES).iterdir() if _is_open_folder(path))
+        found = [(path, _annotations(folder / ANNOTATIONS / path.name)) for path in videos]
+    else:
+        found = [(path, None) for path in _search(folder, mask_files)]
+    if not found:
+        raise BadInput(
+            f"{folder} holds no video (looked for {', '.join(sorted(SUFFIXES))}, and for folders "
+            f"of {', '.join(sorted(IMAGE_SUFFIXES))}): name a folder that does"
+        )
+    return found
+
+
+def _is_open_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _annotations(folder: Path) -> Path | None:
+    return folder if folder.is_dir() and list_images(folder) else None
+
+
+def _search(top: Path, mask_files: Path | None) -> list[Path]:
+    """The video files and folders of frames below `top`, sorted.
+
+    `top` itself is a folder of frames only where there is nothing else in it: a picture beside
+    videos is no video.
+    """
+    found = []
+    for parent, folders, names in os.walk(top, onerror=_raise, followlinks=True):
+        here = Path(parent)
+        if FRAMES in folders and ANNOTATIONS in folders:
+            folders.remove(ANNOTATIONS)
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and not (mask_files is not None and mask_files.samefile(here / name))
+        ]
+        files = [here / name for name in names if not name.startswith(".")]
+        videos = [path for path in files if path.suffix.lower() in SUFFIXES]
+        has_images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
+        found += videos or ([here] if has_images else [])
+    return sorted(path for path in found if path != top) or found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _mirror(found: Sequence[_Found], root: Path, mask_files: Path) -> list[_Found]:
+    """The same videos with their masks out of `mask_files`."""
+    list_masks = functools.cache(_list_masks)
+    mirrored = []
+    for video in found:
+        place = mask_files / video.path.relative_to(root)
+        present = list_masks(place.parent).get(_stem(place), [])
+        if len(present) > 1:
+            listed = " and ".join(path.name for path in present)
+            raise BadInput(
+                f"{place.parent} has {listed} for one video, {video.path.name}: keep one of them"
+            )
+        mirrored.append(video._replace(masks=present[0] if present else None))
+    if not any(video.masks for video in mirrored):
+        expected = mask_files / found[0].path.relative_to(root).with_suffix("")
+        raise BadInput(
+            f"mask_files is {mask_files}, which has no mask for any of {len(found)} videos: "
+            f"name a folder that mirrors {root}, with {expected}.png or the like"
+        )
+    return mirrored
+
+
+def _list_masks(folder: Path) -> dict[str, list[Path]]:
+    listed: dict[str, list[Path]] = collections.defaultdict(list)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.suffix.lower() in SUFFIXES | IMAGE_SUFFIXES or path.is_dir():
+            listed[_stem(path)].append(path)
+    return listed
+
+
+def _stem(path: Path) -> str:
+    """A name without a suffix that tells a file's kind; a folder's name may have any dots."""
+    return path.stem if path.suffix.lower() in SUFFIXES | IMAGE_SUFFIXES else path.name
+
+
+def _name(root: Path, paths: Sequence[Path]) -> list[str]:
+    """Each video's stem, or its whole path where two videos share a stem.
+
+    Names are unique over all splits, since masks and noise are drawn by a clip's key.
+    """
+    stems = [_key_part(_stem(path.resolve() if path == root else path)) for path in paths]
+    count = collections.Counter(stems)
+    names = [
+        stem if count[stem] == 1 else _key_part(path.relative_to(root).as_posix())
+        for path, stem in zip(paths, stems, strict=True)
+    ]
+    named: dict[str, Path] = {}
+    for path, name in zip(paths, names, strict=True):
+        if name in named:
+            raise BadInput(f"{named[name]} and {path} would share a key: rename one of them")
+        named[name] = path
+    return names
+
+
+def _key_part(name: str) -> str:
+    """A name of ASCII letters, digits, _ and -, as WebDataset's keys and plain tars can hold it.
+
+    Letters outside ASCII become their code points, so that names in another script stay apart.
+    """
+    plain = re.sub(
+        r"[^\w-]",
+        lambda found: "_" if found[0].isascii() else f"u{ord(found[0]):04x}",
+        name,
+        flags=re.ASCII,
+    )
+    if len(plain) <= LONGEST_NAME:
+        return plain
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=5).hexdigest()
+    return f"{plain[: LONGEST_NAME - len(digest) - 1]}-{digest}"

@@ -1,0 +1,367 @@
+"""Shards: plain WebDataset tars of encoded clips, with an index to reach each and a manifest.
+
+A split is a folder, on a disk or behind a URL:
+
+    manifest.json             what its latents are, and every shard's size; written last
+    shard-000000.tar          the members of its examples, one example after the other
+    shard-000000.index.json   where each member lies, its checksum, and the shard's moments
+    skipped.jsonl             the videos that gave no clip, and why
+
+The members of an example, in this order:
+
+    KEY.latents.npy           float16 [frames, channels, h, w], scaled, never clamped
+    KEY.masked_latents.npy    float16, the same of the masked clip
+    KEY.latent_mask.npy       float16 [frames, 1, h, w], the hidden share of each latent's pixels
+    KEY.log_variance.npy      float16, of the latents; only where the posterior is "moments"
+    KEY.mask.npz              uint8 [frames, height, width], 1 in the hole
+    KEY.json                  where the clip is from, and its mask
+    KEY.pixels.npy            uint8 [frames, height, width, 3]; only where pixels are kept
+
+The first three or four are what training reads. Their sizes are the same in every example, so that
+one read of one span of bytes brings all of them. Names follow from numbers and keys: nothing here
+names a path. Nothing is ever unpickled. docs/data.md is the format's specification.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import os
+import tarfile
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ...errors import BadInput
+from ...files import hide_secrets
+from ..storage.cache import NodeCache
+from ..storage.names import MANIFEST, index_name, shard_name
+from ..storage.store import CacheConfig, LocalStore, open_store
+from ..storage.transfer import WrongFile
+from .format import _MALFORMED, TRAINING, DamagedShard, Example, Manifest, ShardIndex, _in_blocks
+
+OPEN_SHARDS = 512  # that a dataset holds open at a time; each takes a file descriptor
+
+
+class Field(NamedTuple):
+    """One array of a span; its .npy begins with a header."""
+
+    offset: int  # bytes from the span's start to the .npy
+    data: int  # bytes from the span's start to the array's first value
+    end: int
+    shape: tuple[int, int, int, int]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the .npy."""
+        return self.end - self.offset
+
+
+@dataclass(frozen=True)
+class Span:
+    """The training arrays of one example as they lie in a shard: the same for all examples."""
+
+    bytes: int
+    fields: dict[str, Field]  # by the array's name: "latents"
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Span:
+        frames, channels, h, w = manifest.latent_shape
+        names = TRAINING if manifest.posterior == "moments" else TRAINING[:-1]
+        fields, offset = {}, 0
+        for name in names:
+            shape = (frames, 1 if name == "latent_mask" else channels, h, w)
+            data = offset + _npy_header_size(shape)
+            fields[name] = Field(offset, data, data + math.prod(shape) * 2, shape)
+            span = offset + _in_blocks(fields[name].size)
+            offset = span + tarfile.BLOCKSIZE  # the next member's own header
+        return cls(span, fields)
+
+    def views(
+        self, raw: UInt8[Tensor, "batch span"]
+    ) -> dict[str, Float[Tensor, "batch frames _ h w"]]:
+        """The arrays inside a batch of spans, by their names: float16, not copied."""
+        values = raw.view(torch.float16)
+        return {
+            name: values[:, field.data // 2 : field.end // 2].unflatten(1, field.shape)
+            for name, field in self.fields.items()
+        }
+
+
+def _npy_header_size(shape: tuple[int, ...]) -> int:
+    empty = np.broadcast_to(np.float16(0), shape)
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(empty))
+    return len(buffer.getvalue())
+
+
+class Shard:
+    """One shard, opened to read examples from, by any number of threads."""
+
+    def __init__(self, path: Path, number: int, manifest: Manifest) -> None:
+        """Open the shard at `path`, whose index lies beside it.
+
+        Raises:
+            DamagedShard: it is missing, of another size, or its index is not of the manifest.
+        """
+        self.path, self.number = path, number
+        self._manifest, self._span = manifest, Span.of(manifest)
+        try:
+            index = ShardIndex.from_json(path.with_name(index_name(number)).read_bytes())
+            self._check_index(index)
+        except FileNotFoundError:
+            raise DamagedShard(path, "its index is missing", number) from None
+        except _MALFORMED as error:
+            reason = f"its index is damaged: {error}"
+            raise DamagedShard(path, reason, number) from error
+        self.index = index
+        self._starts = index.members["latents.npy"].offsets if index.keys else ()
+        self._descriptor = self._open()
+        weakref.finalize(self, os.close, self._descriptor)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.index.keys
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file has no name any more: a cache gave its place to another shard."""
+        return os.fstat(self._descriptor).st_nlink == 0
+
+    def read_span(self, row: int, into: memoryview) -> None:
+        """Copy the training arrays of example `row` into a buffer of `Span.bytes` bytes.
+
+        Raises:
+            DamagedShard: the bytes are not those that were written.
+        """
+        # Once an example of training: what can be known before is not worked out here.
+        try:
+            read = os.preadv(self._descriptor, (into,), self._starts[row])
+        except OSError as error:
+            raise self._damage(row, f"it cannot be read: {error.strerror}") from error
+        if read != len(into):
+            raise self._damage(row, "it ends too early")
+        if xxhash.xxh3_64_hexdigest(into) != self.index.spans[row]:
+            raise self._damage(row, "it has another checksum than its index says")
+
+    def read(self, row: int) -> Example:
+        """Example `row` with all its members.
+
+        Raises:
+            DamagedShard: the bytes are not those that were written.
+        """
+        try:
+            example = self._parse(row)
+            _check_example(example, self._manifest)
+        except DamagedShard:
+            raise
+        except Exception as error:  # of damaged bytes numpy and zipfile raise a dozen kinds
+            raise self._damage(row, str(error)) from error
+        return example
+
+    def _open(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DamagedShard(self.path, "it is missing", self.number) from None
+        size, expected = os.fstat(descriptor).st_size, self._manifest.shards.bytes[self.number]
+        if size != expected:
+            os.close(descriptor)
+            reason = f"it has {size} bytes where its manifest says {expected}"
+            raise DamagedShard(self.path, reason, self.number)
+        return descriptor
+
+    def _check_index(self, index: ShardIndex) -> None:
+        table = self._manifest.shards
+        if index.sha256 != table.sha256[self.number] or (
+            len(index.keys) != table.examples[self.number]
+        ):
+            raise ValueError("it is of another shard than the manifest's")
+        wanted = {f"{name}.npy" for name in self._span.fields} | {"mask.npz", "json"}
+        if index.keys and not wanted <= index.members.keys():
+            raise ValueError(f"it lacks {sorted(wanted - index.members.keys())[0]}")
+        if index.keys:
+            self._check_places(index)
+
+    def _check_places(self, index: ShardIndex) -> None:
+        starts = np.array(index.members["latents.npy"].offsets, dtype=np.int64)
+        for name, field in self._span.fields.items():
+            column = index.members[f"{name}.npy"]
+            if not (
+                np.array_equal(column.offsets, starts + field.offset)
+                and set(column.sizes) == {field.size}
+            ):
+                raise ValueError(f"{name} does not lie where the manifest's shapes put it")
+
+    def _damage(self, row: int, reason: str) -> DamagedShard:
+        return DamagedShard(self.path, reason, self.number, self.keys[row])
+
+    def _parse(self, row: int) -> Example:
+        contents = {name: self._read_member(row, name) for name in self.index.members}
+
+        def array(name: str) -> np.ndarray:
+            return np.load(io.BytesIO(contents[name]), allow_pickle=False)
+
+        with np.load(io.BytesIO(contents["mask.npz"]), allow_pickle=False) as arrays:
+            mask = arrays["mask"]
+        return Example(
+            key=self.keys[row],
+            latents=array("latents.npy"),
+            masked_latents=array("masked_latents.npy"),
+            mask=mask,
+            record=json.loads(contents["json"]),
+            pixels=array("pixels.npy") if "pixels.npy" in contents else None,
+            log_variance=array("log_variance.npy") if "log_variance.npy" in contents else None,
+        )
+
+    def _read_member(self, row: int, name: str) -> bytes:
+        column = self.index.members[name]
+        content = os.pread(self._descriptor, column.sizes[row], column.offsets[row])
+        if xxhash.xxh3_64_hexdigest(content) != column.checksums[row]:
+            raise self._damage(row, f"{name} has another checksum than its index says")
+        return content
+
+
+def _check_example(example: Example, manifest: Manifest) -> None:
+    clip = (manifest.clip["frames"], manifest.clip["height"], manifest.clip["width"])
+    expected: list[tuple[str, np.ndarray | None, tuple[int, ...], type]] = [
+        ("latents", example.latents, manifest.latent_shape, np.float16),
+        ("masked_latents", example.masked_latents, manifest.latent_shape, np.float16),
+        ("mask", example.mask, clip, np.uint8),
+        ("pixels", example.pixels, (*clip, 3), np.uint8),
+        ("log_variance", example.log_variance, manifest.latent_shape, np.float16),
+    ]
+    for name, array, shape, dtype in expected:
+        if array is not None and (array.shape != shape or array.dtype != dtype):
+            raise ValueError(
+                f"{name} is {array.dtype} {list(array.shape)}, "
+                f"the manifest says {np.dtype(dtype)} {list(shape)}"
+            )
+
+
+class ShardedDataset:
+    """Random access to the examples of one split of an encoded folder, or of one behind a URL."""
+
+    def __init__(self, root: str | Path, split: str, cache: CacheConfig | None = None) -> None:
+        """Open `root`/`split`: its manifest is read, its shards are not looked at.
+
+        Args:
+            root: A folder, or a URL that fsspec opens.
+            split: Its name.
+            cache: Where the shards behind a URL are kept while they are in use.
+
+        Raises:
+            jobs.BadInput: there is no such split, or its manifest is damaged.
+        """
+        self.store = open_store(root, split, cache or CacheConfig())
+        self.manifest = _read_manifest(self.store, root, split)
+        self.store.expect(self.manifest.shards)
+        self._ends = np.cumsum(self.manifest.shards.examples)
+        self._open: dict[int, Shard] = {}  # the first opened first
+        self._renewed: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.manifest.examples
+
+    def __getitem__(self, index: int) -> Example:
+        """Example `index` in the shards' order.
+
+        Raises:
+            IndexError: `index` is not in 0 to len - 1.
+            DamagedShard: it is not what was written.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[number]) - self.manifest.shards.examples[number]
+        return self.shard(number).read(index - first)
+
+    def shard(self, number: int) -> Shard:
+        """Shard `number`, opened; behind a URL this waits until it is in the cache.
+
+        Raises:
+            DamagedShard: it is missing, of another size, or its index is not of the manifest.
+            jobs.BadInput: it cannot be fetched.
+        """
+        if opened := self._open.get(number):
+            return opened
+        shard = self._open_shard(number)
+        with self._lock:
+            self._open[number] = shard
+            for old in [n for n, opened in self._open.items() if opened.is_removed]:
+                del self._open[old]
+            while len(self._open) > OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
+        return shard
+
+    def renew(self, number: int) -> bool:
+        """Have a shard fetched again that was damaged in the cache.
+
+        Returns:
+            Whether it may be whole now: not where it is read in place, and only once.
+        """
+        with self._lock:
+            if number in self._renewed or not self.store.discard(number):
+                return False
+            self._renewed.add(number)
+            self._open.pop(number, None)
+        return True
+
+    def _open_shard(self, number: int) -> Shard:
+        try:
+            return Shard(self._bring(number), number, self.manifest)
+        except DamagedShard:
+            if not self.renew(number):
+                raise
+            return Shard(self._bring(number), number, self.manifest)
+
+    def _bring(self, number: int) -> Path:
+        try:
+            return self.store.path(number)
+        except WrongFile as error:
+            where = self.store.describe(shard_name(number))
+            raise DamagedShard(where, error.reason, number) from None
+
+    @functools.cached_property
+    def keys(self) -> list[str]:
+        """The examples' keys in the shards' order; every shard's index is read for them."""
+        filled = [number for number, count in enumerate(self.manifest.shards.examples) if count]
+        return [key for number in filled for key in self._read_index(number).keys]
+
+    def _read_index(self, number: int) -> ShardIndex:
+        name = index_name(number)
+        try:
+            return ShardIndex.from_json(self.store.read(name))
+        except (FileNotFoundError, *_MALFORMED) as error:
+            raise DamagedShard(self.store.describe(name), str(error), number) from error
+
+
+def has_split(root: str | Path, split: str) -> bool:
+    """Whether `root` holds an encoded split of that name."""
+    try:
+        open_store(root, split, CacheConfig()).read(MANIFEST)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _read_manifest(store: LocalStore | NodeCache, root: str | Path, split: str) -> Manifest:
+    try:
+        content = store.read(MANIFEST)
+    except FileNotFoundError:
+        there = store.splits()
+        remedy = f"it has {', '.join(there)}" if there else "make it with `vidfill encode`"
+        place = hide_secrets(str(root))
+        raise BadInput(f"{place} holds no encoded split {split!r}: {remedy}") from None
+    return Manifest.from_json(content, store.describe(MANIFEST))

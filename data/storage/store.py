@@ -1,0 +1,102 @@
+"""A dataset's files, on this machine or behind a URL."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import BadInput
+from .cache import NodeCache
+from .folder import Table
+from .follower import Visit
+from .job_folder import _name_folder
+from .names import MANIFEST, shard_name
+from .transfer import Remote, is_remote
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where the shards behind a URL are kept while they are in use."""
+
+    folder: str = ""
+    """Folder on the node's own disk; "" is one of this job's under the temporary directory."""
+    gigabytes: float = 0.0
+    """Most that the shards take there; 0 is what the order needs, two blocks a lane, and where
+    shards are read without an order room for 64."""
+
+
+class LocalStore:
+    """A split in a folder of this machine, read in place."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        self._root, self.folder = root, root / split
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file; FileNotFoundError where there is none."""
+        return (self.folder / name).read_bytes()
+
+    def describe(self, name: str) -> str:
+        """A file as messages name it."""
+        return str(self.folder / name)
+
+    def splits(self) -> list[str]:
+        """The splits beside this one."""
+        return sorted(path.parent.name for path in self._root.glob(f"*/{MANIFEST}"))
+
+    def expect(self, table: Table) -> None:
+        """Sizes are checked by who opens a shard."""
+
+    def path(self, number: int) -> Path:
+        """A shard's tar; its index lies beside it."""
+        return self.folder / shard_name(number)
+
+    def discard(self, number: int) -> bool:
+        """There is no other copy."""
+        return False
+
+    def follow(self, visits: Iterator[Visit]) -> None:
+        """Nothing needs to be fetched."""
+
+    def passed(self, position: int) -> None:
+        """Nothing needs to be removed."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def open_store(root: str | Path, split: str, cache: CacheConfig) -> LocalStore | NodeCache:
+    """The files of `root`/`split`; nothing of them is looked at yet.
+
+    Raises:
+        jobs.BadInput: the URL's protocol or `cache` makes no sense.
+    """
+    if not is_remote(str(root)):
+        return LocalStore(Path(re.sub("^(file|local)://", "", str(root))), split)
+    if cache.gigabytes < 0:
+        raise BadInput(f"cache.gigabytes is {cache.gigabytes}: give 0 or more")
+    remote = Remote(str(root))
+    identity = hashlib.sha256(remote.describe(split).encode()).hexdigest()[:16]
+    return NodeCache(
+        remote,
+        split,
+        (Path(cache.folder) if cache.folder else _name_folder()) / identity,
+        cache.gigabytes,
+        *_find_process(),
+        temporary=not cache.folder,
+    )
+
+
+def _find_process() -> tuple[int, int]:
+    """Which of the node's processes this is, and how many there are, as a launcher says."""
+    process = int(os.environ.get("LOCAL_RANK", "0"))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if process >= processes:
+        raise BadInput(
+            f"LOCAL_RANK is {process} and LOCAL_WORLD_SIZE {processes}: set both, as accelerate "
+            "launch and torchrun do"
+        )
+    return process, processes

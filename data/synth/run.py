@@ -1,0 +1,131 @@
+"""`vidfill synth`: collision videos to try everything on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from fractions import Fraction
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from ... import jobs
+from ...errors import BadInput
+from ...progress import Progress, show_progress
+from ...seeding import derive_seed
+from ..videos import write_video
+from .raycast import render
+from .scene import Scene, draw_scene
+
+FPS = Fraction(25, 2)  # CLEVRER's
+FIRST = {"train": 0, "validation": 10_000}  # CLEVRER's numbers of the first video
+MOST = {"train": 10_000, "validation": 5_000}  # and how many it has
+FOLDER_HOLDS = 1_000
+
+EXAMPLES = """examples:
+  vidfill synth videos
+  vidfill synth videos --clips 1000 --validation 100 --size 128 --seed 7
+"""
+
+
+@dataclass(frozen=True)
+class SynthConfig:
+    """Make collision videos in CLEVRER's layout, so that there is something to train on at once.
+
+    Shaded spheres, cubes and cylinders collide elastically on a grey floor under a fixed camera;
+    some come in from outside the view. Video k depends on the seed, k and the number of frames
+    alone. Written as H.264 at 12.5 frames a second.
+    """
+
+    out: Path
+    """Folder to write: video_train/ and video_validation/ within it."""
+    clips: int = 120
+    """Training videos, 1 to 10000."""
+    validation: int = 16
+    """Validation videos, 0 to 5000."""
+    size: int = 64
+    """Width and height in pixels; even, at least 16."""
+    frames: int = 24
+    """Frames of each video, at least 2."""
+    seed: int = 0
+    """Other seeds make other videos."""
+
+
+def synth(config: SynthConfig) -> list[Path]:
+    """Write the videos that are not there yet; return the paths of all of them.
+
+    Raises:
+        jobs.BadInput: a value is out of range, or the folder holds something else.
+    """
+    _check(config)
+    jobs.claim(config.out, "synth", config)
+    numbers = [
+        FIRST[split] + index
+        for split, count in (("train", config.clips), ("validation", config.validation))
+        for index in range(count)
+    ]
+    paths = {number: video_path(config.out, number) for number in numbers}
+    missing = [number for number in numbers if not paths[number].exists()]
+    done = len(numbers) - len(missing)
+    with show_progress("rendering", len(numbers), "videos", done) as progress:
+        _render_all(config, missing, progress)
+    return list(paths.values())
+
+
+def _check(config: SynthConfig) -> None:
+    if not 1 <= config.clips <= MOST["train"]:
+        raise BadInput(f"clips is {config.clips}; choose 1 to {MOST['train']}")
+    if not 0 <= config.validation <= MOST["validation"]:
+        raise BadInput(f"validation is {config.validation}; choose 0 to {MOST['validation']}")
+    if config.size < 16 or config.size % 2:
+        raise BadInput(f"size is {config.size}; choose an even number of at least 16 pixels")
+    if config.frames < 2:
+        raise BadInput(f"frames is {config.frames}; choose at least 2")
+
+
+def video_path(out: Path, number: int) -> Path:
+    """Where CLEVRER keeps video `number`: a folder of each split holds a thousand."""
+    split = "validation" if number >= FIRST["validation"] else "train"
+    first = number // FOLDER_HOLDS * FOLDER_HOLDS
+    folder = f"video_{first:05}-{first + FOLDER_HOLDS:05}"
+    return out / f"video_{split}" / folder / f"video_{number:05}.mp4"
+
+
+def _render_all(config: SynthConfig, numbers: Sequence[int], progress: Progress) -> None:
+    if not numbers:
+        return
+    # Forking a process that has threads (torch's, OpenCV's) can hang it.
+    workers = min(os.cpu_count() or 1, len(numbers))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interrupts)
+    try:
+        for future in as_completed([pool.submit(render_video, config, n) for n in numbers]):
+            progress.advance(note=future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts() -> None:
+    """Let the parent alone answer Ctrl-C: it lets the videos at work end, and starts no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def render_video(config: SynthConfig, number: int) -> str:
+    """Draw, render and write one video; return its name."""
+    path = video_path(config.out, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, render(scene_of(config, number), config.size), FPS)
+    return path.name
+
+
+def scene_of(config: SynthConfig, number: int) -> Scene:
+    """The scene of video `number`, the same at every size."""
+    rng = np.random.default_rng(derive_seed(config.seed, number, "scene"))
+    return draw_scene(rng, config.frames, float(FPS))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return jobs.main(SynthConfig, synth, argv, verb="synth", examples=EXAMPLES)

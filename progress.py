@@ -1,0 +1,96 @@
+"""How far a job is, and the time left."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+@contextlib.contextmanager
+def show_progress(description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """Show how far a job is and the time left: a bar on a terminal, else a line now and then."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    shown: Progress = _Bar(console) if console.is_terminal else _Lines()
+    with shown.start(description, total, unit, done):
+        yield shown
+
+
+class Progress:
+    """What a job calls while it works; this one is silent."""
+
+    def start(
+        self, description: str, total: int, unit: str, done: int
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Begin to show; what is returned ends it."""
+        return contextlib.nullcontext()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count `count` more units as done; `note` is shown beside them (a loss, a file)."""
+
+
+class _Bar(Progress):
+    def __init__(self, console: Any) -> None:
+        from rich import progress as bars
+
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[unit]}"),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+
+    def start(
+        self, description: str, total: int, unit: str, done: int
+    ) -> contextlib.AbstractContextManager[Any]:
+        self._task = self._bars.add_task(
+            description, total=total, completed=done, unit=unit, note=""
+        )
+        return self._bars
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._bars.update(self._task, advance=count, note=note)
+
+
+class _Lines(Progress):
+    def start(
+        self, description: str, total: int, unit: str, done: int
+    ) -> contextlib.AbstractContextManager[Any]:
+        self._description, self._total, self._unit = description, total, unit
+        self._first = self._done = done
+        self._began = time.monotonic()
+        self._said = -LOG_EVERY
+        return contextlib.nullcontext()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._said < LOG_EVERY and self._done < self._total:
+            return
+        self._said = now
+        elapsed = now - self._began
+        rate = (self._done - self._first) / max(elapsed, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        print(
+            f"{self._description}: {self._done}/{self._total} {self._unit}, "
+            f"{_clock(elapsed)} elapsed, {_clock(left)} left {note}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,99 @@
+"""From examples of a shard to sampled frames."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..data.masks import latent_mask
+from ..data.shards.format import Example
+from ..errors import BadInput
+from ..modeling.autoencoder import Autoencoder, to_frames
+from ..modeling.denoiser import Denoiser
+from .metrics.pixels import Frames, composite
+from .sampler import Batch, Condition, Known, Latents, Request, sample
+from .schedules.language import parse
+from .schedules.program import compile_schedule
+
+
+def inpaint(
+    denoiser: Denoiser,
+    autoencoder: Autoencoder,
+    examples: Sequence[Example],
+    schedule: str,
+    *,
+    seed: int,
+    capacity: int,
+) -> Iterator[tuple[Example, Frames]]:
+    """Fill the holes of a few examples under one schedule; yields each as it is finished.
+
+    The network is used as it stands: put it into evaluation mode first.
+
+    Raises:
+        BadInput: the schedule cannot be read, or an example's shard keeps no pixels.
+    """
+    program = compile_schedule(parse(schedule), denoiser.timesteps)
+    by_key = {example.key: example for example in examples}
+    requests = [
+        Request(
+            key,
+            schedule,
+            program,
+            functools.partial(condition_of, denoiser, example),
+            functools.partial(known_of, denoiser, example),
+        )
+        for key, example in by_key.items()
+    ]
+    for result in sample(denoiser, requests, capacity=capacity, seed=seed):
+        example = by_key[result.request.clip]
+        yield example, decode_result(autoencoder, example, result.latents)
+
+
+def condition_of(denoiser: Denoiser, example: Example) -> Condition:
+    """What the network is told of an example, on the network's device."""
+    masked_latents, hole = _masked(denoiser, example)
+    return denoiser.condition(masked_latents, hole)[0]
+
+
+def known_of(denoiser: Denoiser, example: Example) -> Known:
+    """What is known of an example: the masked video's latents, on the network's device.
+
+    Not the video's own: those near the hole tell of it, the autoencoder looks beyond its cells.
+    """
+    masked_latents, hole = _masked(denoiser, example)
+    return Known(denoiser.normalise(masked_latents)[0], hole[0])
+
+
+def _masked(denoiser: Denoiser, example: Example) -> tuple[Batch, Float[Tensor, "1 frames 1 h w"]]:
+    device = next(denoiser.network.parameters()).device
+    masked_latents = torch.from_numpy(example.masked_latents).float()
+    hole = latent_mask(example.mask, *masked_latents.shape[-2:])
+    return masked_latents[None].to(device), hole[None].to(device)
+
+
+def decode_result(autoencoder: Autoencoder, example: Example, latents: Latents) -> Frames:
+    """Latents, as the autoencoder scales them, to frames: the example's own outside its hole.
+
+    Raises:
+        BadInput: the example's shard keeps no pixels.
+    """
+    frames = to_frames(autoencoder.decode(latents[None])[0])
+    return composite(pixels_of(example), frames, example.mask)
+
+
+def pixels_of(example: Example) -> Frames:
+    """The pixels of an example.
+
+    Raises:
+        BadInput: its shard keeps none.
+    """
+    if example.pixels is None:
+        raise BadInput(
+            f"{example.key} is in a shard without pixels: encode again with --pixels all, "
+            "or name the validation split, which keeps them"
+        )
+    return example.pixels

@@ -1,0 +1,321 @@
+"""A filled video on its way into a file: frames are encoded, all that goes with them is copied."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+from av.codec.context import Flags
+from av.sidedata.sidedata import Type as SideData
+from jaxtyping import UInt8
+
+from ...data import videos
+from ...errors import BadInput
+from ...files import aside
+from .pixel_formats import choose_format, composite, convert
+from .video import Footage, Mask, Picture, Pixels, open_footage, read_pictures, saying
+
+Put = Callable[[Picture, Pixels, Mask], None]
+Codec = Literal["", "ffv1", "h264", "h265", "vp9"]
+
+# Each with the name and the options that FFmpeg knows. x264's macroblock tree gives small frames
+# other bytes from run to run; x265 writes to the terminal on its own.
+ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
+    "ffv1": ("ffv1", {"level": "3", "slicecrc": "1"}),
+    "h264": ("libx264", {"crf": "16", "mbtree": "0"}),
+    "h265": ("libx265", {"crf": "18", "x265-params": "log-level=error"}),
+    "vp9": ("libvpx-vp9", {"crf": "24", "row-mt": "1"}),
+}
+# What players expect in each container; the first is the one that "" stands for.
+CODECS: dict[str, tuple[str, ...]] = {
+    ".mkv": ("ffv1", "h264", "h265", "vp9"),
+    ".mp4": ("h264", "h265", "vp9", "ffv1"),
+    ".mov": ("h264", "h265"),
+    ".webm": ("vp9",),
+}
+KEPT_TAGS = ("language", "title")
+
+
+class Writer(contextlib.AbstractContextManager["Writer"]):
+    """The file, or the folder of PNG, that a filled video becomes: whole, or not at all.
+
+    Time stamps, colour tags, proportions of pixels and rotation are the input's; its sound and
+    its subtitles are copied as they are. With ffv1, samples outside of the hole are the input's
+    bit for bit.
+    """
+
+    def __init__(self, footage: Footage, out: Path, codec: Codec = "") -> None:
+        """As `check_output` finds them to be possible; "" is the container's usual codec."""
+        self._footage, self._out, self._codec = footage, out, codec
+
+    def __enter__(self) -> Writer:
+        with _blaming(self._out), contextlib.ExitStack() as stack:
+            partial = stack.enter_context(aside(self._out))
+            if self._out.suffix:
+                codec = self._codec or CODECS[self._out.suffix.lower()][0]
+                opened = _write_file(self._footage, partial, codec)
+            else:
+                opened = _write_folder(self._footage, partial)
+            self._write = stack.enter_context(opened)
+            self._stack = stack.pop_all()
+        return self
+
+    def write(
+        self,
+        picture: Picture,
+        rgb: UInt8[np.ndarray, "height width 3"],  # upright
+        mask: UInt8[np.ndarray, "height width"],
+    ) -> None:
+        """Write the next frame: `rgb` where `mask` is 1, the frame's own samples elsewhere.
+
+        Raises:
+            BadInput: the disk is full, or the encoder refuses.
+        """
+        with _blaming(self._out):
+            self._write(picture, rgb, mask)
+
+    def __exit__(self, *raised: Any) -> None:
+        with _blaming(self._out):
+            self._stack.__exit__(*raised)
+
+
+@contextlib.contextmanager
+def _blaming(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (av.error.FFmpegError, OSError) as error:
+        reason = error.strerror or error
+        raise BadInput(f"{out.name} could not be written: {reason}") from error
+
+
+@contextlib.contextmanager
+def _write_file(footage: Footage, path: Path, codec: str) -> Iterator[Put]:
+    # Sound that begins before 0, as AAC does, would have the frames shown later in Matroska.
+    container = av.open(str(path), "w", container_options={"avoid_negative_ts": "disabled"})
+    try:
+        stream = _add_video(container, footage, codec)
+        tracks = _Tracks(container, footage)
+        shift = footage.times[0] if footage.before else 0  # start, in units of the time base
+
+        def put(picture: Picture, rgb: np.ndarray, mask: np.ndarray) -> None:
+            shown = picture.frame.pts
+            assert shown is not None and stream.pix_fmt
+            tracks.copy_until(shown * footage.time_base)
+            frame = composite(picture.frame, rgb, mask, stream.pix_fmt)
+            frame.pts = shown - shift
+            container.mux(stream.encode(frame))
+
+        yield put
+        container.mux(stream.encode())
+        tracks.copy_until(footage.end)
+        container.close()
+    except BaseException:
+        # It writes what it still holds, which fails again where a write has failed.
+        with contextlib.suppress(av.error.FFmpegError):
+            container.close()
+        raise
+
+
+def _add_video(
+    container: av.container.OutputContainer, footage: Footage, codec: str
+) -> av.VideoStream:
+    """A stream that takes the frames of a video, with all that is said of them."""
+    name, options = ENCODERS[codec]
+    first = next(read_pictures(footage)).frame
+    even = first.width % 2 == 0 and first.height % 2 == 0
+    formats = [known.name for known in av.Codec(name, "w").video_formats or ()]
+    stored = convert(first, choose_format(formats, first.format.name, even=even))
+    _refuse_odd(codec, stored)
+    stream = container.add_stream(
+        name, rate=footage.rate, options=options, time_base=footage.time_base
+    )
+    assert isinstance(stream, av.VideoStream)
+    stream.width, stream.height, stream.pix_fmt = stored.width, stored.height, stored.format.name
+    context = stream.codec_context
+    context.flags |= Flags.frame_duration
+    context.colorspace, context.color_range = stored.colorspace, stored.color_range
+    context.color_primaries, context.color_trc = stored.color_primaries, stored.color_trc
+    if footage.pixel_aspect != 1:
+        context.sample_aspect_ratio = footage.pixel_aspect
+    side_data: Any = first.side_data
+    turned = side_data.get(SideData.DISPLAYMATRIX)
+    if turned is not None:
+        stream.set_display_matrix(np.frombuffer(turned, np.int32).tolist())
+    return stream
+
+
+def _refuse_odd(codec: str, frame: av.VideoFrame) -> None:
+    rows, columns = 256 // frame.format.chroma_height(256), 256 // frame.format.chroma_width(256)
+    if codec in ("h264", "h265") and (frame.height % rows or frame.width % columns):
+        raise BadInput(
+            f"codec is {codec}, which does not take frames of {frame.width}x{frame.height} in "
+            f"{frame.format.name}: give ffv1 and an .mkv, which take any"
+        )
+
+
+class _Tracks:
+    """The sound and the subtitles of a video, copied into another packet by packet."""
+
+    def __init__(self, container: av.container.OutputContainer, footage: Footage) -> None:
+        self._container = container
+        added, _ = _add_tracks(container, footage)
+        self._packets = _read_packets(footage, added)
+        self._next = next(self._packets, None)
+
+    def copy_until(self, end: Fraction | float) -> None:
+        """Copy what begins before a time on the clock of the video that is read, in seconds."""
+        while self._next and self._next[0] < end:
+            self._container.mux(self._next[1])
+            self._next = next(self._packets, None)
+
+
+def _add_tracks(
+    container: av.container.OutputContainer | None, footage: Footage
+) -> tuple[dict[int, av.stream.Stream], list[str]]:
+    """Streams for the sound and the subtitles of a video, by index, and which do not fit.
+
+    Into a folder, which is no container, none does.
+    """
+    added: dict[int, av.stream.Stream] = {}
+    left_out: list[str] = []
+    if footage.path.is_dir():
+        return added, left_out
+    copied = ("audio", "subtitle", "attachment")
+    with saying(footage.path), videos.open_video(footage.path) as (source, video):
+        for stream in source.streams:
+            if stream.index == video.index:
+                continue
+            try:
+                if container is None or stream.type not in copied:
+                    raise ValueError
+                copy = container.add_stream_from_template(stream)
+            except ValueError:
+                left_out.append(f"{stream.type} ({stream.name or 'of an unknown kind'})")
+                continue
+            copy.disposition = stream.disposition
+            copy.metadata.update(
+                {key: value for key, value in stream.metadata.items() if key in KEPT_TAGS}
+            )
+            if stream.type != "attachment":  # which the file's header holds
+                added[stream.index] = copy
+    return added, left_out
+
+
+def _read_packets(
+    footage: Footage, added: dict[int, av.stream.Stream]
+) -> Iterator[tuple[Fraction, av.Packet]]:
+    """The packets of the tracks that are kept, each with the time at which it begins."""
+    if not added:
+        return
+    with saying(footage.path), videos.open_video(footage.path) as (source, video):
+        if footage.before:
+            videos.enter(source, video, footage.times[0])
+        for packet in source.demux([source.streams[index] for index in added]):
+            if packet.dts is None:
+                continue
+            begins = (packet.dts if packet.pts is None else packet.pts) * packet.time_base
+            if footage.before and begins < footage.start:
+                continue
+            shift = round(footage.start / packet.time_base)
+            packet.dts -= shift
+            if packet.pts is not None:
+                packet.pts -= shift
+            packet.stream = added[packet.stream_index]
+            yield begins, packet
+
+
+@contextlib.contextmanager
+def _write_folder(footage: Footage, folder: Path) -> Iterator[Put]:
+    folder.mkdir()
+    formats = [known.name for known in av.Codec("png", "w").video_formats or ()]
+    images = videos.list_frames(footage.path)[footage.before :] if footage.path.is_dir() else None
+
+    def put(picture: Picture, rgb: np.ndarray, mask: np.ndarray) -> None:
+        if videos.quarter_turns(picture.frame):  # of which a PNG says nothing
+            upright = np.where(mask[..., None] == 1, rgb, picture.rgb)
+            frame = av.VideoFrame.from_ndarray(upright, format="rgb24")
+        else:
+            kind = choose_format(formats, picture.frame.format.name, even=True)
+            frame = composite(picture.frame, rgb, mask, kind)
+        name = images[picture.index].stem if images else f"{picture.index:06}"
+        (folder / f"{name}.png").write_bytes(_encode_png(frame))
+
+    yield put
+
+
+def _encode_png(frame: av.VideoFrame) -> bytes:
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, frame.format.name
+    encoder.time_base = Fraction(1, 1)
+    return b"".join(bytes(packet) for packet in (*encoder.encode(frame), *encoder.encode()))
+
+
+def check_output(footage: Footage, out: Path, codec: Codec = "") -> list[str]:
+    """Find out whether a video can be written as asked, by writing its first frame elsewhere.
+
+    Returns:
+        What the file will lack, a sentence each.
+
+    Raises:
+        BadInput: `out` is no place for it, or its container or codec cannot hold it.
+    """
+    _refuse_place(footage, out, codec)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / out.name
+        with av.open(str(trial), "w") if out.suffix else contextlib.nullcontext() as container:
+            _, left_out = _add_tracks(container, footage)
+        short = dataclasses.replace(footage, times=footage.times[:1])
+        first = next(read_pictures(short))
+        with Writer(short, trial, codec) as writer:
+            writer.write(first, first.rgb, np.zeros(first.rgb.shape[:2], np.uint8))
+        result = open_footage(trial)
+        written = next(read_pictures(result))
+    sound = [track for track in left_out if track.startswith("audio")]
+    if out.suffix and sound:
+        raise BadInput(f"{out} cannot hold the video's {sound[0]}: name an .mkv, which can")
+    lacks = [f"{out.name} lacks the video's {track}" for track in left_out]
+    if out.suffix and result.pixel_aspect != footage.pixel_aspect:
+        lacks.append(
+            f"{out.name} does not say that a pixel is {footage.pixel_aspect} as wide as high: "
+            "an .mp4 does"
+        )
+    if _depth(written.frame) < _depth(first.frame):
+        lacks.append(
+            f"{out.name} has {_depth(written.frame)} bits a sample, the video {_depth(first.frame)}"
+        )
+    return lacks
+
+
+def _depth(frame: av.VideoFrame) -> int:
+    return max(part.bits for part in frame.format.components)
+
+
+def _refuse_place(footage: Footage, out: Path, codec: str) -> None:
+    suffix = out.suffix.lower()
+    if out.exists() and out.samefile(footage.path):
+        raise BadInput(f"{out} is the video itself: name another file")
+    if not suffix:
+        if codec:
+            raise BadInput(f"codec is {codec}, but {out} is a folder of PNG: name a file, or none")
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise BadInput(f"{out} exists and is no empty folder: name another, or a file")
+        return
+    if suffix not in CODECS:
+        raise BadInput(
+            f"{out} ends in {out.suffix}: give one of {', '.join(CODECS)}, "
+            "or no ending for a folder of PNG"
+        )
+    if codec and codec not in CODECS[suffix]:
+        raise BadInput(
+            f"codec is {codec}, which {suffix} does not hold as players expect it: "
+            f"give {' or '.join(CODECS[suffix])}, or another ending"
+        )
+    if out.is_dir():
+        raise BadInput(f"{out} is a folder: name a file, or a folder without an ending")

@@ -1,0 +1,406 @@
+"""The video whose holes are filled, its masks, and the file that it is written to.
+
+A frame stays in the pixel format that its file has; it becomes RGB for the network alone. So what
+lies outside of the hole is never converted, and a lossless codec returns it bit for bit.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from av.video.reformatter import ColorRange
+from jaxtyping import UInt8
+
+from ...data import videos
+from ...data.videos import IMAGE_SUFFIXES, UnreadableVideo
+from ...errors import BadInput
+
+Pixels = UInt8[np.ndarray, "height width 3"]
+Mask = UInt8[np.ndarray, "height width"]
+
+WHITE = 128  # half of 255: the ringing of a compressed mask stays well on its side
+SAME_RATE = Fraction(1, 2000)  # relative: 23.976 is 24000/1001, 24 is not
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One frame of a video."""
+
+    index: int
+    """0, 1, 2 ... in the order of display, counted from the trim's start."""
+    frame: av.VideoFrame
+    """In the video's own pixel format, not turned."""
+    rgb: Pixels
+    """Upright, full range."""
+
+
+@dataclass(frozen=True)
+class Footage:
+    """A video file, or a folder of images, or a part of one."""
+
+    path: Path
+    height: int
+    """Upright, as all pixels and masks are."""
+    width: int
+    rate: Fraction
+    """Frames per second; the mean where it varies."""
+    pixel_format: str
+    time_base: Fraction
+    times: array.array
+    """When each frame is shown, in units of `time_base`."""
+    before: int
+    """Frames that the trim leaves out before the first one."""
+    total: int
+    """Frames of the whole video."""
+    timed: bool
+    """Whether `times` are the file's own: a bare stream of frames has none."""
+    pixel_aspect: Fraction
+    """Width of a pixel by its height."""
+
+    @property
+    def frames(self) -> int:
+        """How many there are."""
+        return len(self.times)
+
+    @property
+    def trimmed(self) -> bool:
+        """Whether this is a part of the video."""
+        return self.frames < self.total
+
+    @property
+    def start(self) -> Fraction:
+        """The time stamp that becomes 0, in seconds: of a whole video they all stay."""
+        return self.times[0] * self.time_base if self.before else Fraction(0)
+
+    @property
+    def end(self) -> Fraction | float:
+        """Seconds on the file's clock at which what goes with the frames ends."""
+        return self.times[-1] * self.time_base + 1 / self.rate if self.trimmed else math.inf
+
+    @property
+    def duration(self) -> Fraction:
+        """Seconds, the last frame's included."""
+        return (self.times[-1] - self.times[0]) * self.time_base + 1 / self.rate
+
+    @property
+    def variable(self) -> bool:
+        """Whether the frame rate varies by more than the time stamps' rounding."""
+        gaps = np.diff(np.asarray(self.times))
+        return gaps.size > 0 and bool(np.ptp(gaps) > min(2, np.median(gaps) / 2))
+
+
+def open_footage(path: Path, trim: str = "", frame_rate: Fraction | float = 24.0) -> Footage:
+    """What a video is; its packets are counted, and its first frame decoded.
+
+    Args:
+        path: any file that FFmpeg reads, or a folder of images, which are taken by name.
+        trim: "START-END" in seconds or h:mm:ss after the first frame; either may be left out.
+        frame_rate: frames per second of a folder of images.
+
+    Raises:
+        BadInput: it is no video, is damaged, or the trim leaves nothing.
+    """
+    if not path.exists():
+        raise BadInput(f"{path} does not exist: name a video or a folder of images")
+    with saying(path):
+        footage = _scan_folder(path, frame_rate) if path.is_dir() else _scan_file(path)
+    return _trim(footage, trim) if trim else footage
+
+
+@contextlib.contextmanager
+def saying(path: Path) -> Iterator[None]:
+    """Name the video that cannot be read, in a BadInput."""
+    try:
+        yield
+    except UnreadableVideo as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+
+
+def _scan_folder(path: Path, frame_rate: Fraction | float) -> Footage:
+    if not 0 < frame_rate <= 1000:
+        raise BadInput(f"frame_rate is {frame_rate}: give more than 0, at most 1000")
+    images = videos.list_frames(path)
+    rate = Fraction(frame_rate).limit_denominator(1001)
+    times = array.array("q", range(len(images)))
+    first = next(videos.decode_frames(images[0]))
+    return _describe(path, first, rate, 1 / rate, times, timed=False)
+
+
+def _scan_file(path: Path) -> Footage:
+    times, packets, discarded, end = array.array("q"), 0, 0, Fraction(0)
+    with videos.open_video(path) as (container, stream):
+        rate, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
+        if not rate or not time_base:
+            raise UnreadableVideo("it has no frame rate")
+        for packet in container.demux():
+            if packet.pts is not None:
+                end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+            if packet.stream_index != stream.index or not packet.size:
+                continue
+            if packet.is_corrupt:
+                raise UnreadableVideo(f"it is damaged at about frame {packets}")
+            packets += 1
+            discarded += packet.is_discard
+            if packet.pts is not None and not packet.is_discard:
+                times.append(packet.pts)
+        _refuse_cut(container, stream, end)
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+    timed = len(times) == packets - discarded
+    if not timed:
+        time_base, times = 1 / Fraction(rate), array.array("q", range(packets - discarded))
+    times = array.array("q", sorted(times))
+    first = next(videos.decode_frames(path))
+    return _describe(
+        path, first, Fraction(rate), time_base, times, timed=timed, pixel_aspect=aspect
+    )
+
+
+def _refuse_cut(
+    container: av.container.InputContainer, stream: av.VideoStream, end: Fraction
+) -> None:
+    """Raise UnreadableVideo where a file says, at its beginning, more than it has.
+
+    Args:
+        container: read to its end.
+        stream: its video.
+        end: seconds at which its last packet ends.
+    """
+    size = container.size
+    if any(entry.pos + entry.size > size for entry in stream.index_entries):
+        raise UnreadableVideo("it is cut off: its table of frames names some beyond its end")
+    # Where Matroska's own duration is missing, FFmpeg guesses one from any bit rate that is known.
+    contexts = [other.codec_context for other in container.streams if other.codec_context]
+    stated = Fraction(container.duration or 0, av.time_base)
+    known = not any(context.bit_rate for context in contexts)
+    if "matroska" in container.format.name and known and end < stated - 1:
+        raise UnreadableVideo(f"it is cut off after {float(end):.1f} of {float(stated):.1f} s")
+
+
+def _describe(
+    path: Path,
+    first: av.VideoFrame,
+    rate: Fraction,
+    time_base: Fraction,
+    times: array.array,
+    *,
+    timed: bool,
+    pixel_aspect: Fraction = Fraction(1),
+) -> Footage:
+    videos.upright_rgb(first)  # colours that cannot be read are found before all else
+    height, width = videos.upright_size(first)
+    return Footage(
+        path=path,
+        height=height,
+        width=width,
+        rate=rate,
+        pixel_format=first.format.name,
+        time_base=time_base,
+        times=times,
+        before=0,
+        total=len(times),
+        timed=timed,
+        pixel_aspect=pixel_aspect,
+    )
+
+
+_CLOCK = r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?)"
+
+
+def _trim(footage: Footage, trim: str) -> Footage:
+    match = re.fullmatch(f"(?:{_CLOCK})?-(?:{_CLOCK})?", trim, re.ASCII)
+    if not match:
+        raise BadInput(f'trim is {trim!r}: give START-END, as in "2.5-10", "0:01:30-" or "-5"')
+    start, end = _seconds(*match.groups()[:3]), _seconds(*match.groups()[3:])
+    first = footage.times[0]
+    seconds = [(time - first) * footage.time_base for time in footage.times]
+    kept = [i for i, at in enumerate(seconds) if at >= (start or 0) and (end is None or at < end)]
+    if not kept:
+        raise BadInput(
+            f"trim is {trim!r}, which leaves no frame of {footage.path}: "
+            f"it has {float(footage.duration):.2f} seconds"
+        )
+    part = footage.times[kept[0] : kept[-1] + 1]
+    return dataclasses.replace(footage, times=part, before=kept[0])
+
+
+def _seconds(hours: str | None, minutes: str | None, seconds: str | None) -> Fraction | None:
+    if seconds is None:
+        return None
+    return Fraction(hours or 0) * 3600 + Fraction(minutes or 0) * 60 + Fraction(seconds)
+
+
+def read_pictures(footage: Footage, start: int = 0) -> Iterator[Picture]:
+    """The frames of a video, one in memory at a time.
+
+    Args:
+        footage: what is read.
+        start: frames before it are decoded and dropped.
+
+    Raises:
+        BadInput: the video is damaged, or changes its size.
+    """
+    with saying(footage.path):
+        for index, frame in enumerate(_read_frames(footage)):
+            if frame.format.name.startswith("yuvj"):
+                frame.color_range = ColorRange.JPEG
+            if index >= start:
+                yield Picture(index, frame, videos.upright_rgb(frame))
+
+
+def _read_frames(footage: Footage) -> Iterator[av.VideoFrame]:
+    if footage.timed:
+        since = footage.times[0] if footage.before else None
+        for index, frame in enumerate(videos.decode_frames(footage.path, since)):
+            if since is not None and index == 0 and frame.pts != since:
+                raise UnreadableVideo("it cannot be entered at the trim's start: cut it before")
+            if footage.trimmed and (frame.pts is None or frame.pts > footage.times[-1]):
+                return
+            yield frame
+        return
+    frames = _read_images(footage) if footage.path.is_dir() else videos.decode_frames(footage.path)
+    for time, frame in enumerate(frames):
+        if time > footage.times[-1]:
+            return
+        if time >= footage.times[0]:
+            frame.pts, frame.time_base, frame.duration = time, footage.time_base, 1
+            yield frame
+
+
+def _read_images(footage: Footage) -> Iterator[av.VideoFrame]:
+    for path in videos.list_frames(footage.path):
+        try:
+            frame = next(videos.decode_frames(path))
+        except UnreadableVideo as error:
+            raise UnreadableVideo(f"{path.name}: {error}") from error
+        if videos.upright_size(frame) != (footage.height, footage.width):
+            raise UnreadableVideo(f"{path.name} has another size than the first image")
+        yield frame
+
+
+def read_masked(
+    footage: Footage, mask: str, *, invert: bool = False, dilate: int = 0, start: int = 0
+) -> Iterator[tuple[Picture, Mask]]:
+    """Each frame of a video with its mask: see `read_pictures` and `read_masks`.
+
+    Raises:
+        BadInput: one of them cannot be read, or ends before the other.
+    """
+    masks = read_masks(mask, footage, invert=invert, dilate=dilate)
+    pairs = itertools.zip_longest(
+        read_pictures(footage, start), itertools.islice(masks, start, None)
+    )
+    for picture, hole in pairs:
+        if picture is None or hole is None:
+            ended = footage.path if picture is None else mask
+            raise BadInput(f"{ended} ends early, before frame {footage.frames}: it is damaged")
+        yield picture, hole
+
+
+def read_masks(
+    mask: str, footage: Footage, *, invert: bool = False, dilate: int = 0
+) -> Iterator[Mask]:
+    """The masks of a video, upright, one for each frame; 1 is the hole.
+
+    Args:
+        mask: a video, an image, a folder of images (whose masks go with the frames of the whole
+            video, or of its trimmed part), or a rectangle "x,y,width,height". White is the hole:
+            where the largest of red, green and blue is half of white or more, so that neither
+            what a codec leaves around edges, nor a palette's colour, misleads.
+        footage: the video.
+        invert: whether black is the hole.
+        dilate: pixels by which the hole is grown, in every direction.
+
+    Raises:
+        BadInput: the masks cannot be read, or do not fit the video.
+    """
+    for hole in _read_holes(mask, footage):
+        hole = 1 - hole if invert else hole
+        yield cv2.dilate(hole, _disc(dilate)) if dilate else hole
+
+
+def check_masks(mask: str, footage: Footage) -> None:
+    """Read a first mask, and compare all that files say of themselves.
+
+    Raises:
+        BadInput: the masks cannot be read, or do not fit the video.
+    """
+    with contextlib.closing(_read_holes(mask, footage)) as holes:
+        next(holes)
+
+
+def _disc(radius: int) -> UInt8[np.ndarray, "side side"]:
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+
+
+def _read_holes(mask: str, footage: Footage) -> Generator[Mask, None, None]:
+    if re.fullmatch(r"\s*-?\d+(\s*,\s*-?\d+){3}\s*", mask, re.ASCII):
+        yield from itertools.repeat(_fill_box(mask, footage), footage.frames)
+        return
+    masks = open_footage(Path(mask))
+    still = masks.path.suffix.lower() in IMAGE_SUFFIXES and masks.total == 1
+    _refuse_other(masks, footage, still=still)
+    pictures = read_pictures(masks)
+    if still:
+        yield from itertools.repeat(_find_white(next(pictures)), footage.frames)
+        return
+    skipped = footage.before if masks.frames == footage.total else 0
+    for picture in itertools.islice(pictures, skipped, skipped + footage.frames):
+        yield _find_white(picture)
+
+
+def _fill_box(box: str, footage: Footage) -> Mask:
+    x, y, width, height = (int(number) for number in box.split(","))
+    inside = x >= 0 and y >= 0 and x + width <= footage.width and y + height <= footage.height
+    if not inside or width <= 0 or height <= 0:
+        raise BadInput(
+            f"mask is {box!r}, x,y,width,height: "
+            f"give a rectangle within the {footage.width}x{footage.height} pixels of the video"
+        )
+    mask = np.zeros((footage.height, footage.width), np.uint8)
+    mask[y : y + height, x : x + width] = 1
+    return mask
+
+
+def _refuse_other(masks: Footage, footage: Footage, *, still: bool) -> None:
+    """Raise BadInput where masks cannot be those of this video."""
+    if (masks.height, masks.width) != (footage.height, footage.width):
+        raise BadInput(
+            f"the masks {masks.path} have {masks.width}x{masks.height} pixels, the video "
+            f"{footage.width}x{footage.height} as it is seen: scale or turn the masks"
+        )
+    if still:
+        return
+    if masks.frames not in (footage.frames, footage.total):
+        raise BadInput(
+            f"there are {masks.frames} masks in {masks.path}, and {footage.frames} frames in the "
+            "video: give one for each frame, or one image for all"
+        )
+    stated = masks.timed and footage.timed and not (masks.variable or footage.variable)
+    if stated and abs(masks.rate / footage.rate - 1) > SAME_RATE:
+        raise BadInput(
+            f"the masks {masks.path} have {float(masks.rate):.3f} frames per second, the video "
+            f"{float(footage.rate):.3f}: give the masks the video's rate, or a folder of images"
+        )
+
+
+def _find_white(picture: Picture) -> Mask:
+    brightest = picture.rgb.max(axis=-1)
+    # A codec may leave such a 1 in black; nothing else does.
+    if brightest.max() == 1 and not picture.frame.format.name.startswith("yuv"):
+        raise BadInput(
+            f"the mask of frame {picture.index} holds nothing brighter than 1: "
+            "white is the hole, so write 255 where it says 1"
+        )
+    return (brightest >= WHITE).astype(np.uint8)

@@ -1,0 +1,71 @@
+"""All that a sweep measures of a clip: its scores, and its part in the distance of a set.
+
+A set's `fvd` and `vfid` are `frechet.frechet_distance` of what `describe_clip` gives for each clip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import pixels
+from .i3d import I3d, fvd_features, vfid_features
+from .lpips import Lpips, lpips
+from .networks import Features, load
+from .pixels import Frames, Mask
+from .warping import follow, warping_error
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The networks that judge results; what none was given for is left out."""
+
+    lpips: Lpips | None = None
+    i3d: I3d | None = None
+
+
+def load_judges(lpips: str, i3d: str, device: torch.device) -> Judges:
+    """The networks by the names of their files, as `networks.load` takes them; "" is none.
+
+    Raises:
+        BadInput: a file is not what it should be.
+    """
+    return Judges(
+        load(Lpips, lpips, device) if lpips else None, load(I3d, i3d, device) if i3d else None
+    )
+
+
+def score_clip(result: Frames, truth: Frames, mask: Mask, judges: Judges) -> dict[str, float]:
+    """The scores of one clip, by the names of their columns, in the order of the columns.
+
+    Args:
+        result: The composited result.
+        truth: The clip as it was.
+        mask: 1 is the hole.
+        judges: LPIPS's column is there if it is.
+    """
+    scores = pixels.measure(result, truth, mask)
+    if judges.lpips:
+        scores["lpips"] = lpips(judges.lpips, result, truth)
+    scores["flicker"] = pixels.flicker(result, truth, mask)
+    scores["seam_error"] = pixels.seam_error(result, truth, mask)
+    scores["warping_error"] = warping_error(result, follow(truth))
+    scores["ssim_65"] = pixels.ssim_65(result, truth)
+    return scores
+
+
+def describe_clip(frames: Frames, judges: Judges) -> dict[str, Features]:
+    """What the distance of a set needs of one clip, by the name of its column: FVD's and VFID's.
+
+    Nothing without I3D.
+
+    Raises:
+        BadInput: the clip is too short for the FVD.
+    """
+    if not judges.i3d:
+        return {}
+    return {
+        "fvd": fvd_features(judges.i3d, frames),
+        "vfid": vfid_features(judges.i3d, frames),
+    }

@@ -1,0 +1,66 @@
+"""The two frozen networks that judge results, LPIPS's AlexNet and I3D, from safetensors files.
+
+A file is all that is needed; where none is given, what its network would measure is left out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ...errors import BadInput
+
+Features = Float[np.ndarray, " features"]
+
+HUB = "hf://"  # begins the name of a file on the Hugging Face hub
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def load(network: type[Network], name: str, device: str | torch.device = "cpu") -> Network:
+    """A frozen `Lpips` or `I3d` with the weights of a safetensors file, float16 or float32.
+
+    It computes in float32.
+
+    Args:
+        network: The class.
+        name: The file, or hf://OWNER/NAME/FILE for one on the Hugging Face hub.
+        device: Where it computes.
+
+    Raises:
+        BadInput: the file cannot be read, or holds other tensors than the network's.
+    """
+    try:
+        tensors = load_file(_find(name))
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(
+            f"cannot load {network.__name__} from {name}: {reason}; give a safetensors file, "
+            "or hf://OWNER/NAME/FILE"
+        ) from error
+    with torch.device("meta"):
+        built = network()
+    try:
+        built.load_state_dict({key: tensors[key].float() for key in tensors}, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).splitlines()[1].split())
+        raise BadInput(
+            f"{name} does not hold {network.__name__}'s tensors ({reason[:80]}…): "
+            "docs/metrics.md names them"
+        ) from error
+    return built.eval().requires_grad_(False).to(device)
+
+
+def _find(name: str) -> Path:
+    if not name.startswith(HUB):
+        return Path(name)
+    owner, repository, file = name.removeprefix(HUB).split("/", 2)
+    return Path(hf_hub_download(f"{owner}/{repository}", file))

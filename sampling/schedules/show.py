@@ -1,0 +1,188 @@
+"""`vidfill schedule`: what a schedule does and costs, before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ... import jobs
+from ...errors import BadInput
+from ...files import write_atomically
+from . import program as programs
+from .language import parse
+from .program import CLEAN, Kind, Move, Program, compile_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+EXAMPLES = f"""examples:
+  vidfill schedule 'ddpm:1000+resample(n=4)'
+  vidfill schedule 'ddim:250(spacing=leading)+jump(length=10,times=10)+inject' --png jumps.png
+  vidfill schedule 'dpmpp:20+restart(low=0.2,high=0.4,times=2,steps=5)' --json
+
+{programs.__doc__}"""
+
+COLUMNS, ROWS = 72, 14  # characters of the plot in the terminal
+DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of a Braille character
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Say what a sampling schedule does: its moves, its network evaluations, and a plot of them."""
+
+    schedule: str
+    """The schedule, in quotes: SOLVER:STEPS[(key=value,…)][+MOVE[(key=value,…)]]…, as below."""
+    timesteps: int = 1000
+    """Diffusion steps T of the model."""
+    png: Path | None = None
+    """Draw the plot into this file too."""
+    json: bool = False
+    """Print one line of JSON instead of the table and the plot."""
+
+
+def describe(config: ScheduleConfig) -> Program:
+    """Print what is asked for, draw it where asked, and return the program.
+
+    Raises:
+        BadInput: the schedule cannot be read, or cannot be walked on so many timesteps.
+    """
+    if config.timesteps < 1:
+        raise BadInput(f"timesteps is {config.timesteps}: give 1 or more")
+    program = compile_schedule(parse(config.schedule), config.timesteps)
+    if config.json:
+        print(json.dumps(summarise(program)))
+    else:
+        show(program)
+    if config.png:
+        write_atomically(config.png, draw(program))
+    return program
+
+
+def summarise(program: Program) -> dict[str, str | int]:
+    """The schedule in canonical form, its network evaluations, and its moves of each kind."""
+    counts = {f"{kind.value}_moves": program.count(kind) for kind in Kind}
+    return {
+        "schedule": str(program.schedule),
+        "timesteps": program.timesteps,
+        "nfe": program.nfe,
+        **counts,
+    }
+
+
+def cost_by_part(program: Program) -> list[tuple[str, tuple[int, ...]]]:
+    """What each part of the schedule adds: network evaluations, and moves DOWN, UP and INJECT."""
+    schedule = program.schedule
+    costs: list[tuple[str, tuple[int, ...]]] = []
+    before: tuple[int, ...] = (0, 0, 0, 0)
+    for length in range(len(schedule.moves) + 1):
+        shorter = dataclasses.replace(schedule, moves=schedule.moves[:length])
+        part = f"+{shorter.moves[-1]}" if length else str(shorter)
+        walked = compile_schedule(shorter, program.timesteps)
+        after = (walked.nfe, *map(walked.count, Kind))
+        costs.append((part, tuple(b - a for a, b in zip(before, after, strict=True))))
+        before = after
+    return [*costs, ("all", before)]
+
+
+def show(program: Program) -> None:
+    """Print what each part of a schedule costs, the plain walk's levels, and the plot."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    table = Table("", "evaluations", "DOWN", "UP", "INJECT", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, counts in cost_by_part(program):
+        table.add_row(part, *(f"{count:,}" for count in counts))
+    console.print(table)
+    console.print(f"\nplain walk, of {program.timesteps:,} timesteps: {_plain_walk(program)}\n")
+    console.print(plot(program), soft_wrap=True)
+
+
+def _plain_walk(program: Program) -> str:
+    schedule = program.schedule
+    spacing = schedule.solver.get("spacing", str)
+    levels = programs.spaced_timesteps(schedule.steps, program.timesteps, spacing)
+    texts = [*map(str, levels), "clean"]
+    return " → ".join(texts if len(texts) <= 7 else [*texts[:3], "…", *texts[-3:]])
+
+
+def plot(program: Program) -> str:
+    """The level of the state after each move, in Braille characters: pure noise is at the top."""
+    levels = np.array(program.levels, dtype=float)
+    across, down = 2 * COLUMNS, 4 * ROWS
+    heights = (levels - CLEAN) / (program.timesteps - 1 - CLEAN) * (down - 1)
+    edges = np.linspace(0, len(levels) - 1, across + 1)
+    canvas = np.zeros((down, across), dtype=bool)
+    for column, (begin, end) in enumerate(itertools.pairwise(edges)):
+        inside = heights[int(np.ceil(begin)) : int(end) + 1]
+        ends = np.interp([begin, end], np.arange(len(heights)), heights)
+        low, high = (round(float(f([*inside, *ends]))) for f in (min, max))
+        canvas[down - 1 - high : down - low, column] = True
+    characters = 0x2800 + (canvas.reshape(ROWS, 4, COLUMNS, 2) * DOTS[:, None]).sum(axis=(1, 3))
+    lines = ["".join(map(chr, row)) for row in characters]
+    names = {0: f"{program.timesteps - 1:,}", ROWS - 1: "clean"}
+    margin = max(map(len, names.values()))
+    body = [f"{names.get(row, ''):>{margin}} ┤{line}" for row, line in enumerate(lines)]
+    moves = f"{len(levels) - 1:,} moves"
+    axis = f"{'':{margin}} └{'─' * COLUMNS}"
+    return "\n".join([*body, axis, f"{'':{margin}}  0{moves:>{COLUMNS - 1}}"])
+
+
+def draw(program: Program) -> bytes:
+    """The plot as a PNG for print: ways down and up in two colours."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    from ..figure_style import DPI, FAINT, STYLE
+
+    walk = [move for move in program.moves if move.kind is not Kind.INJECT]
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure(figsize=(7.2, 2.9), dpi=DPI, layout="constrained")
+        axes = figure.subplots()
+        _draw_walk(axes, walk)
+        axes.set_xlim(0, len(walk))
+        axes.set_ylim(CLEAN - 0.03 * program.timesteps, 1.03 * program.timesteps)
+        top = program.timesteps - 1
+        axes.set_yticks([CLEAN, top // 4, top // 2, 3 * top // 4, top])
+        axes.set_yticklabels(["clean", *(f"{t:,}" for t in axes.get_yticks()[1:])])
+        axes.set_xlabel("move")
+        axes.set_ylabel("timestep")
+        axes.set_title(str(program.schedule), loc="left", fontsize=8, fontweight="bold", pad=18)
+        nfe = f"{program.nfe:,} network evaluations a clip"
+        axes.text(0, 1.04, nfe, transform=axes.transAxes, color=FAINT)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+        return content.getvalue()
+
+
+def _draw_walk(axes: Axes, walk: Sequence[Move]) -> None:
+    from matplotlib.collections import LineCollection
+
+    from ..figure_style import FAMILY_LOOKS
+
+    width, dot = (1.1, 7) if len(walk) <= 120 else (0.8, 0) if len(walk) <= 1000 else (0.5, 0)
+    for (colour, _), kind in zip(FAMILY_LOOKS, (Kind.DOWN, Kind.UP), strict=False):
+        own = [(index, move) for index, move in enumerate(walk) if move.kind is kind]
+        lines = [[(index, move.source), (index + 1, move.target)] for index, move in own]
+        ends = np.array([line[1] for line in lines]).reshape(-1, 2)
+        axes.add_collection(
+            LineCollection(lines, colors=colour, linewidths=width, label=kind.value)
+        )
+        axes.scatter(ends[:, 0], ends[:, 1], s=dot, color=colour, zorder=3, clip_on=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of `vidfill schedule`."""
+    return jobs.main(ScheduleConfig, describe, argv, verb="schedule", examples=EXAMPLES)

@@ -1,0 +1,7 @@
+"""`python -m vidfill.sampling.sweep`."""
+
+import sys
+
+from .run import main
+
+sys.exit(main())

@@ -1,0 +1,59 @@
+"""What a schedule has to beat, and what it can reach at best.
+
+    fill         the hole in the colour with which the model's input was filled
+    classic      no learning: the nearest frame in which a pixel is visible, else its surroundings
+    mean         one network evaluation, at pure noise: the model's posterior mean
+    autoencoder  the clip as the autoencoder gives it back: the ceiling of everything latent
+
+`mean` is the schedule `MEAN` and runs in the sampler; the other three are functions here.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+
+from ...data.masks import fill_hole
+from ...data.shards.format import Example
+from ...modeling.autoencoder import Autoencoder
+from ..examples import decode_result, pixels_of
+from ..metrics.pixels import Frames, Mask
+
+MEAN = "ddim:1"  # from T − 1 to the clean estimate in one step
+INPAINT_RADIUS = 3  # pixels around a missing one that OpenCV looks at
+
+
+def fill(example: Example) -> Frames:
+    """The masked input itself, its hole in the recorded fill colour."""
+    red, green, blue = example.record["fill"]
+    return fill_hole(pixels_of(example), example.mask, (red, green, blue))
+
+
+def classic(truth: Frames, mask: Mask) -> Frames:
+    """Each hole pixel from the nearest frame in time in which that place is visible.
+
+    Of two frames equally near it is the earlier one. What is visible in no frame is then inpainted
+    frame by frame (Telea 2004, by OpenCV). Of `truth` only visible pixels are used.
+    """
+    result = np.where(mask[..., None] == 1, 0, truth).astype(np.uint8)
+    missing = mask == 1
+    frames = len(mask)
+    for distance in range(1, frames):
+        for step in (-distance, distance):
+            t = np.arange(max(0, -step), min(frames, frames - step))
+            taken = missing[t] & (mask[t + step] == 0)
+            result[t] = np.where(taken[..., None], truth[t + step], result[t])
+            missing[t] &= ~taken
+    holes = missing.astype(np.uint8)
+    for frame in np.flatnonzero(missing.any(axis=(1, 2))):
+        result[frame] = cv2.inpaint(result[frame], holes[frame], INPAINT_RADIUS, cv2.INPAINT_TELEA)
+    return result
+
+
+def autoencoder(model: Autoencoder, example: Example) -> Frames:
+    """The clip encoded (its latents, as the shard keeps them) and decoded again, composited."""
+    return decode_result(model, example, torch.from_numpy(example.latents).float())
+
+
+BASELINES = ("fill", "classic", "mean", "autoencoder")

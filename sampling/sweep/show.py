@@ -1,0 +1,66 @@
+"""A sweep's plan and results, as printed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ..capacity import find_capacity, time_evaluation
+from ..examples import condition_of
+from .baselines import BASELINES
+from .inputs import Inputs
+from .requests import _share_of, make_requests
+
+TABLE_WIDTH = 200  # characters, where there is no terminal to ask
+
+
+def show_plan(inputs: Inputs, batch_size: int, processes: int = 1) -> None:
+    """Print each schedule's evaluations, and the network's time from one measured evaluation.
+
+    The time is t(C) · max(ΣNFE / C, longest), t(C) that of one evaluation of a full batch of C,
+    of all processes together.
+    """
+    count = len(inputs.clips) * inputs.completions
+    requests = make_requests(inputs)
+    batch = batch_size or find_capacity(inputs.denoiser, requests)
+    batch = min(_share_of(batch, requests, processes), len(requests))
+    condition = condition_of(inputs.denoiser, inputs.dataset[next(iter(inputs.clips.values()))])
+    seconds = time_evaluation(inputs.denoiser, condition, batch)
+    slots = batch * processes
+    shown = Table("schedule", "NFE", "completions", "evaluations", "network time")
+    for name, program in inputs.sampled.items():
+        evaluations = program.nfe * count
+        spent = f"{evaluations * seconds / slots:,.1f} s"
+        shown.add_row(name, f"{program.nfe:,}", f"{count:,}", f"{evaluations:,}", spent)
+    nfes = [program.nfe for program in inputs.sampled.values()]
+    whole = seconds * max(sum(nfes) * count / slots, max(nfes))
+    shown.add_section()
+    shown.add_row("all", "", f"{count:,}", f"{sum(nfes) * count:,}", f"{whole:,.1f} s")
+    _console().print(shown)
+    print(
+        f"one evaluation of a batch of {batch} takes {seconds:.3f} s on {inputs.device}; "
+        "decoding and metrics come on top"
+    )
+
+
+def show_results(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print the results as a table, where there are any."""
+    if not rows:
+        return
+    shown = Table(*(column.replace("_", " ") for column in rows[0]))
+    shown.columns[0].overflow = "fold"
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        name, *numbers = row.values()
+        shown.add_row(name, *(f"{float(number):.4g}" for number in numbers))
+        if name == BASELINES[-1]:
+            shown.add_section()
+    _console().print(shown)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=TABLE_WIDTH)

@@ -1,0 +1,134 @@
+"""What --plan counts is what a run allocates, and it starts nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from vidfill.data.shards.reading import ShardedDataset
+from vidfill.errors import BadInput
+from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
+from vidfill.train.loop import train
+from vidfill.train.preflight.plan import (
+    make_plan,
+    measure_step,
+    state_memory,
+    traffic,
+    why_not_here,
+)
+from vidfill.train.state import make_accelerator, make_denoiser, make_state
+
+
+def test_the_state_counted_is_the_state_allocated(tiny_config: TrainConfig) -> None:
+    manifest = ShardedDataset(tiny_config.shards, "train").manifest
+    plan = make_plan(tiny_config, manifest, gpus=1)
+    denoiser = make_denoiser(tiny_config, manifest)
+    state = make_state(tiny_config, make_accelerator(tiny_config), denoiser.network)
+    weights = list(state.network.parameters())
+    others = [
+        tensor
+        for values in state.optimizer.state.values()
+        for name, tensor in values.items()
+        if name != "step"
+    ]
+    assert plan.parameters == sum(tensor.numel() for tensor in weights)
+    assert plan.memory["weights"] == sum(tensor.nbytes for tensor in weights)
+    assert plan.memory["moments and averages"] == sum(tensor.nbytes for tensor in others)
+    assert plan.checkpoint == plan.memory["weights"] + plan.memory["moments and averages"]
+    assert "buckets" not in plan.memory
+    assert plan.checkpoint < plan.snapshot < 2 * plan.checkpoint  # powers of two
+
+
+def test_the_checkpoint_counted_is_the_checkpoint_written(tiny_config: TrainConfig) -> None:
+    plan = make_plan(tiny_config, ShardedDataset(tiny_config.shards, "train").manifest, gpus=1)
+    train(dataclasses.replace(tiny_config, steps=1))
+    (folder,) = (tiny_config.out / "checkpoints").glob("step-*")
+    written = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    headers = 5 * 16_000  # names and shapes, in each of five files
+    assert plan.checkpoint < written < plan.checkpoint + headers
+
+
+def test_each_zero_stage_shares_out_more_than_the_one_before() -> None:
+    """16 bytes a parameter without averages: ZeRO's paper has them at (2 + 2 + K) bytes, K = 12."""
+    of_stage = [state_memory(4_000_000, 0, stage, gpus=4) for stage in range(4)]
+    for parts in of_stage:
+        for passing in ("buckets", "gathered weights"):
+            parts.pop(passing, None)
+    assert [sum(parts.values()) / 1_000_000 for parts in of_stage] == [16, 11, 8, 5]
+
+
+def test_a_share_is_of_the_gpus_that_were_named(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, batch_size=12, gradient_accumulation=3)
+    manifest = ShardedDataset(config.shards, "train").manifest
+    one, four = make_plan(config, manifest, 1), make_plan(config, manifest, 4)
+    assert (one.clips, one.clips_at_once) == (12, 4)
+    assert (four.clips, four.clips_at_once) == (3, 1)
+    assert one.memory["activations"] > 2 * four.memory["activations"]
+    assert (one.traffic, one.epochs) == (0, four.epochs)
+
+
+def test_an_exchange_of_many_parts_is_one_of_one_part_many_times() -> None:
+    """In ZeRO's paper data parallel training moves 2 weights a step, and stage 3 half more."""
+    sizes = [4_000_000, 400]
+    one, four = (
+        [traffic(sizes, stage, parts, gpus=1000) / sum(sizes) for stage in range(4)]
+        for parts in (1, 4)
+    )
+    assert one == pytest.approx([2, 3, 3, 2], rel=2e-3)
+    assert four == pytest.approx([2, 3, 9, 8], rel=2e-3)
+    huge = [2_500_000_000]
+    assert traffic(huge, 3, 1, gpus=1000) / sum(huge) == pytest.approx(3, rel=2e-3)
+    assert all(traffic(sizes, stage, parts=4, gpus=1) == 0 for stage in range(4))
+
+
+def test_a_processor_measures_only_what_it_can(tiny_config: TrainConfig) -> None:
+    plan = make_plan(tiny_config, ShardedDataset(tiny_config.shards, "train").manifest, gpus=1)
+    enough = 2 * sum(plan.memory.values())
+    assert not why_not_here(tiny_config, plan, enough, rate=float(plan.operations))
+    assert "memory" in why_not_here(tiny_config, plan, enough // 3, rate=float(plan.operations))
+    assert "8.3 minutes" in why_not_here(tiny_config, plan, enough, rate=plan.operations / 100)
+    for change in ({"plan_gpus": 2}, {"compile": True}):
+        config = dataclasses.replace(tiny_config, **change)
+        assert why_not_here(config, plan, enough, rate=float(plan.operations))
+
+
+def test_a_step_that_is_measured_writes_nothing_into_the_runs_folder(
+    tiny_config: TrainConfig,
+) -> None:
+    config = dataclasses.replace(
+        tiny_config,
+        max_skipped=9,
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup=0),
+    )
+    seconds, _ = measure_step(config, ShardedDataset(config.shards, "train"), clips=2)
+    assert seconds > 0
+    assert not tiny_config.out.exists()
+
+
+def test_recomputed_activations_are_not_kept(tiny_config: TrainConfig) -> None:
+    manifest = ShardedDataset(tiny_config.shards, "train").manifest
+    model = dataclasses.replace(tiny_config.model, gradient_checkpointing=True)
+    kept = make_plan(tiny_config, manifest, 1).memory["activations"]
+    recomputed = make_plan(dataclasses.replace(tiny_config, model=model), manifest, 1)
+    assert recomputed.memory["activations"] < 0.7 * kept
+
+
+def test_a_plan_is_printed_and_nothing_is_started(
+    tiny_config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dataclasses.replace(tiny_config, plan=True, plan_gpus=3))
+    said = capsys.readouterr().out
+    for word in ("parameters", "memory of a GPU: in all", "epochs", "GPU hours", "on 3 GPU(s)"):
+        assert word in said
+    assert not tiny_config.out.exists()
+
+
+def test_more_gpus_than_clips_are_refused(tiny_config: TrainConfig) -> None:
+    with pytest.raises(BadInput, match="give each GPU a clip"):
+        train(dataclasses.replace(tiny_config, plan=True, plan_gpus=4))
+
+
+def test_a_preset_is_planned_by_its_sizes(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, model=ModelConfig(preset="base"))
+    plan = make_plan(config, ShardedDataset(config.shards, "train").manifest, gpus=1)
+    assert 80e6 < plan.parameters < 90e6

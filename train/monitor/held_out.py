@@ -1,0 +1,201 @@
+"""The loss on held-out clips, at noise and timesteps that never change during a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from ...data.masks import latent_mask
+from ...data.shards.format import DamagedShard, Example
+from ...data.shards.reading import ShardedDataset, has_split
+from ...data.shards.stream import Batch
+from ...files import hide_secrets
+from ...modeling.denoiser import Denoiser
+from ...modeling.noise import LossConfig, timesteps_at
+from ...modeling.precision import autocast
+from ...seeding import derive_seed, generator
+from ..config import TrainConfig
+from ..step import draw_latents, draw_noise
+
+# Sums over clips, a row for each range of timesteps; their quotients are the figures.
+Sums = Float64[Tensor, "quantiles 6"]
+
+
+class Clip(NamedTuple):
+    """What the loss of a held-out clip needs; latents as the shards hold them."""
+
+    number: int  # in the split
+    latents: Float[Tensor, "frames channels height width"]
+    masked_latents: Float[Tensor, "frames channels height width"]
+    latent_mask: Float[Tensor, "frames 1 height width"]
+    log_variance: Float[Tensor, "frames channels height width"] | None
+
+
+class HeldOut:
+    """A process's share of the held-out clips, in memory.
+
+    A draw depends on the seed, the clip's index in its split and the range of timesteps alone. So
+    the figures of two evaluations differ by the network only, and they are the same on any number
+    of processes, to rounding.
+
+    Args:
+        clips: This process's share.
+        quantiles: Ranges of timesteps, of equal length.
+        seed: The run's.
+        at_once: Clips in a batch.
+    """
+
+    def __init__(self, clips: Sequence[Clip], quantiles: int, seed: int, at_once: int) -> None:
+        self.clips = clips
+        self.quantiles = quantiles
+        self.seed = seed
+        self.at_once = at_once
+
+    def measure(self, denoiser: Denoiser, accelerator: Accelerator) -> dict[str, float]:
+        """The figures over all processes, each of which calls this; one reduction, at the end.
+
+        Args:
+            denoiser: With the averaged network, in evaluation mode.
+            accelerator: The run's.
+        """
+        return figures(accelerator.reduce(self.sums(denoiser, accelerator.device), "sum"))
+
+    @torch.no_grad()
+    def sums(self, denoiser: Denoiser, device: torch.device) -> Sums:
+        """This process's part of the sums that `figures` takes; parts are added."""
+        rows = []
+        for quantile in range(self.quantiles):
+            row = torch.zeros(6, dtype=torch.float64, device=device)
+            for batch in self._batches():
+                row += self._measure_batch(denoiser, batch.to(device), quantile)
+            rows.append(row)
+        return torch.stack(rows)
+
+    def _batches(self) -> Iterator[Batch]:
+        for first in range(0, len(self.clips), self.at_once):
+            yield _collate(self.clips[first : first + self.at_once])
+
+    def _measure_batch(
+        self, denoiser: Denoiser, batch: Batch, quantile: int
+    ) -> Float64[Tensor, " 6"]:
+        seed = derive_seed(self.seed, "held out", quantile)
+        latents = denoiser.normalise(draw_latents(batch, seed))
+        noise = draw_noise(batch.positions, seed, latents.shape[1:]).to(latents.device)
+        timestep = self._draw_timesteps(batch, seed, quantile, denoiser.timesteps)
+        condition = denoiser.condition(batch.masked_latents, batch.latent_mask)
+        noisy, target = denoiser.training_pair(latents, noise, timestep.to(latents.device))
+        with autocast(latents.device, denoiser.precision):
+            prediction = denoiser.network(noisy, timestep.to(latents.device), condition)
+        error = (prediction.to(target.dtype) - target).square().double()
+        hole = batch.latent_mask.double().expand_as(error)
+        return torch.stack(
+            [
+                error.mean(dim=(1, 2, 3, 4)).sum(),
+                torch.tensor(len(batch.keys), dtype=torch.float64, device=error.device),
+                (error * hole).sum(),
+                hole.sum(),
+                (error * (1 - hole)).sum(),
+                (1 - hole).sum(),
+            ]
+        )
+
+    def _draw_timesteps(
+        self, batch: Batch, seed: int, quantile: int, timesteps: int
+    ) -> Int[Tensor, " batch"]:
+        """⌊(q + u)/Q · T⌋ for a uniform draw u of each clip."""
+        sources = [generator(seed, index, "timestep") for index in batch.positions]
+        draws = [torch.rand(1, generator=source, dtype=torch.float64) for source in sources]
+        return timesteps_at((quantile + torch.cat(draws)) / self.quantiles, timesteps, LossConfig())
+
+
+def figures(sums: Sums) -> dict[str, float]:
+    """Mean squared errors of the training target, without the training loss's weights.
+
+    Returns:
+        `loss`, over all places and ranges; `loss_quantile_1`, the least noisy range, and so on;
+        `loss_hole` and `loss_visible`, over all latents of all clips, each weighted by the share
+        of it that is in the hole, or is not. What no clip has is left out.
+    """
+    named: dict[str, Tensor] = {"loss": sums[:, :2].sum(dim=0)}
+    named |= {"loss_hole": sums[:, 2:4].sum(dim=0), "loss_visible": sums[:, 4:].sum(dim=0)}
+    named |= {f"loss_quantile_{n}": row for n, row in enumerate(sums[:, :2], start=1)}
+    found = {name: pair.tolist() for name, pair in named.items()}
+    return {name: error / count for name, (error, count) in found.items() if count > 0}
+
+
+def open_held_out(
+    config: TrainConfig, denoiser: Denoiser, process: int, processes: int
+) -> HeldOut | None:
+    """Read this process's share of the held-out clips.
+
+    They are spread evenly over the split; a process takes neighbours, which lie in few shards. All
+    is read at once, so that a shard that is damaged or gone shows before the first step.
+
+    Returns:
+        None where there is nothing to measure: none is wanted, or the shards have no validation
+        split, which the first process says.
+
+    Raises:
+        DamagedShard: A clip is not what was written, and `data.damaged` is "stop".
+    """
+    wanted = config.evaluation
+    if not wanted.every or not wanted.clips:
+        return None
+    if not has_split(config.shards, "validation"):
+        if process == 0:
+            place = hide_secrets(config.shards)
+            print(f"{place} has no validation split: no held-out loss", file=sys.stderr)
+        return None
+    dataset = ShardedDataset(config.shards, "validation", config.data.cache)
+    spread = np.linspace(0, len(dataset) - 1, min(wanted.clips, len(dataset))).round().astype(int)
+    share = np.array_split(spread, processes)[process].tolist()
+    read = [_read(dataset, index, config.data.damaged == "skip") for index in share]
+    dataset.store.close()
+    clips = [clip for clip in read if clip]
+    at_once = -(-config.batch_size // (processes * config.gradient_accumulation))
+    return HeldOut(clips, wanted.quantiles, config.seed, at_once)
+
+
+def _read(dataset: ShardedDataset, index: int, may_skip: bool) -> Clip | None:
+    """A clip, or None where it is damaged and may be left out, which is said."""
+    try:
+        return _clip_of(index, dataset[index])
+    except DamagedShard as damage:
+        if not may_skip:
+            raise
+        print(f"vidfill train: left out of the held-out clips: {damage}", file=sys.stderr)
+        return None
+
+
+def _clip_of(number: int, example: Example) -> Clip:
+    latents = torch.from_numpy(example.latents)
+    hole = latent_mask(example.mask, *latents.shape[-2:])
+    log_variance = example.log_variance
+    return Clip(
+        number,
+        latents,
+        torch.from_numpy(example.masked_latents),
+        hole,
+        None if log_variance is None else torch.from_numpy(log_variance),
+    )
+
+
+def _collate(clips: Sequence[Clip]) -> Batch:
+    """A batch as the stream gives it; a clip's position is its index in the split."""
+    log_variances = [clip.log_variance for clip in clips if clip.log_variance is not None]
+    return Batch(
+        keys=[str(clip.number) for clip in clips],
+        positions=[clip.number for clip in clips],
+        weights=torch.ones(len(clips)),
+        latents=torch.stack([clip.latents for clip in clips]),
+        masked_latents=torch.stack([clip.masked_latents for clip in clips]),
+        latent_mask=torch.stack([clip.latent_mask for clip in clips]),
+        log_variance=torch.stack(log_variances) if log_variances else None,
+    )

@@ -1,0 +1,339 @@
+"""`vidfill train --plan`: what a run needs and how long it takes, before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from ...data.shards.format import Manifest
+from ...data.shards.reading import ShardedDataset
+from ...data.shards.stream import Stream
+from ...errors import BadInput, BadInputEverywhere
+from ...modeling.attention import attention_backend
+from ...modeling.cost import cost_of
+from ...modeling.precision import autocast
+from ...modeling.unet import VideoUNet
+from ..config import TrainConfig
+from ..monitor.rates import measure_rate
+from ..state import make_accelerator, make_denoiser, make_state
+from ..step import train_step
+
+WARM_UP, MEASURED = 2, 3  # steps
+PATIENCE = 10.0  # seconds that they may take a processor at its best
+GPUS_A_NODE = 8
+DEEPSPEED_BUCKETS = 2 * 4 * 50_000_000  # bytes that it reduces and gathers in
+# DeepSpeed's defaults at stage 3: what it always keeps whole, and what only if used again soon.
+SMALL = 4 * 100_000  # bytes of a parameter
+SOON = 4 * 1_000_000_000  # bytes of weights in between
+SUPPOSED = 100e12  # operations a second of a GPU, where there is none to measure
+WIDTH = 100  # columns where there is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs, counted and not measured. Memory and traffic are bytes of one GPU."""
+
+    gpus: int
+    parameters: int
+    operations: int  # of a step, on one GPU
+    clips: int  # of a step, on one GPU
+    clips_at_once: int  # of them, in one forward pass
+    memory: dict[str, int]  # by part
+    checkpoint: int  # bytes of one checkpoint
+    snapshot: int  # bytes of the first node's own memory, from the first checkpoint on
+    traffic: int  # bytes that a GPU sends, and receives, for the gradients and weights of a step
+    epochs: float
+    examples: int
+    shards: int
+    shard_bytes: int
+    fetched: int  # bytes of shards that all nodes together fetch for a step
+    cache: int  # bytes that a node keeps of shards behind a URL
+
+
+def make_plan(config: TrainConfig, manifest: Manifest, gpus: int) -> Plan:
+    """Count what `config` needs on `gpus` GPUs; nothing is computed or allocated."""
+    frames, _, height, width = manifest.latent_shape
+
+    def make_network() -> VideoUNet:
+        network = make_denoiser(config, manifest).network
+        network.set_attention_backend("auto")  # shapes are followed with the CPU's kernels
+        return network
+
+    cost = cost_of(make_network, frames, height, width, config.precision)
+    with torch.device("meta"):
+        sizes = [parameter.nbytes for parameter in make_network().parameters()]
+    clips = math.ceil(config.batch_size / gpus)
+    at_once = math.ceil(clips / config.gradient_accumulation)
+    weights, averages = 4 * cost.parameters, len(config.optimizer.ema_decays)
+    nodes = math.ceil(gpus / GPUS_A_NODE)
+    lanes = math.ceil(manifest.lanes / nodes)
+    readers = max(1.0, nodes / manifest.lanes)  # nodes that need the same shard
+    shard_bytes = sum(manifest.shards.bytes)
+    return Plan(
+        gpus=gpus,
+        parameters=cost.parameters,
+        operations=clips * cost.training_operations,
+        clips=clips,
+        clips_at_once=at_once,
+        memory=state_memory(weights, averages, config.zero_stage, gpus)
+        | {"activations": activation_memory(config, manifest, make_network, at_once)},
+        checkpoint=(3 + averages) * weights,
+        # What a GPU copies to while it computes is pinned, in powers of two.
+        snapshot=(3 + averages) * sum(1 << (size - 1).bit_length() for size in sizes),
+        traffic=traffic(sizes, config.zero_stage, min(config.gradient_accumulation, clips), gpus),
+        epochs=config.steps * config.batch_size / manifest.examples,
+        examples=manifest.examples,
+        shards=len(manifest.shards.bytes),
+        shard_bytes=shard_bytes,
+        fetched=round(config.batch_size * shard_bytes / manifest.examples * readers),
+        cache=min(shard_bytes, 2 * lanes * manifest.block * shard_bytes // manifest.examples),
+    )
+
+
+def state_memory(weights: int, averages: int, stage: int, gpus: int) -> dict[str, int]:
+    """Bytes of the training state on one of `gpus` GPUs, by part.
+
+    DeepSpeed keeps float32 weights beside the network's own, which it shares out from stage 1 on,
+    like moments and averages; gradients from stage 2 on; the network's weights at stage 3
+    (Rajbhandari et al. 2020, "ZeRO", section 5). What it gathers of these for the forward pass it
+    keeps for the backward pass, unless that is far away.
+
+    Args:
+        weights: Bytes of all weights in float32.
+        averages: How many averages of the weights are kept.
+        stage: Of ZeRO.
+        gpus: That share.
+    """
+    share = math.ceil(weights / gpus)
+    optimizer = (share if stage else weights) * (2 + averages)
+    parts = {
+        "weights": share if stage == 3 else weights,
+        "gradients": share if stage >= 2 else weights,
+        "moments and averages": optimizer + (share if stage else 0),
+    }
+    if stage == 3:
+        parts["gathered weights"] = min(SOON, weights)
+    # Of plain training the buckets are the gradients themselves.
+    return parts | ({"buckets": min(DEEPSPEED_BUCKETS, 2 * weights)} if stage else {})
+
+
+def traffic(sizes: Sequence[int], stage: int, parts: int, gpus: int) -> int:
+    """Bytes that each of `gpus` GPUs sends, and receives, for the gradients and weights of a step.
+
+    To gather what N GPUs share, or to reduce what each has to shares, moves (N − 1)/N of it
+    through each: one exchange. To reduce it to all takes two (Rajbhandari et al. 2020, "ZeRO",
+    section 7). The exchanges of a step of p parts are, where the paper needs 2, 2, p + 1, 3p:
+
+    - 2 without ZeRO: gradients are reduced to all, after the last part;
+    - 3 at stage 1, where new weights are gathered too;
+    - 2p + 1 at stage 2, where each part's gradients are reduced, to all, though each GPU keeps its
+      share alone (DeepSpeed's `use_multi_rank_bucket_allreduce`);
+    - 2p at stage 3: each part gathers the weights, and reduces its gradients to shares. Small
+      weights are gathered once a step; of a network so large that DeepSpeed gives up what it has
+      gathered before the backward pass, the others twice a part.
+
+    Args:
+        sizes: Bytes of each parameter in float32.
+        stage: Of ZeRO.
+        parts: In which a GPU takes its clips.
+        gpus: That share.
+    """
+    weights, small = sum(sizes), sum(size for size in sizes if size < SMALL)
+    gathers = 1 if 2 * weights <= SOON else 2  # the first weights are used again last
+    exchanged = {
+        0: 2 * weights,
+        1: 3 * weights,
+        2: (2 * parts + 1) * weights,
+        3: parts * weights + gathers * parts * (weights - small) + small,
+    }
+    return round((gpus - 1) / gpus * exchanged[stage])
+
+
+def activation_memory(
+    config: TrainConfig, manifest: Manifest, make_network: Callable[[], VideoUNet], clips: int
+) -> int:
+    """Bytes at the peak of a forward and backward pass over `clips`, without weights and gradients.
+
+    Shapes alone are followed, with the CPU's kernels: a GPU's attention keeps less in 16 bits.
+    """
+    attention_backend("cpu", getattr(torch, config.precision))  # probes with real tensors
+    with FakeTensorMode():
+        network = make_network().train()
+        if config.model.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        frames, channels, height, width = manifest.latent_shape
+        latents = torch.empty(clips, frames, channels, height, width)
+        condition = latents.new_empty(
+            clips, frames, network.config["condition_channels"], height, width
+        )
+        tracker = MemTracker()
+        tracker.track_external(network, latents, condition)
+        with tracker:
+            with autocast(torch.device("cpu"), config.precision):
+                predicted = network(latents, torch.zeros(clips), condition)
+            (predicted.float() - latents).square().mean().backward()
+        (peak,) = tracker.get_tracker_snapshot("peak").values()
+    return sum(size for kind, size in peak.items() if str(kind).endswith(("ACT", "TEMP")))
+
+
+def measure_step(config: TrainConfig, dataset: ShardedDataset, clips: int) -> tuple[float, int]:
+    """Seconds of a training step with `clips` clips on this machine, and a GPU's peak of bytes.
+
+    The median of a few real steps in one process, after some to warm up. The peak is 0 without a
+    GPU.
+    """
+    with tempfile.TemporaryDirectory() as scratch:  # for what a bad step would list
+        alone = dataclasses.replace(config, out=Path(scratch), batch_size=clips, zero_stage=0)
+        accelerator = make_accelerator(alone)
+        denoiser = make_denoiser(alone, dataset.manifest)
+        state = make_state(alone, accelerator, denoiser.network)
+        stream = Stream(dataset, clips, config.seed)
+        seconds = []
+        on_gpu = accelerator.device.type == "cuda"
+        for number in range(WARM_UP + MEASURED):
+            batch = stream.batch(number)
+            began = time.perf_counter()
+            train_step(state, batch, denoiser, accelerator, alone)
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        return statistics.median(seconds[WARM_UP:]), peak
+
+
+def why_not_here(config: TrainConfig, needs: Plan, memory: int, rate: float) -> str:
+    """Why a processor is not to measure steps; empty where it may.
+
+    Args:
+        config: The run's.
+        needs: Of the run.
+        memory: Bytes that the machine has.
+        rate: Operations a second that it does at best.
+    """
+    if config.plan_gpus:
+        return "a processor is no GPU"
+    if config.compile:
+        return "to compile the network takes a processor minutes (--compile false)"
+    wanted = sum(needs.memory.values())
+    if wanted > memory:
+        return f"a step takes {in_bytes(wanted)}, and there are {in_bytes(memory)} of memory"
+    seconds = (WARM_UP + MEASURED) * needs.operations / rate
+    if seconds > PATIENCE:
+        return f"{WARM_UP + MEASURED} steps take this processor {_days(seconds / 86400)} at best"
+    return ""
+
+
+def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
+    """Print what the run needs and how long it takes; start nothing.
+
+    Raises:
+        BadInput: A launcher started several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInputEverywhere(
+            "--plan runs in one process: start it without a launcher, and give --plan_gpus"
+        )
+    gpus = config.plan_gpus or 1
+    if config.batch_size < gpus:
+        raise BadInput(
+            f"batch_size is {config.batch_size} and plan_gpus {gpus}: give each GPU a clip or more"
+        )
+    needs = make_plan(config, dataset.manifest, gpus)
+    _show(config, needs, *_measure(config, dataset, needs))
+
+
+def _measure(config: TrainConfig, dataset: ShardedDataset, needs: Plan) -> tuple[float | None, int]:
+    """What `measure_step` does, where that makes sense; else None and 0, and why, on stderr."""
+    if not torch.cuda.is_available():
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        rate = measure_rate(torch.device("cpu"), config.precision)
+        reason = why_not_here(config, needs, memory, rate)
+        if reason:
+            print(f"nothing is measured here: {reason}", file=sys.stderr)
+            return None, 0
+    print(f"measuring {MEASURED} steps of {needs.clips} clip(s) here…", file=sys.stderr)
+    try:
+        return measure_step(config, dataset, needs.clips)
+    except torch.OutOfMemoryError:
+        print(
+            "a step does not fit here: give more --plan_gpus, --gradient_accumulation or "
+            "--model.gradient_checkpointing",
+            file=sys.stderr,
+        )
+        return None, 0
+
+
+def _show(config: TrainConfig, needs: Plan, seconds: float | None, peak: int) -> None:
+    console = Console()
+    table = Table("", "", title=f"{config.steps} steps on {needs.gpus} GPU(s)", show_header=False)
+    for section in (_size(config, needs), _memory(needs, peak), _time(config, needs, seconds)):
+        for name, value in section:
+            table.add_row(name, value)
+        table.add_section()
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+
+
+def _size(config: TrainConfig, needs: Plan) -> list[tuple[str, str]]:
+    accumulated = config.gradient_accumulation
+    per_pass = f", {needs.clips_at_once} in a pass" if accumulated > 1 else ""
+    return [
+        ("parameters", f"{needs.parameters / 1e6:.2f} M"),
+        ("clips a step", f"{config.batch_size}, {needs.clips} on a GPU{per_pass}"),
+        ("epochs", f"{needs.epochs:.1f} of {needs.examples} examples"),
+        ("shards", f"{needs.shards}, {in_bytes(needs.shard_bytes)} in all"),
+        ("cache of a node, behind a URL", f"{in_bytes(needs.cache)} ({GPUS_A_NODE} GPUs a node)"),
+        ("checkpoint", f"{in_bytes(needs.checkpoint)}, {config.keep_checkpoints + 1} at most"),
+        ("memory of the first node, for it", f"{in_bytes(needs.snapshot)}, pinned"),
+    ]
+
+
+def _memory(needs: Plan, peak: int) -> list[tuple[str, str]]:
+    rows = [(f"memory of a GPU: {part}", in_bytes(size)) for part, size in needs.memory.items()]
+    rows.append(("memory of a GPU: in all", in_bytes(sum(needs.memory.values()))))
+    if peak:
+        rows.append(("measured here, one GPU without ZeRO", in_bytes(peak)))
+    return rows
+
+
+def _time(config: TrainConfig, needs: Plan, measured: float | None) -> list[tuple[str, str]]:
+    seconds = measured or needs.operations / SUPPOSED
+    rate = needs.operations / seconds / 1e12
+    days = config.steps * seconds / 86400
+    source = "measured here" if measured else "supposed, of a GPU"
+    return [
+        ("operations of a step", f"{needs.operations / 1e12:.3g} TFLOP on a GPU"),
+        ("a step", f"{seconds:.3g} s, {rate:.3g} TFLOP/s on a GPU ({source})"),
+        ("clips a second", f"{config.batch_size / seconds:.3g} in all"),
+        (
+            "reading",
+            f"{in_bytes(round(needs.fetched / seconds))}/s in all, where shards lie behind a URL",
+        ),
+        ("traffic", f"{in_bytes(needs.traffic)} a step out of each GPU, and as much in"),
+        ("time, without communication", f"{_days(days)}, {days * 24 * needs.gpus:.3g} GPU hours"),
+    ]
+
+
+def in_bytes(count: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _days(days: float) -> str:
+    if days >= 1:
+        return f"{days:.1f} days"
+    return f"{days * 24:.1f} hours" if days * 24 >= 1 else f"{days * 1440:.1f} minutes"
