@@ -1,13 +1,14 @@
 """vidfill: conditional latent video diffusion that fills the holes of a video.
 
-The layers, each a folder; imports point upwards only:
+The layers, each a folder; imports point towards what stands above only:
 
     modeling    autoencoder, blocks, UNet, diffusion process
     data        videos -> masks -> shards -> a deterministic stream      (uses modeling)
     sampling    schedules -> batched sampler -> metrics, sweep, report   (uses data, modeling)
     train       configuration, state, step, loop, checkpoints, demo      (uses all three)
     launch      an Accelerate configuration and a Slurm script
-    errors, files, progress, processes, seeding, jobs, cli   what every verb shares, and `vidfill <verb>`
+    errors, files, progress, processes, seeding, jobs   what every verb shares
+    cli         `vidfill <verb>`
 """
 
 __version__ = "0.1.0"

@@ -25,7 +25,7 @@ _LEFT = "left"  # counts the processes that need the store no more
 class Crew:
     """The processes of one job; to be entered with `with`, by all of them.
 
-    Each method raises `jobs.BadInputEverywhere` once any process has failed, so a process that
+    Each method raises `BadInputEverywhere` once any process has failed, so a process that
     calls one now and then does not outlive the others by much. Rank 0 says what happened.
     """
 
@@ -43,7 +43,7 @@ class Crew:
         Where WORLD_SIZE is 1 or not set, this process is all of it.
 
         Raises:
-            jobs.BadInput: the environment is not a launcher's, or the others cannot be reached.
+            BadInput: the environment is not a launcher's, or the others cannot be reached.
         """
         tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
         if "WORLD_SIZE" not in os.environ and tasks != "1":
@@ -103,7 +103,7 @@ class Crew:
         self._wait(reached)
 
     def check(self) -> None:
-        """Raise `jobs.BadInputEverywhere` if any process has failed."""
+        """Raise `BadInputEverywhere` if any process has failed."""
         if self._ask(lambda: self._store.check([_FAILURE])):
             raise BadInputEverywhere(self._ask(lambda: self._store.get(_FAILURE)).decode())
 
@@ -179,7 +179,7 @@ def choose_device(name: str) -> torch.device:
     Without a launcher's LOCAL_RANK, nodes are taken to hold equally many processes.
 
     Raises:
-        jobs.BadInput: the device does not work here.
+        BadInput: the device does not work here.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("RANK", "0"))

@@ -38,7 +38,7 @@ def draw_mask(
     """The mask that `family`, one of FAMILIES, draws for `seed_parts`.
 
     Raises:
-        jobs.BadInput: the clip has no frame, or one with a side under 4 pixels; or it has one frame
+        BadInput: the clip has no frame, or one with a side under 4 pixels; or it has one frame
             and the family leaves whole frames visible.
     """
     if family not in FAMILIES:
@@ -298,7 +298,7 @@ class Mix:
     """Families of masks with their weights: relative, above 0 and finite.
 
     Raises:
-        jobs.BadInput: there is none, or one that is unknown, or a weight out of range.
+        BadInput: there is none, or one that is unknown, or a weight out of range.
     """
 
     weights: dict[str, float]
@@ -325,7 +325,7 @@ class Mix:
         """Read "stationary:2 variable box:0.5": spaces or commas between; a weight left out is 1.
 
         Raises:
-            jobs.BadInput: it is no such mix.
+            BadInput: it is no such mix.
         """
         weights: dict[str, float] = {}
         for part in text.replace(",", " ").split():
@@ -388,7 +388,7 @@ def visible_median(
     Where the camera stands still and the background fills most of the frame, this is its colour.
 
     Raises:
-        jobs.BadInput: no pixel is visible.
+        BadInput: no pixel is visible.
     """
     visible = np.compress((mask == 0).reshape(-1), frames.reshape(-1, 3), axis=0)
     if not len(visible):

@@ -84,7 +84,7 @@ class FrameSize:
         """Of "128", a square; of "432x240", width by height; of "", which keeps frames as they are.
 
         Raises:
-            jobs.BadInput: `text` is none of these.
+            BadInput: `text` is none of these.
         """
         if not text:
             return None
@@ -398,7 +398,7 @@ def write_video(
         crf: x264's rate factor, 0 (lossless) to 51; 18 shows no difference to the eye.
 
     Raises:
-        jobs.BadInput: an odd height or width.
+        BadInput: an odd height or width.
     """
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:

@@ -25,7 +25,8 @@ import sys
 os.environ.update(environment)
 sys.stderr = open(said, "a", buffering=1)
 from vidfill import jobs
-from vidfill.crew import Crew
+from vidfill.errors import BadInput
+from vidfill.processes import Crew
 
 def job(config):
     with Crew.join("test") as crew:
@@ -33,7 +34,7 @@ def job(config):
 
 try:
     job(None)
-except (jobs.BadInput, OSError) as error:
+except (BadInput, OSError) as error:
     jobs._say_error("test", error)
     sys.exit(2)
 """
@@ -52,7 +53,7 @@ def start(work: str, size: int, said: Path) -> list[BaseProcess]:
     """
     context = multiprocessing.get_context("forkserver")
     # One server forks for all tests: it imports what any of them needs.
-    context.set_forkserver_preload(["vidfill.data.encode"])
+    context.set_forkserver_preload(["vidfill.data.encode.run"])
     meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     given = [
         {"environment": {**meeting, "RANK": str(rank)}, "work": work, "said": str(said)}
@@ -205,7 +206,7 @@ def test_processes_meet_and_the_first_does_not_leave_before_the_last(tmp_path: P
 def test_processes_say_a_failure_once(tmp_path: Path) -> None:
     work = """
 if crew.rank == 2:
-    raise jobs.BadInput("v3.mp4 cannot be read: replace it")
+    raise BadInput("v3.mp4 cannot be read: replace it")
 crew.wait_for("never", 1)
 """
     assert end(start(work, 3, tmp_path / "said")) == [2, 2, 2]

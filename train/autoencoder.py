@@ -104,7 +104,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
     """Train, write the folder, and return the PSNR (dB) on held-out videos by size.
 
     Raises:
-        jobs.BadInput: a value is out of range, a video is no video, or the loss is not finite.
+        BadInput: a value is out of range, a video is no video, or the loss is not finite.
     """
     _check(config)
     device = choose_device(config.device)

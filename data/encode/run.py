@@ -104,7 +104,7 @@ def encode(config: EncodeConfig, again: Collection[Task] = ()) -> Timings | None
         Where the time of all processes went; None in a process that is not the first.
 
     Raises:
-        jobs.BadInput: a setting is wrong, or the videos cannot be encoded with it.
+        BadInput: a setting is wrong, or the videos cannot be encoded with it.
     """
     config = _locate_autoencoder(config)
     with contextlib.ExitStack() as stack:
@@ -167,7 +167,7 @@ def _survey(
     """Look at every source's header; refuse a job that cannot end well.
 
     Raises:
-        jobs.BadInput: too many videos are unusable, or all of a split.
+        BadInput: too many videos are unusable, or all of a split.
     """
     surveyed: list[Surveyed] = []
     for split in _splits(found):
@@ -199,7 +199,7 @@ def _load(config: EncodeConfig, settings: Settings, plan: Plan) -> Encoding:
     """With the autoencoder, and all that depends on the frames' size.
 
     Raises:
-        jobs.BadInput: it cannot be loaded, or the frames do not fit it or a family of masks.
+        BadInput: it cannot be loaded, or the frames do not fit it or a family of masks.
     """
     height, width = _choose_size(plan, settings)
     device = choose_device(config.device)
@@ -223,7 +223,7 @@ def _choose_size(plan: Plan, settings: Settings) -> tuple[int, int]:
     """Height and width of all frames.
 
     Raises:
-        jobs.BadInput: sizes differ and none was asked for.
+        BadInput: sizes differ and none was asked for.
     """
     if settings.size:
         return settings.size.height, settings.size.width
@@ -245,7 +245,7 @@ def _plan(how: Encoding) -> Plan:
     """Cut each split's clips into shards.
 
     Raises:
-        jobs.BadInput: a shard cannot hold one clip.
+        BadInput: a shard cannot hold one clip.
     """
     config, surveyed = how.config, how.plan.surveyed
     limit = int(config.shard_megabytes * 1e6) - tarfile.RECORDSIZE  # the tar's own end
@@ -285,7 +285,7 @@ def _await_plan(config: EncodeConfig, digest: str) -> Plan:
     """The first process's plan, once this node sees it.
 
     Raises:
-        jobs.BadInput: it never does.
+        BadInput: it never does.
     """
     path = config.out / PLAN
     ends = time.monotonic() + VISIBLE

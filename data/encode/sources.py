@@ -80,7 +80,7 @@ def find_sources(root: Path, mask_files: Path | None = None) -> list[Source]:
             everything but 0 in an image with a palette.
 
     Raises:
-        jobs.BadInput: a folder is missing or holds no video, a split has two folders, two videos
+        BadInput: a folder is missing or holds no video, a split has two folders, two videos
             would share a key, or `mask_files` fits no video.
     """
     if not root.is_dir():

@@ -173,7 +173,7 @@ class Manifest:
         """Read a manifest and check it.
 
         Raises:
-            jobs.BadInput: naming the field of `where` that is missing or wrong.
+            BadInput: naming the field of `where` that is missing or wrong.
         """
         try:
             fields = json.loads(text)

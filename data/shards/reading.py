@@ -261,7 +261,7 @@ class ShardedDataset:
             cache: Where the shards behind a URL are kept while they are in use.
 
         Raises:
-            jobs.BadInput: there is no such split, or its manifest is damaged.
+            BadInput: there is no such split, or its manifest is damaged.
         """
         self.store = open_store(root, split, cache or CacheConfig())
         self.manifest = _read_manifest(self.store, root, split)
@@ -292,7 +292,7 @@ class ShardedDataset:
 
         Raises:
             DamagedShard: it is missing, of another size, or its index is not of the manifest.
-            jobs.BadInput: it cannot be fetched.
+            BadInput: it cannot be fetched.
         """
         if opened := self._open.get(number):
             return opened

@@ -161,7 +161,7 @@ class Stream:
                 weight 0 and lists it in `skipped`.
 
         Raises:
-            jobs.BadInput: `batch_size` is less than 1.
+            BadInput: `batch_size` is less than 1.
         """
         if batch_size < 1:
             raise BadInput(f"batch_size is {batch_size}: give 1 or more")
@@ -201,7 +201,7 @@ class Stream:
             ahead: Batches that are prepared while the caller works on one; at least `workers`.
 
         Raises:
-            jobs.BadInput: `workers` or `ahead` is less than 1.
+            BadInput: `workers` or `ahead` is less than 1.
         """
         for name, value in {"workers": workers, "ahead": ahead}.items():
             if value < 1:

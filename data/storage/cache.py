@@ -116,7 +116,7 @@ class NodeCache:
         """Say what the manifest says of the shards, and make the folder.
 
         Raises:
-            jobs.BadInput: others could write into the folder.
+            BadInput: others could write into the folder.
         """
         self._table = table
         if self._temporary:
@@ -132,7 +132,7 @@ class NodeCache:
 
         Raises:
             WrongFile: the server has no such file, or another than the manifest says.
-            jobs.BadInput: it cannot be had, or the cache cannot hold it.
+            BadInput: it cannot be had, or the cache cannot hold it.
             Stopped: the cache was closed meanwhile.
         """
         stop = self._stop
@@ -166,7 +166,7 @@ class NodeCache:
             visits: Sorted by `first`; read by another thread, as far as needed.
 
         Raises:
-            jobs.BadInput: another job follows in the same folder.
+            BadInput: another job follows in the same folder.
         """
         self.close()
         if self.process:
@@ -241,7 +241,7 @@ class NodeCache:
         """Fetch a shard and its index, unless another process just did.
 
         Raises:
-            WrongFile, GaveUp, jobs.BadInput, Stopped: as `Remote.fetch`.
+            WrongFile, GaveUp, BadInput, Stopped: as `Remote.fetch`.
         """
         entry, name = self.entry(number), f"{self._split}/{shard_name(number)}"
         size, sha256 = self.table.bytes[number], self.table.sha256[number]

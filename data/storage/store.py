@@ -72,7 +72,7 @@ def open_store(root: str | Path, split: str, cache: CacheConfig) -> LocalStore |
     """The files of `root`/`split`; nothing of them is looked at yet.
 
     Raises:
-        jobs.BadInput: the URL's protocol or `cache` makes no sense.
+        BadInput: the URL's protocol or `cache` makes no sense.
     """
     if not is_remote(str(root)):
         return LocalStore(Path(re.sub("^(file|local)://", "", str(root))), split)

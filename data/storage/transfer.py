@@ -80,7 +80,7 @@ class Remote:
             first_pause: Seconds after the first of them; they double.
 
         Raises:
-            jobs.BadInput: the protocol is unknown, or its library is not installed.
+            BadInput: the protocol is unknown, or its library is not installed.
         """
         self._root, self._query = root.rstrip("/"), ""
         if urlsplit(root).scheme in ("http", "https"):
@@ -101,7 +101,7 @@ class Remote:
 
         Raises:
             FileNotFoundError: there is none.
-            jobs.BadInput: it cannot be had; one line says why.
+            BadInput: it cannot be had; one line says why.
             Stopped: `stop` was set.
         """
         content = bytearray()
@@ -140,7 +140,7 @@ class Remote:
         Raises:
             WrongFile: there is none, or twice something else came.
             GaveUp: the server or the network failed too often in a row.
-            jobs.BadInput: the server refuses it.
+            BadInput: the server refuses it.
             OSError: it cannot be written here.
             Stopped: `stop` was set.
         """

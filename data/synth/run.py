@@ -59,7 +59,7 @@ def synth(config: SynthConfig) -> list[Path]:
     """Write the videos that are not there yet; return the paths of all of them.
 
     Raises:
-        jobs.BadInput: a value is out of range, or the folder holds something else.
+        BadInput: a value is out of range, or the folder holds something else.
     """
     _check(config)
     jobs.claim(config.out, "synth", config)

@@ -92,7 +92,7 @@ def verify(config: VerifyConfig) -> list[Look]:
     """Check a data set, and say in a table what was found; return it, by split.
 
     Raises:
-        jobs.BadInput: there is no such data set, or it cannot be repaired from here.
+        BadInput: there is no such data set, or it cannot be repaired from here.
     """
     jobs.refuse_launcher("verify")
     if config.samples < 0:
@@ -448,7 +448,7 @@ def _load(split: _Split, load: Callable[..., Autoencoder]) -> Autoencoder:
     """The autoencoder of a split.
 
     Raises:
-        jobs.BadInput: it cannot be loaded, or it is another.
+        BadInput: it cannot be loaded, or it is another.
     """
     config, recorded = split.config, split.manifest.autoencoder
     name = config.autoencoder or str(recorded["name"])
@@ -501,7 +501,7 @@ def _repair(root: Path, config: VerifyConfig, looks: Sequence[Look]) -> None:
     """Encode what is damaged or missing, as it was encoded before.
 
     Raises:
-        jobs.BadInput: it is not known how, or the videos are not there.
+        BadInput: it is not known how, or the videos are not there.
     """
     findings = [finding for look in looks for finding in look.findings]
     if all(finding.remedy != REPAIR for finding in findings):

@@ -39,7 +39,7 @@ EXAMPLES = """\
 examples:
   vidfill doctor shards run --config base
   accelerate launch --config_file launch/node.yaml --num_processes 8 \\
-      -m vidfill.train.doctor shards run --config base --zero_stage 2
+      -m vidfill.train.preflight shards run --config base --zero_stage 2
 """
 
 WAIT = 10.0  # seconds that a shared folder has to show a file to another node

@@ -35,7 +35,7 @@ descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 os.dup2(descriptor, 2)
 import torch
 torch.set_num_threads(1)
-from vidfill.data.encode import main
+from vidfill.data.encode.run import main
 sys.exit(main(arguments))
 """
 
@@ -84,7 +84,7 @@ def arguments_for(folder: Path, out: Path, *more: str, videos: Path | None = Non
 def start(arguments: list[str], size: int, said: Path) -> list[BaseProcess]:
     """Processes that meet as a launcher's do; what they say goes to the file `said`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vidfill.data.encode"])
+    context.set_forkserver_preload(["vidfill.data.encode.run"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

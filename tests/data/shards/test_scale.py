@@ -21,8 +21,8 @@ SHARDS, ROWS, BATCH = 1_000_000, 1000, 64
 # In a process of its own, whose memory is that of the stream and of torch.
 OPEN_AND_READ = """
 import json, sys, time
-from vidfill.data.shards import ShardedDataset
-from vidfill.data.stream import Stream
+from vidfill.data.shards.reading import ShardedDataset
+from vidfill.data.shards.stream import Stream
 
 began = time.process_time()
 dataset = ShardedDataset(sys.argv[1], "train")

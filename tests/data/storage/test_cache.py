@@ -516,9 +516,9 @@ def test_a_killed_follower_leaves_nothing_that_looks_whole(
     table = put_shards(server.folder, 8, size=2_000_000)
     script = f"""
 import pathlib, time, types
-from vidfill.data.cache import NodeCache
-from vidfill.data.order import Visit
-from vidfill.data.remote import Remote
+from vidfill.data.storage.cache import NodeCache
+from vidfill.data.shards.order import Visit
+from vidfill.data.storage.transfer import Remote
 cache = NodeCache(Remote({server.url!r}), "train", pathlib.Path({str(tmp_path / "cache")!r}))
 cache.expect(types.SimpleNamespace(bytes={table.bytes}, sha256={table.sha256}))
 cache.follow(Visit(n, n, 100) for n in range(8))
@@ -539,9 +539,9 @@ time.sleep(100)
 
 READER = """
 import sys
-from vidfill.data.cache import CacheConfig
-from vidfill.data.shards import ShardedDataset
-from vidfill.data.stream import Stream
+from vidfill.data.storage.store import CacheConfig
+from vidfill.data.shards.reading import ShardedDataset
+from vidfill.data.shards.stream import Stream
 import os, time
 url, folder, steps, rank = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(os.environ["LOCAL_RANK"])
 dataset = ShardedDataset(url, "train", CacheConfig(folder))

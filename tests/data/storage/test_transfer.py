@@ -346,7 +346,7 @@ def test_what_a_killed_process_fetched_is_not_fetched_again(
     partial = tmp_path / f"{PARTIAL}a"
     script = f"""
 import pathlib
-from vidfill.data.remote import Remote
+from vidfill.data.storage.transfer import Remote
 remote = Remote({url_of(port, "/slow")!r}, chunk=1 << 16)
 remote.fetch({NAME!r}, pathlib.Path({str(to)!r}), {SIZE}, {SHA256!r})
 """

@@ -510,8 +510,8 @@ MEASURE = """
 import sys
 from pathlib import Path
 import numpy as np
-from vidfill.sampling.footage import open_footage, read_masked
-from vidfill.sampling.writing import Writer
+from vidfill.sampling.inpaint.video import open_footage, read_masked
+from vidfill.sampling.inpaint.output import Writer
 footage = open_footage(Path(sys.argv[1]))
 with Writer(footage, Path(sys.argv[2])) as writer:
     for picture, mask in read_masked(footage, "8,8,50,40"):

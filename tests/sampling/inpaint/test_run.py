@@ -176,7 +176,7 @@ def test_killed_and_continued_equals_uninterrupted(
     alone = dataclasses.replace(config, out=tmp_path / "alone")
     inpaint(alone)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vidfill.sampling.inpaint"])
+    context.set_forkserver_preload(["vidfill.sampling.inpaint.run"])
     work = Work(tmp_path / f"filled{WORK}")
     for windows, later in ((0, 0.01), (1, 0.0), (3, 0.03)):
         process = context.Process(target=main, args=(arguments(config),))
@@ -235,7 +235,7 @@ def test_a_damaged_window_is_named(
     configure: InpaintConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr("vidfill.sampling.inpaint.write_all", None)
+        patched.setattr("vidfill.sampling.inpaint.run.write_all", None)
         with pytest.raises(TypeError):
             inpaint(configure)
     first = Work(tmp_path / f"filled{WORK}").spans()[0].file

@@ -91,7 +91,7 @@ def test_mistakes_end_with_a_remedy(
 
 def test_a_schedule_is_described_without_torch() -> None:
     code = (
-        "import sys; from vidfill.sampling.schedule import main; "
+        "import sys; from vidfill.sampling.schedules.show import main; "
         "status = main(['ddim:5']); sys.exit(status or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -561,7 +561,7 @@ descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 os.dup2(descriptor, 2)
 import torch
 torch.set_num_threads(1)
-from vidfill.sampling.sweep import main
+from vidfill.sampling.sweep.run import main
 sys.exit(main(arguments))
 """
 MIXED = "ddim:2 ddpm:8+resample(n=1) ddim:8+jump(length=2,times=3) dpmpp:5 heun:3 ddim:6+inject"
@@ -570,7 +570,7 @@ MIXED = "ddim:2 ddpm:8+resample(n=1) ddim:8+jump(length=2,times=3) dpmpp:5 heun:
 def start(config: SweepConfig, size: int) -> list[BaseProcess]:
     """Processes that meet as a launcher's do; what they say goes to a file beside the results."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vidfill.sampling.sweep"])
+    context.set_forkserver_preload(["vidfill.sampling.sweep.run"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -137,7 +137,7 @@ def test_two_processes_are_found_to_add_up(shards: Path, tmp_path: Path) -> None
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", str(ROOT / "launch" / "node.yaml")),
             *("--num_processes", "2", "--main_process_port", "0"),
-            *("-m", "vidfill.train.doctor", str(shards), str(tmp_path / "run"), *TINY),
+            *("-m", "vidfill.train.preflight", str(shards), str(tmp_path / "run"), *TINY),
         ],
         capture_output=True,
         text=True,
@@ -153,7 +153,7 @@ def test_two_processes_are_found_to_add_up(shards: Path, tmp_path: Path) -> None
 NODE = """
 import os, sys
 os.chdir(f"node-{os.environ['RANK']}")
-from vidfill.train.doctor import main
+from vidfill.train.preflight.doctor import main
 sys.exit(main())
 """
 
