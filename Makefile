@@ -4,21 +4,25 @@ VENV := .venv
 RUN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 # Three at a time, with a thread each: those that drive a Slurm mostly wait.
-TEST := OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses 3 --dist loadfile
+TEST := OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses 3 --dist worksteal
 
-.PHONY: demo test check soak format clean
+.PHONY: demo test slow lint check soak format clean
 
 demo: $(INSTALLED)
 	$(RUN)/vidfill demo --out runs/demo
 
 test: $(INSTALLED)
-	$(TEST)
+	$(TEST) -m "not slow"
 
-check: $(INSTALLED)
+slow: $(INSTALLED)
+	$(TEST) -m slow
+
+lint: $(INSTALLED)
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
-	$(TEST)
+
+check: lint test slow
 
 soak: $(INSTALLED)
 	$(RUN)/python -m benchmarks.soak
