@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 class BadInput(Exception):
     """One clear line for the user: the field, the value and the remedy."""
@@ -19,3 +22,10 @@ def describe(error: Exception) -> str:
     known = [error.filename, error.strerror] if isinstance(error, OSError) else []
     said = ": ".join(str(part) for part in known if part)
     return said or str(error).partition("\n")[0] or type(error).__name__
+
+
+def say_error(verb: str, error: Exception) -> None:
+    """Print the one line."""
+    rank = int(os.environ.get("RANK", "0"))
+    process = f"[rank {rank}] " if rank else ""
+    print(f"{process}vidfill {verb}: error: {describe(error)}", file=sys.stderr)

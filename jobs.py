@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .errors import BadInput, BadInputEverywhere, describe
+from .errors import BadInput, BadInputEverywhere, say_error
 from .files import PARTIAL, write_atomically
 
 Config = TypeVar("Config")
@@ -46,10 +46,8 @@ def main(
 
 def _say_error(verb: str, error: BadInput | OSError) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    if rank and isinstance(error, BadInputEverywhere):
-        return
-    process = f"[rank {rank}] " if rank else ""
-    print(f"{process}vidfill {verb}: error: {describe(error)}", file=sys.stderr)
+    if not rank or not isinstance(error, BadInputEverywhere):
+        say_error(verb, error)
 
 
 def parse(

@@ -1,36 +1,47 @@
-"""The processes of a job: what they agree on, who failed first, which device is whose."""
+"""The processes of a job: how they share its work, and end together."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
-from .errors import BadInput, BadInputEverywhere
+from .errors import BadInput, say_error
+from .progress import Progress, show_progress
 
 Answer = TypeVar("Answer")
+Item = TypeVar("Item")
 
-LINGER = 60.0  # seconds that a process which ends waits for the others to hear of it
+LINGER = 60.0  # seconds for which the process that hosts the store waits for the others to leave
+LOOK_EVERY = 0.1  # seconds between two looks at what a process waits for
+TELL_EVERY = 1.0  # seconds between a process's counts to the others
+VISIBLE = 60.0  # seconds in which a file on a shared file system shows on every node
 
-_FAILURE = "failure"  # the first failure's message
-_HEARD = "heard"  # there once the first process is about to say it
-_LEFT = "left"  # counts the processes that need the store no more
+_FAILURES = "failures"  # processes that have failed
+_SAID = "said"  # exists once the first failure has been printed
+_LEFT = "left"  # processes that no longer need the store
 
 
 class Crew:
-    """The processes of one job; to be entered with `with`, by all of them.
+    """The processes of one job, for use with `with` in each of them.
 
-    Each method raises `BadInputEverywhere` once any process has failed, so a process that
-    calls one now and then does not outlive the others by much. Rank 0 says what happened.
+    They talk through a store of keys and counters, never in a collective. When one fails, it prints
+    its error, and each of the others ends at its next call of a method here, with status 2 and
+    without a word. A launcher may well be faster.
     """
 
-    def __init__(self, store: distributed.Store, rank: int, size: int, hosts: bool) -> None:
+    def __init__(
+        self, job: str, store: distributed.Store, rank: int, size: int, hosts: bool
+    ) -> None:
         """`hosts` says that the store ends with this process."""
+        self._job = job
         self._store = store
         self._hosts = hosts
         self.rank = rank
@@ -40,7 +51,7 @@ class Crew:
     def join(cls, job: str) -> Crew:
         """The crew of `job` that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-        Where WORLD_SIZE is 1 or not set, this process is all of it.
+        Where WORLD_SIZE is 1 or not set, this process is the whole crew.
 
         Raises:
             BadInput: the environment is not a launcher's, or the others cannot be reached.
@@ -52,7 +63,7 @@ class Crew:
                 "and in it `accelerate launch`"
             )
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls(distributed.HashStore(), 0, 1, hosts=False)
+            return cls(job, distributed.HashStore(), 0, 1, hosts=False)
         try:
             store, rank, size = next(distributed.rendezvous("env://"))
         except ValueError as error:
@@ -65,47 +76,61 @@ class Crew:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return cls(
+            job,
             distributed.PrefixStore(f"vidfill {job} {attempt}", store),
             rank,
             size,
             hosts=rank == 0 and not launcher_hosts,
         )
 
-    def take(self, queue: str) -> int:
-        """The next number of a queue: 0, 1, 2… each goes to one process."""
-        return self.add(f"queue {queue}") - 1
+    def take(self, queue: str, items: Sequence[Item]) -> Iterator[Item]:
+        """This process's part of `items`, one at a time: each goes to whoever asks first."""
+        while (turn := self.add(f"queue {queue}") - 1) < len(items):
+            yield items[turn]
 
     def add(self, counter: str, count: int = 1) -> int:
-        """Add to a counter of all processes, which begins at 0; return its value."""
+        """Add to a counter that all processes share and that starts at 0; return its value."""
         self.check()
         return self._ask(lambda: self._store.add(f"count {counter}", count))
 
-    def share(self, name: str, make: Callable[[], str]) -> str:
-        """The text that rank 0 makes; the others wait for it however long that takes."""
-        key = f"text {name}"
+    @contextlib.contextmanager
+    def tally(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Tally]:
+        """Count what all processes do; the first one shows it."""
+        shows = self.rank == 0 and done < total
+        with contextlib.ExitStack() as stack:
+            progress = Progress()
+            if shows:
+                progress = stack.enter_context(show_progress(description, total, unit, done))
+            tally = Tally(self, description, unit, progress)
+            yield tally
+            tally.tell()
+
+    def share(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the first process makes, as JSON returns it; the others wait for it."""
+        key = f"value {name}"
         self.check()
         if self.rank == 0:
-            text = make()
+            text = json.dumps(make())
             self._ask(lambda: self._store.set(key, text))
-            return text
-        self._wait(lambda: self._ask(lambda: self._store.check([key])))
-        return self._ask(lambda: self._store.get(key)).decode()
+        else:
+            while not self._ask(lambda: self._store.check([key])):
+                self.check()
+                time.sleep(LOOK_EVERY)
+            text = self._ask(lambda: self._store.get(key)).decode()
+        return json.loads(text)
 
-    def wait_for(
-        self, counter: str, value: int, while_waiting: Callable[[], object] = lambda: None
-    ) -> None:
-        """Wait until a counter has reached `value`, calling `while_waiting` now and then."""
-
-        def reached() -> bool:
-            while_waiting()
-            return self.add(counter, 0) >= value
-
-        self._wait(reached)
+    def finish(self, while_waiting: Callable[[], object] = lambda: None) -> None:
+        """Say that this process has done its part; the first one waits for all the others."""
+        self.add("finished")
+        if self.rank == 0:
+            while self.add("finished", 0) < self.size:
+                while_waiting()
+                time.sleep(LOOK_EVERY)
 
     def check(self) -> None:
-        """Raise `BadInputEverywhere` if any process has failed."""
-        if self._ask(lambda: self._store.check([_FAILURE])):
-            raise BadInputEverywhere(self._ask(lambda: self._store.get(_FAILURE)).decode())
+        """End this process if another one has failed."""
+        if self._ask(lambda: self._store.check([_SAID])):
+            raise SystemExit(2)
 
     def __enter__(self) -> Crew:
         return self
@@ -116,52 +141,33 @@ class Crew:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        said = isinstance(error, Exception) and self._tell(error)
-        self._leave(waits=error is None or isinstance(error, Exception))
-        if said and isinstance(error, (BadInput, OSError)):
-            raise BadInputEverywhere(said) from error
-
-    def _tell(self, error: Exception) -> str:
-        """End all with the first error; return what rank 0 says of it, "" where `error` says it."""
-        message = self._describe(error)
-        try:
-            first = self._store.compare_set(_FAILURE, "", message).decode()
-            if self.rank == 0:
-                self._store.set(_HEARD, "")
-                return "" if first == message else first
-            return first if self._waits_until(lambda: self._store.check([_HEARD])) else ""
-        except RuntimeError:  # the store is gone, and with it the others
-            return ""
-
-    def _describe(self, error: Exception) -> str:
-        message = str(error)
-        if not isinstance(error, BadInput):
-            message = f"process {self.rank} ended with {type(error).__name__}: {_first_line(error)}"
-        return message.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
-
-    def _leave(self, waits: bool) -> None:
-        """Need the store no more; who hosts it waits until nobody does."""
-        try:
+        said = False
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it the others
+            said = self.size > 1 and isinstance(error, Exception) and self._say_once(error)
             self._store.add(_LEFT, 1)
-            if self._hosts and waits:
-                self._waits_until(lambda: self._store.add(_LEFT, 0) >= self.size)
-        except RuntimeError:  # the store is gone, and with it the others
-            pass
+            if self._hosts and not isinstance(error, KeyboardInterrupt):
+                self._linger(lambda: self._store.add(_LEFT, 0) >= self.size)
+        if said:
+            raise SystemExit(2) from error
 
-    def _waits_until(self, happened: Callable[[], bool]) -> bool:
+    def _say_once(self, error: Exception) -> bool:
+        """Print the first error of all, then end the others; whether there is nothing more to say.
+
+        A fault of the program is left to Python, which prints its trace.
+        """
+        is_input = isinstance(error, BadInput | OSError)
+        if self._store.add(_FAILURES, 1) > 1:
+            self._linger(lambda: self._store.check([_SAID]))
+            return is_input
+        if is_input:
+            say_error(self._job, error)
+        self._store.set(_SAID, "")
+        return is_input
+
+    def _linger(self, happened: Callable[[], bool]) -> None:
         ends = time.monotonic() + LINGER
-        for pause in _pauses():
-            if happened() or time.monotonic() > ends:
-                break
-            time.sleep(pause)
-        return happened()
-
-    def _wait(self, happened: Callable[[], bool]) -> None:
-        for pause in _pauses():
-            if happened():
-                return
-            self.check()
-            time.sleep(pause)
+        while not happened() and time.monotonic() < ends:
+            time.sleep(LOOK_EVERY)
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         try:
@@ -173,10 +179,53 @@ class Crew:
             ) from None
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of this process: "auto" and "cuda" are a GPU of its own, as far as there are.
+class Tally:
+    """Counts what this process does, and tells the others now and then."""
 
-    Without a launcher's LOCAL_RANK, nodes are taken to hold equally many processes.
+    def __init__(self, crew: Crew, counter: str, unit: str, progress: Progress) -> None:
+        self._crew, self._counter, self._unit = crew, f"tally {counter}", unit
+        self._progress = progress
+        self._began = self._told = time.monotonic()
+        self._untold = self._shown = 0
+
+    def add(self, count: int = 1) -> None:
+        """Count `count` more units as done."""
+        self._untold += count
+        if time.monotonic() - self._told > TELL_EVERY:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell the others, and show what all have done."""
+        reached = self._crew.add(self._counter, self._untold)
+        self._untold, self._told = 0, time.monotonic()
+        if reached != self._shown:
+            rate = reached / max(self._told - self._began, 1e-9)
+            self._progress.advance(reached - self._shown, f"({rate:.1f} {self._unit}/s)")
+            self._shown = reached
+
+
+def wait_until_visible(find_missing: Callable[[], str]) -> None:
+    """Wait until this node sees what another process wrote to a shared file system.
+
+    Args:
+        find_missing: Names what is not there yet; "" once all is.
+
+    Raises:
+        BadInput: something does not appear.
+    """
+    ends = time.monotonic() + VISIBLE
+    while missing := find_missing():
+        if time.monotonic() > ends:
+            raise BadInput(
+                f"{missing}: give a folder that all nodes share; the same command continues"
+            )
+        time.sleep(LOOK_EVERY)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process: "auto" and "cuda" give each its own GPU while there are enough.
+
+    Where no launcher sets LOCAL_RANK, all nodes are taken to hold equally many processes.
 
     Raises:
         BadInput: the device does not work here.
@@ -190,14 +239,6 @@ def choose_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device is {name!r}, which does not work: {_first_line(error)}") from None
-
-
-def _pauses() -> Iterator[float]:
-    """Seconds between two looks: short at first, a second at last."""
-    pause = 0.01
-    while True:
-        yield pause
-        pause = min(pause * 1.5, 1.0)
 
 
 def _first_line(error: Exception) -> str:

@@ -14,28 +14,25 @@ import pytest
 import torch
 from torch import distributed
 from vidfill.errors import BadInput, BadInputEverywhere
-from vidfill.processes import Crew, choose_device
+from vidfill.processes import Crew, choose_device, wait_until_visible
 
 Work = Callable[[Crew], Any]
 
-# What a process of the crew runs: forked from a server that has imported everything.
+# What a process of the crew runs: forked from a server that has already imported everything.
 PROCESS = """
 import os
 import sys
+import time
 os.environ.update(environment)
 sys.stderr = open(said, "a", buffering=1)
-from vidfill import jobs
-from vidfill.errors import BadInput
+from vidfill.errors import BadInput, say_error
 from vidfill.processes import Crew
 
-def job(config):
+try:
     with Crew.join("test") as crew:
         exec(work)
-
-try:
-    job(None)
-except (BadInput, OSError) as error:
-    jobs._say_error("test", error)
+except BadInput as error:
+    say_error("test", error)
     sys.exit(2)
 """
 
@@ -72,11 +69,11 @@ def end(processes: list[BaseProcess]) -> list[int | None]:
 
 
 def together(*works: Work) -> list[Future[Any]]:
-    """Each piece of work in a thread of its own, as one process of a crew."""
+    """Each piece of work in a thread, as one process of a crew."""
     store = distributed.HashStore()
 
     def run(rank: int, work: Work) -> Any:
-        with Crew(store, rank, len(works), hosts=rank == 0) as crew:
+        with Crew("test", store, rank, len(works), hosts=rank == 0) as crew:
             return work(crew)
 
     with ThreadPoolExecutor(len(works)) as threads:
@@ -89,133 +86,138 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def take_below(crew: Crew, end: int) -> list[int]:
-    return list(itertools.takewhile(lambda number: number < end, iter(lambda: crew.take("a"), -1)))
-
-
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_each_number_of_a_queue_goes_to_one_process(size: int) -> None:
-    taken = [future.result() for future in together(*[lambda crew: take_below(crew, 200)] * size)]
+def test_each_item_of_a_queue_goes_to_one_process(size: int) -> None:
+    works: list[Work] = [lambda crew: list(crew.take("a", range(200)))] * size
+    taken = [future.result() for future in together(*works)]
     assert sorted(itertools.chain(*taken)) == list(range(200))
     assert all(numbers == sorted(numbers) for numbers in taken)
 
 
 def test_queues_and_counters_of_other_names_are_others() -> None:
     with Crew.join("job") as crew:
-        assert [crew.take("a"), crew.take("a"), crew.take("b")] == [0, 1, 0]
+        assert [*crew.take("a", "xy"), *crew.take("b", "z"), *crew.take("a", "xy")] == [*"xyz"]
         assert [crew.add("a", 5), crew.add("a", -2), crew.add("b", 0)] == [5, 3, 0]
 
 
-def test_a_counter_is_the_sum_over_all_processes() -> None:
+def test_the_first_process_finishes_last_and_a_counter_is_then_the_sum_over_all() -> None:
     def work(crew: Crew) -> int:
+        time.sleep(crew.rank / 10)
         for number in range(100):
             crew.add("sum", number)
-        crew.add("done")
-        crew.wait_for("done", crew.size)
+        crew.finish()
         return crew.add("sum", 0)
 
-    assert [future.result() for future in together(work, work, work)] == [3 * 4950] * 3
+    assert together(work, work, work)[0].result() == 3 * 4950
 
 
 def test_all_share_what_the_first_process_makes_and_it_makes_it_once() -> None:
     calls: list[int] = []
 
-    def make() -> str:
+    def make() -> dict[str, str]:
         time.sleep(0.2)
         calls.append(1)
-        return "é" * 100_000
+        return {"text": "é\udce9" * 100_000}  # a file's name need not be UTF-8
 
-    shared = together(*[lambda crew: crew.share("text", make)] * 3)
-    assert [future.result() for future in shared] == ["é" * 100_000] * 3
+    shared = together(*[lambda crew: crew.share("value", make)] * 3)
+    assert [future.result() for future in shared] == [{"text": "é\udce9" * 100_000}] * 3
     assert calls == [1]
 
 
-def test_waiting_shows_how_far_the_others_are() -> None:
-    seen: list[int] = []
+def test_the_first_process_shows_what_all_have_done(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(crew: Crew) -> None:
+        with crew.tally("test", 13, "clips", done=1) as tally:
+            for _ in crew.take("clips", range(12)):
+                time.sleep(0.01)
+                tally.add()
+            tally.tell()
+            crew.finish(tally.tell)
 
-    def first(crew: Crew) -> None:
-        crew.wait_for("done", 3, lambda: seen.append(crew.add("done", 0)))
-
-    def second(crew: Crew) -> None:
-        for _ in range(3):
-            time.sleep(0.1)
-            crew.add("done")
-
-    for future in together(first, second):
+    for future in together(work, work, work):
         future.result()
-    assert seen == sorted(seen)
-    assert len(set(seen)) > 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("test: 13/13 clips")
+    assert "clips/s)" in last
+
+
+def test_what_another_process_wrote_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = iter(["a", "a", ""])
+    wait_until_visible(lambda: next(missing))
+    monkeypatch.setattr("vidfill.processes.VISIBLE", 0.0)
+    with pytest.raises(BadInput, match="a is missing: give a folder that all nodes share"):
+        wait_until_visible(lambda: "a is missing")
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
-def test_bad_input_of_one_process_ends_all_with_its_message(failing: int) -> None:
+def test_bad_input_of_one_process_ends_all_and_is_said_once(
+    failing: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     def work(crew: Crew) -> None:
         if crew.rank == failing:
             raise BadInput("size is 0: give 1 or more")
-        crew.share("never", lambda: crew.wait_for("never", 1) or "")
+        crew.share("never", crew.finish)
 
     errors = [future.exception() for future in together(work, work, work)]
-    assert {str(error) for error in errors} == {"size is 0: give 1 or more"}
-    assert all(isinstance(error, BadInput) for error in errors)
-    # Who is not the first process leaves it to that one to say it.
-    assert all(isinstance(error, BadInputEverywhere) for error in errors[1:])
+    assert [error.code for error in errors if isinstance(error, SystemExit)] == [2, 2, 2]
+    assert capsys.readouterr().err == "vidfill test: error: size is 0: give 1 or more\n"
 
 
-def test_a_failure_may_name_a_file_that_is_no_utf8() -> None:
+def test_of_two_failures_one_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     def work(crew: Crew) -> None:
-        if crew.rank == 1:
-            raise BadInput("caf\udce9.mp4 cannot be read")
-        crew.wait_for("never", 1)
-
-    first, _ = (future.exception() for future in together(work, work))
-    assert str(first) == "caf\\udce9.mp4 cannot be read"
-
-
-def test_of_two_failures_one_is_said() -> None:
-    def work(crew: Crew) -> None:
-        raise BadInput(f"number {crew.rank} is wrong")
+        # Not to be left to the first process, which may be the second to fail.
+        raise BadInputEverywhere(f"number {crew.rank} is wrong")
 
     errors = [future.exception() for future in together(work, work)]
-    assert len({str(error) for error in errors}) == 1
-    assert isinstance(errors[1], BadInputEverywhere)
+    assert all(isinstance(error, SystemExit) for error in errors)
+    assert capsys.readouterr().err.count("is wrong") == 1
 
 
-def test_a_fault_of_the_program_keeps_its_trace_and_ends_the_others_in_one_line() -> None:
+def test_a_fault_of_the_program_keeps_its_trace_and_ends_the_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def work(crew: Crew) -> None:
         if crew.rank == 1:
             raise KeyError("lost")
-        crew.wait_for("never", 1)
+        crew.finish()
 
     first, second = (future.exception() for future in together(work, work))
+    assert isinstance(first, SystemExit)
     assert isinstance(second, KeyError)
-    assert str(first) == "process 1 ended with KeyError: 'lost'"
+    assert not capsys.readouterr().err
 
 
 def test_bad_input_of_a_process_alone_is_left_as_it_is() -> None:
-    with pytest.raises(OSError, match="No space left") as caught, Crew.join("job"):
+    with pytest.raises(OSError, match="No space left"), Crew.join("job"):
         raise OSError(28, "No space left on device")
-    assert not isinstance(caught.value, BadInput)
 
 
+@pytest.mark.slow
 def test_processes_meet_and_the_first_does_not_leave_before_the_last(tmp_path: Path) -> None:
-    late = "import time; time.sleep(crew.rank / 2); crew.take('a')"
+    late = "time.sleep(crew.rank / 2); crew.add('a')"
     assert end(start(late, 3, tmp_path / "said")) == [0, 0, 0]
     assert (tmp_path / "said").read_text() == ""
 
 
+@pytest.mark.slow
 def test_processes_say_a_failure_once(tmp_path: Path) -> None:
     work = """
 if crew.rank == 2:
     raise BadInput("v3.mp4 cannot be read: replace it")
-crew.wait_for("never", 1)
+crew.finish()
 """
     assert end(start(work, 3, tmp_path / "said")) == [2, 2, 2]
     said = (tmp_path / "said").read_text()
-    assert said == "vidfill test: error: v3.mp4 cannot be read: replace it\n"
+    assert said == "[rank 2] vidfill test: error: v3.mp4 cannot be read: replace it\n"
 
 
+@pytest.mark.slow
 def test_a_process_whose_store_is_killed_ends_in_one_line(tmp_path: Path) -> None:
-    work = "crew.add('met'); print('met', file=sys.stderr); crew.wait_for('never', 1)"
+    work = """
+crew.add("met")
+print("met", file=sys.stderr)
+while True:
+    crew.check()
+"""
     processes = start(work, 2, tmp_path / "said")
     while not (tmp_path / "said").exists() or (tmp_path / "said").read_text() != "met\nmet\n":
         time.sleep(0.01)

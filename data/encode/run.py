@@ -25,8 +25,7 @@ from ... import jobs
 from ...errors import BadInput
 from ...files import hash_file, hold, write_atomically
 from ...modeling.autoencoder import load_autoencoder
-from ...processes import Crew, choose_device
-from ...progress import Progress, show_progress
+from ...processes import Crew, Tally, choose_device, wait_until_visible
 from .. import masks
 from ..shards.format import Example, Manifest, ShardTable, Skipped
 from ..shards.order import choose_lanes
@@ -68,8 +67,6 @@ EXAMPLES = """examples:
 PLAN = "plan.json"
 
 NPY_HEADER = 128  # bytes
-TELL_EVERY = 1.0  # seconds between a process's counts to the others
-VISIBLE = 60.0  # seconds in which a file on a shared file system shows on every node
 
 
 @dataclass(frozen=True)
@@ -115,8 +112,8 @@ def encode(config: EncodeConfig, again: Collection[Task] = ()) -> Timings | None
         if begun:
             stack.enter_context(hold(config.out))
         how = begun or _load(config, settings, _await_plan(config, digest))
-        missing = crew.share("missing", lambda: json.dumps(_find_missing(how, crew, again)))
-        timings = _write_shards([Task(*task) for task in json.loads(missing)], how, crew)
+        missing = crew.share("missing", lambda: _find_missing(how, crew, again))
+        timings = _write_shards([Task(*task) for task in missing], how, crew)
         if crew.rank > 0:
             return None
         _finish(how)
@@ -282,19 +279,14 @@ def _read_plan(config: EncodeConfig) -> Plan:
 
 
 def _await_plan(config: EncodeConfig, digest: str) -> Plan:
-    """The first process's plan, once this node sees it.
-
-    Raises:
-        BadInput: it never does.
-    """
+    """The first process's plan, once this node sees it."""
     path = config.out / PLAN
-    ends = time.monotonic() + VISIBLE
-    while not path.is_file() or hash_file(path) != digest:
-        if time.monotonic() > ends:
-            raise BadInput(
-                f"{path} is not what the first process wrote: give a folder that all nodes share"
-            )
-        time.sleep(0.2)
+
+    def find_missing() -> str:
+        is_there = path.is_file() and hash_file(path) == digest
+        return "" if is_there else f"{path} is not what the first process wrote"
+
+    wait_until_visible(find_missing)
     return _read_plan(config)
 
 
@@ -323,18 +315,15 @@ def _count_skipped(label: str, reason: str, config: EncodeConfig, crew: Crew) ->
 def _write_shards(missing: Sequence[Task], how: Encoding, crew: Crew) -> Timings:
     """Take shards and write them until none is left; the first process waits for the others."""
     began = time.monotonic()
-    with _show_progress(missing, how, crew) as progress:
-        tally = _Tally(crew, progress)
-        while (turn := crew.take("shards")) < len(missing):
+    total, left = (_count_clips(tasks, how) for tasks in (how.tasks(), missing))
+    with crew.tally("encode", total, "clips", total - left) as tally:
+        for task in crew.take("shards", missing):
             watch = _Watch()
-            _write_shard(missing[turn], how, crew, watch, tally)
+            _write_shard(task, how, crew, watch, tally)
             for stage, seconds in watch.seconds.items():
                 crew.add(f"{stage} in ms", round(seconds * 1000))
             tally.tell()
-            crew.add("shards")
-        if crew.rank == 0:
-            crew.wait_for("shards", len(missing), tally.tell)
-            tally.tell()
+        crew.finish(tally.tell)
     return Timings(
         crew.size,
         crew.add("clips", 0),
@@ -343,45 +332,11 @@ def _write_shards(missing: Sequence[Task], how: Encoding, crew: Crew) -> Timings
     )
 
 
-def _show_progress(
-    missing: Sequence[Task], how: Encoding, crew: Crew
-) -> contextlib.AbstractContextManager[Progress]:
-    """The progress of all processes, which the first one shows."""
-    if crew.rank > 0 or not missing:
-        return contextlib.nullcontext(Progress())
-    left = sum(how.count_clips(piece) for task in missing for piece in how.pieces(task))
-    total = sum(how.count_clips(piece) for task in how.tasks() for piece in how.pieces(task))
-    return show_progress("encode", total, "clips", total - left)
+def _count_clips(tasks: Iterable[Task], how: Encoding) -> int:
+    return sum(how.count_clips(piece) for task in tasks for piece in how.pieces(task))
 
 
-class _Tally:
-    """Counts the clips of this process, and now and then those of all."""
-
-    def __init__(self, crew: Crew, progress: Progress) -> None:
-        self._crew, self._progress = crew, progress
-        self._untold = {"clips": 0, "lost clips": 0}
-        self._began = self._told = time.monotonic()
-        self._shown = 0
-
-    def add(self, clips: int = 0, lost: int = 0) -> None:
-        """Count clips that were encoded, and clips of the plan that will never be."""
-        self._untold["clips"] += clips
-        self._untold["lost clips"] += lost
-        if time.monotonic() - self._told > TELL_EVERY:
-            self.tell()
-
-    def tell(self) -> None:
-        """Tell the others; hear of them, and show it."""
-        clips, lost = (self._crew.add(name, count) for name, count in self._untold.items())
-        self._untold = dict.fromkeys(self._untold, 0)
-        self._told = time.monotonic()
-        if clips + lost != self._shown:
-            rate = clips / (self._told - self._began)
-            self._progress.advance(clips + lost - self._shown, f"({rate:.1f} clips/s)")
-            self._shown = clips + lost
-
-
-def _write_shard(task: Task, how: Encoding, crew: Crew, watch: _Watch, tally: _Tally) -> None:
+def _write_shard(task: Task, how: Encoding, crew: Crew, watch: _Watch, tally: Tally) -> None:
     decoded = _ahead(watch.drawing("decode", _decode(how.pieces(task), how)))
     masked = _ahead(_mask(decoded, how, watch))
     results = _ahead(_encode(masked, how, watch))
@@ -396,7 +351,7 @@ def _write_shard(task: Task, how: Encoding, crew: Crew, watch: _Watch, tally: _T
 
 
 def _collect(
-    results: Iterable[Result], how: Encoding, crew: Crew, tally: _Tally
+    results: Iterable[Result], how: Encoding, crew: Crew, tally: Tally
 ) -> Iterator[Example | Skipped]:
     """Hold a piece's examples back until it was read to its end: a damaged video gives none."""
     held: list[Example] = []
@@ -405,7 +360,7 @@ def _collect(
         if isinstance(event, Masked):
             held += _make_examples(event, np.stack(latents), how)
             clips += 1
-            tally.add(clips=1)
+            tally.add()
         else:
             if event.reason:
                 label = event.piece.source.label
@@ -413,7 +368,8 @@ def _collect(
                 yield Skipped(label, event.reason)
             else:
                 yield from held
-            tally.add(lost=how.count_clips(event.piece) - clips)
+            crew.add("clips", clips)
+            tally.add(how.count_clips(event.piece) - clips)  # those that there will never be
             held, clips = [], 0
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,7 @@ from ... import jobs
 from ...data.shards.format import Example
 from ...errors import BadInput
 from ...files import hold, locate, write_atomically
-from ...processes import Crew
-from ...progress import Progress, show_progress
+from ...processes import Crew, wait_until_visible
 from ..capacity import find_capacity
 from ..examples import decode_result, pixels_of
 from ..metrics.clip import describe_clip, score_clip
@@ -69,8 +68,6 @@ EXAMPLES = """examples:
       the same results on any number of GPUs
 """
 
-VISIBLE = 60.0  # seconds in which a file on a shared file system shows on every node
-
 
 def sweep(config: SweepConfig) -> list[Row]:
     """Run every schedule and baseline that has no row yet, and write the tables.
@@ -95,9 +92,10 @@ def sweep(config: SweepConfig) -> list[Row]:
         tasks, requests = work.tasks(), work.requests()
         run_schedules(work, requests)
         run_baselines(work, tasks)
+        crew.finish()
         if not work.account:
             return []
-        _await_rows(work, len(tasks) + len(requests))
+        _await_rows(work)
         return write_results(work, work.account)
 
 
@@ -138,7 +136,7 @@ def _begin(config: SweepConfig, inputs: Inputs, crew: Crew, stack: contextlib.Ex
     ours = fingerprint(inputs)
     ledger = Ledger(config.out, clip_columns(inputs.measures), crew.rank)
 
-    def begin() -> str:
+    def begin() -> dict[str, object]:
         jobs.claim(config.out, "sweep", _located(config), may_change=("reference",))
         stack.enter_context(hold(config.out))
         found = functools.partial(find_capacity, inputs.denoiser, make_requests(inputs))
@@ -147,15 +145,13 @@ def _begin(config: SweepConfig, inputs: Inputs, crew: Crew, stack: contextlib.Ex
         ledger.gather()
         keep_inputs(config, inputs)
         described = [(TRUTH, clip) for clip in inputs.clips if _is_described(config, inputs, clip)]
-        return json.dumps(
-            {
-                "inputs": ours,
-                "capacity": accounts[0].capacity,
-                "finished": [*ledger.rows, *described],
-            }
-        )
+        return {
+            "inputs": ours,
+            "capacity": accounts[0].capacity,
+            "finished": [*ledger.rows, *described],
+        }
 
-    begun = json.loads(crew.share("begun", begin))
+    begun = crew.share("begun", begin)
     if begun["inputs"] != ours:
         raise BadInput(
             f"process {crew.rank} found another model, autoencoder, network or other shards than "
@@ -196,13 +192,8 @@ def book(work: Work, task: Task, nfe: int, seconds: float, frames: Frames) -> No
     formatted = {column: format_number(value) for column, value in numbers.items()}
     which = {"schedule": task.name, "clip": task.clip, "completion": str(task.completion)}
     work.ledger.add({**which, "nfe": str(nfe), **formatted})
-    _count(work)
-
-
-def _count(work: Work) -> None:
     if work.account:
         work.account.save()
-    work.crew.add("finished")
 
 
 def _kept(config: SweepConfig, inputs: Inputs) -> Sequence[str]:
@@ -224,11 +215,10 @@ def run_schedules(work: Work, requests: Sequence[Request]) -> None:
     crew, inputs = work.crew, work.inputs
     total = sum(request.program.nfe for request in make_requests(inputs))
     pending = sum(request.program.nfe for request in requests)
-    with _show_progress(work, "sweep", total, "evaluations", total - pending) as progress:
-        tally = Tally(crew, "evaluations", progress)
+    with crew.tally("sweep", total, "evaluations", total - pending) as tally:
         for result in sample_in_order(
             inputs.denoiser,
-            (requests[turn] for turn in _turns(crew, "trajectories", len(requests))),
+            crew.take("trajectories", requests),
             capacity=_share_of(work.capacity, requests, crew.size),
             seed=work.config.seed,
             on_evaluations=tally.add,
@@ -236,12 +226,6 @@ def run_schedules(work: Work, requests: Sequence[Request]) -> None:
             task, program = task_of(result.request), result.request.program
             frames = decode_result(inputs.autoencoder, work.example(task.clip), result.latents)
             book(work, task, program.nfe, result.seconds, frames)
-
-
-def _turns(crew: Crew, queue: str, count: int) -> Iterator[int]:
-    """This process's numbers of a queue of all."""
-    while (turn := crew.take(queue)) < count:
-        yield turn
 
 
 def run_baselines(work: Work, tasks: Sequence[Task]) -> None:
@@ -252,62 +236,31 @@ def run_baselines(work: Work, tasks: Sequence[Task]) -> None:
         "classic": lambda example: baselines.classic(pixels_of(example), example.mask),
         "autoencoder": functools.partial(baselines.autoencoder, inputs.autoencoder),
     }
-    with _show_progress(work, "baselines", len(tasks), "clips") as progress:
-        tally = Tally(work.crew, "baselines", progress)
-        for turn in _turns(work.crew, "tasks", len(tasks)):
-            task = tasks[turn]
+    with work.crew.tally("baselines", len(tasks), "clips") as tally:
+        for task in work.crew.take("tasks", tasks):
             example = work.example(task.clip)
             if task.name == TRUTH:
                 described = describe_clip(pixels_of(example), inputs.judges)
                 write_features(work.config.out, TRUTH, task.clip, described)
-                _count(work)
             else:
                 began = time.perf_counter()
                 frames = makers[task.name](example)
                 book(work, task, 0, time.perf_counter() - began, frames)
-            tally.add(1)
+            tally.add()
 
 
-def _show_progress(
-    work: Work, description: str, total: int, unit: str, done: int = 0
-) -> contextlib.AbstractContextManager[Progress]:
-    """The progress of all processes, which the first one shows."""
-    if not work.account or done == total:
-        return contextlib.nullcontext(Progress())
-    return show_progress(description, total, unit, done)
-
-
-class Tally:
-    """Counts what all processes have done, and shows it."""
-
-    def __init__(self, crew: Crew, counter: str, progress: Progress) -> None:
-        self._crew, self._counter, self._progress = crew, counter, progress
-        self._shown = 0
-
-    def add(self, count: int) -> None:
-        reached = self._crew.add(self._counter, count)
-        self._progress.advance(reached - self._shown)
-        self._shown = reached
-
-
-def _await_rows(work: Work, count: int) -> None:
-    """Wait until all processes have done their work and their rows can be read; gather them.
-
-    Raises:
-        BadInput: a row does not show on this node.
-    """
-    work.crew.wait_for("finished", count)
+def _await_rows(work: Work) -> None:
+    """Wait until the rows of all processes can be read here; gather them."""
     wanted = rows_of(work.inputs)
-    ends = time.monotonic() + VISIBLE
-    work.ledger.read()
-    while missing := [row for row in wanted if row not in work.ledger.rows]:
-        if time.monotonic() > ends:
-            raise BadInput(
-                f"the row of {missing[0][0]} and {missing[0][1]} is not in {work.config.out}: "
-                "give a folder that all nodes share; the same command continues"
-            )
-        time.sleep(1)
+
+    def find_missing() -> str:
         work.ledger.read()
+        missing = next((row for row in wanted if row not in work.ledger.rows), None)
+        if missing is None:
+            return ""
+        return f"the row of {missing[0]} and {missing[1]} is not in {work.config.out}"
+
+    wait_until_visible(find_missing)
     work.ledger.gather()
 
 

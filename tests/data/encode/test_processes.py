@@ -256,7 +256,7 @@ def test_skipped_videos_are_counted_over_all_processes(folder: Path, tmp_path: P
     arguments = arguments_for(folder, out, videos=spoiled)
     assert end(start([*arguments, "--max_skipped", "2"], 2, said)) == [2, 2]
     (line,) = [line for line in said.read_text().splitlines() if "error" in line]
-    assert line.startswith("vidfill encode: error: ")
+    assert "vidfill encode: error: " in line
     assert line.endswith("3 unusable, --max_skipped is 2): replace it, or give --max_skipped 3")
     assert any(name in line for name in names)
     assert not list(out.rglob("manifest.json"))
@@ -278,4 +278,5 @@ def test_a_wrong_setting_is_said_once_by_all_processes(folder: Path, tmp_path: P
     arguments = arguments_for(folder, tmp_path / "out", "--fill", "red")
     assert end(start(arguments, 3, tmp_path / "said")) == [2, 2, 2]
     said = (tmp_path / "said").read_text()
-    assert said == "vidfill encode: error: fill is 'red': give \"median\" or R,G,B, each 0 to 255\n"
+    assert said.count("\n") == 1
+    assert "vidfill encode: error: fill is 'red': give \"median\" or R,G,B, each 0 to 255" in said
