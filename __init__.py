@@ -7,7 +7,7 @@ The layers, each a folder; imports point towards what stands above only:
     sampling    schedules -> batched sampler -> metrics, sweep, report   (uses data, modeling)
     train       configuration, state, step, loop, checkpoints, demo      (uses all three)
     launch      an Accelerate configuration and a Slurm script
-    errors, files, progress, processes, seeding, jobs   what every verb shares
+    errors, files, progress, processes, seeding, jobs, options   what every verb shares
     cli         `vidfill <verb>`
 """
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import jobs
+from . import jobs, options
 from .data.encode.run import encode
 from .data.encode.settings import EncodeConfig
 from .data.synth.run import SynthConfig, synth
 from .modeling.autoencoder import SHIPPED
+from .options import PositiveInt, Seed
 from .sampling.report.run import ReportConfig, report
 from .sampling.sweep.inputs import SweepConfig
 from .sampling.sweep.results import Sweep, read_sweep
@@ -38,22 +39,23 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """The folder for all of it."""
-    clips: int = 200
+    clips: PositiveInt = 200
     """Training videos."""
-    validation: int = 8
+    validation: PositiveInt = 8
     """Held-out videos."""
-    size: int = 64
+    size: PositiveInt = 64
     """Width and height of the videos, pixels."""
-    steps: int = 500
+    steps: PositiveInt = 500
     """Optimizer steps."""
     schedules: str = "ddim:20 ddim:20+resample(n=4) ddpm:20 ddpm:20+resample(n=4)"
     """Schedules compared, separated by spaces."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything."""
 
 
 def demo(config: DemoConfig) -> None:
     """Run the five stages, then say what came out and where it is."""
+    options.check(config)
     began = time.monotonic()
     stages = stages_of(config)
     for number, (name, run) in enumerate(stages, start=1):

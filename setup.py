@@ -31,6 +31,7 @@ setup(
     entry_points={"console_scripts": ["vidfill=vidfill.cli:main"]},
     install_requires=[
         "accelerate>=1.10",
+        "annotated-types>=0.7",
         "av>=14",
         "deepspeed>=0.18",
         "diffusers>=0.36",
@@ -45,6 +46,7 @@ setup(
         "packaging>=24",
         "pillow>=10",
         "pyarrow>=18",
+        "pydantic>=2.9",
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.5",

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .. import jobs
+from .. import jobs, options
 from ..errors import BadInput
 from ..files import write_atomically
+from ..options import NonNegativeInt, PositiveInt
 from ..train.config import TrainConfig, check, find_recipe
 from ..train.deepspeed import deepspeed_config
 
@@ -54,17 +55,17 @@ class LaunchConfig:
     job: str
     """A command without its `vidfill`: doctor, train, encode or sweep with their options. Several
     lines are the tasks of one array job."""
-    nodes: int = 1
+    nodes: PositiveInt = 1
     """Nodes of each task."""
-    gpus_per_node: int = 1
+    gpus_per_node: NonNegativeInt = 1
     """GPUs to ask for; 0 trains on the CPU."""
-    processes_per_node: int = 0
+    processes_per_node: NonNegativeInt = 0
     """Processes; 0 is one a GPU, or one where there is none."""
-    cpus_per_process: int = 8
+    cpus_per_process: PositiveInt = 8
     """Cores of each process."""
     time: str = "24:00:00"
     """The time limit, [DAYS-]HOURS:MINUTES:SECONDS; what needs longer comes back by itself."""
-    warning: int = 300
+    warning: PositiveInt = 300
     """Seconds before the limit at which the job ends its step and saves."""
     name: str = "vidfill"
     """The job's name, which its log begins with."""
@@ -148,10 +149,7 @@ def _show(files: dict[str, str]) -> None:
 
 
 def _check_settings(config: LaunchConfig) -> None:
-    least = {"nodes": 1, "gpus_per_node": 0, "processes_per_node": 0, "cpus_per_process": 1}
-    for field, value in {**least, "warning": 1}.items():
-        if getattr(config, field) < value:
-            raise BadInput(f"{field} is {getattr(config, field)}: give {value} or more")
+    options.check(config)
     for field in ("name", "partition", "account"):
         text = getattr(config, field)
         if text and not re.fullmatch(NAME, text):

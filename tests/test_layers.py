@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "seeding"),
     ("files",),
-    ("progress", "processes", "jobs"),
+    ("progress", "processes", "jobs", "options"),
     ("modeling",),
     ("data.videos", "data.masks", "data.storage", "data.synth"),
     ("data.shards",),
@@ -35,7 +35,7 @@ FLOORS = (
     ("train.loop", "train.autoencoder"),
     ("demo", "launch", "cli", "train.__main__"),
 )
-LAUNCH_MAY_IMPORT = ("errors", "files", "jobs", "train.config", "train.deepspeed")
+LAUNCH_MAY_IMPORT = ("errors", "files", "jobs", "options", "train.config", "train.deepspeed")
 LAYERS = ("modeling", "data", "sampling", "train", "launch")
 HEAVY = ("torch", "numpy", "diffusers", "accelerate", "av", "cv2", "matplotlib", "jsonargparse")
 

@@ -11,23 +11,25 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Len, MultipleOf
 from diffusers import AutoencoderTiny
 from jaxtyping import Float, UInt8
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .. import jobs
+from .. import jobs, options
 from ..data.encode.sources import find_sources
 from ..data.masks import draw_mask, fill_hole
 from ..data.videos import FrameSize, UnreadableVideo, read_video
 from ..errors import BadInput
 from ..files import write_atomically
 from ..modeling.autoencoder import CONFIG, WEIGHTS, load_autoencoder, to_frames, to_pixels
+from ..options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from ..processes import choose_device
 from ..progress import show_progress
 from ..sampling.metrics.pixels import psnr
@@ -49,6 +51,8 @@ GRADIENT_CLIP = 1.0
 HOLDS_OUT = 10  # where there is no validation split: one video in so many
 HIDES = 4  # one frame in so many has a hole, for the masked videos to be coded as well as others
 
+Side = Annotated[int, Ge(2 ** (STAGES - 1)), MultipleOf(2 ** (STAGES - 1))]
+Blocks = Annotated[tuple[NonNegativeInt, ...], Len(STAGES, STAGES)]
 Network = Any  # diffusers' AutoencoderTiny, whose methods type checkers do not see
 Frames = dict[int, UInt8[np.ndarray, "_ _ _ 3"]]  # frames, height, width; by size
 
@@ -67,34 +71,34 @@ class AutoencoderConfig:
     is held out."""
     out: Path
     """Folder to write; the same command continues there."""
-    sizes: tuple[int, ...] = (64, 128)
+    sizes: Annotated[tuple[Side, ...], Len(1)] = (64, 128)
     """Sides of the squares that frames are scaled to, pixels; steps take turns; multiples of 8."""
-    frames_per_video: int = 24
+    frames_per_video: PositiveInt = 24
     """Evenly spaced frames taken of each video."""
-    latent_channels: int = 4
+    latent_channels: PositiveInt = 4
     """Channels of the latents."""
-    width: int = 64
+    width: PositiveInt = 64
     """Channels of every hidden layer."""
-    encoder_blocks: tuple[int, ...] = (0, 1, 3, 3)
+    encoder_blocks: Blocks = (0, 1, 3, 3)
     """Residual blocks of the encoder at 1/1, 1/2, 1/4 and 1/8 of the size."""
-    decoder_blocks: tuple[int, ...] = (3, 3, 1, 0)
+    decoder_blocks: Blocks = (3, 3, 1, 0)
     """Residual blocks of the decoder at 1/8, 1/4, 1/2 and 1/1 of the size."""
-    steps: int = 4500
+    steps: PositiveInt = 4500
     """Optimizer steps."""
-    batch: int = 16
+    batch: PositiveInt = 16
     """Frames of a step at the smallest size; at the others as many as have as many pixels."""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Adam's at its highest; it rises over 100 steps and falls to 0 along a cosine."""
-    l1: float = 0.05
+    l1: NonNegativeFloat = 0.05
     """Weight of the mean absolute error beside the mean squared error."""
-    latent_noise: float = 0.1
+    latent_noise: NonNegativeFloat = 0.1
     """Deviation of the noise added to the latents while training, so that the decoder forgives a
     diffusion model's errors; 0 adds none."""
-    latent_penalty: float = 1e-4
+    latent_penalty: NonNegativeFloat = 1e-4
     """Weight of the latents' mean square, which keeps them near 1."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the first weights, the order of the frames, their holes and the noise."""
-    save_every: int = 250
+    save_every: PositiveInt = 250
     """Steps between the states from which an interrupted run continues."""
     device: str = "auto"
     """Where it trains: "cpu", "cuda", "cuda:1"…; "auto" is a GPU if there is one."""
@@ -106,7 +110,7 @@ def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
     Raises:
         BadInput: a value is out of range, a video is no video, or the loss is not finite.
     """
-    _check(config)
+    options.check(config)
     device = choose_device(config.device)
     jobs.refuse_launcher(VERB)
     train_videos, held_out_videos = _split(config.videos)
@@ -122,18 +126,6 @@ def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
     write_atomically(config.out / CARD, card.encode())
     (config.out / STATE).unlink()
     return _say(figures)
-
-
-def _check(config: AutoencoderConfig) -> None:
-    factor = 2 ** (STAGES - 1)
-    if not config.sizes or any(size < factor or size % factor for size in config.sizes):
-        raise BadInput(f"sizes is {config.sizes}; choose one or more multiples of {factor}")
-    for field in ("encoder_blocks", "decoder_blocks"):
-        if len(getattr(config, field)) != STAGES:
-            raise BadInput(f"{field} is {getattr(config, field)}; give {STAGES} numbers")
-    for field in ("frames_per_video", "latent_channels", "width", "steps", "batch", "save_every"):
-        if getattr(config, field) < 1:
-            raise BadInput(f"{field} is {getattr(config, field)}; choose 1 or more")
 
 
 def _split(videos: Path) -> tuple[list[Path], list[Path]]:

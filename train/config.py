@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import Interval, Len
+
+from .. import options
 from ..data.storage.store import CacheConfig
 from ..errors import BadInputEverywhere
 from ..modeling.attention import Choice as AttentionBackend
@@ -14,7 +17,17 @@ from ..modeling.blocks import Conditioning
 from ..modeling.noise import DiffusionConfig, LossConfig, check_diffusion, check_loss
 from ..modeling.precision import Precision
 from ..modeling.presets import PRESETS
+from ..options import (
+    Minutes,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+)
 from .monitor.profiling import profiled_steps
+
+Decay = Annotated[float, Interval(ge=0, lt=1)]  # of an average of the weights, a step
 
 
 @dataclass(frozen=True)
@@ -24,13 +37,13 @@ class ModelConfig:
     preset: str = ""
     """One of docs/model.md's: tiny, mini, small, base, large, ramvid-32 or ramvid-64; empty takes
     the four sizes that follow."""
-    block_out_channels: tuple[int, ...] = (64, 128, 128)
+    block_out_channels: Annotated[tuple[PositiveInt, ...], Len(1)] = (64, 128, 128)
     """Width of each level, channels; each level halves height and width."""
-    layers_per_block: int = 1
+    layers_per_block: PositiveInt = 1
     """Residual blocks of a level on the way down."""
-    head_channels: int = 32
+    head_channels: PositiveInt = 32
     """Width of an attention head, channels."""
-    norm_groups: int = 16
+    norm_groups: PositiveInt = 16
     """Groups of the group normalisation; divides every width."""
     conditioning: Conditioning = "concatenation"
     """How masked latents and mask enter: joined on channels; by cross_attention to their tokens; or
@@ -53,17 +66,17 @@ SIZES = ("block_out_channels", "layers_per_block", "head_channels", "norm_groups
 class OptimizerConfig:
     """AdamW and its learning rate."""
 
-    learning_rate: float = 2e-4
+    learning_rate: PositiveFloat = 2e-4
     """The full rate."""
-    warmup: int = 200
+    warmup: NonNegativeInt = 200
     """Optimizer steps of linear rise; 0 starts at the full rate."""
     decay: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a half cosine that ends at 0 with the last step."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay; 0 is the paper's setting."""
-    clip: float = 1.0
+    clip: PositiveFloat = 1.0
     """The gradient's largest norm."""
-    ema_decays: tuple[float, ...] = (0.9995, 0.9999)
+    ema_decays: Annotated[tuple[Decay, ...], Len(1)] = (0.9995, 0.9999)
     """Decays, a step, of the averages of the weights that are kept; lower during the first steps.
     The first is the model that is evaluated, shown and loaded; `vidfill export` writes any."""
 
@@ -72,7 +85,7 @@ class OptimizerConfig:
 class DataConfig:
     """How the shards are read."""
 
-    workers: int = 2
+    workers: PositiveInt = 2
     """Threads of each process that prepare batches ahead of the training loop."""
     damaged: Literal["stop", "skip"] = "stop"
     """What a damaged example does: it ends the run, or is left out of its batch and listed in
@@ -85,11 +98,11 @@ class DataConfig:
 class EvaluationConfig:
     """The loss on held-out clips, at noise and timesteps that never change."""
 
-    every: int = 1000
+    every: NonNegativeInt = 1000
     """Optimizer steps between evaluations; 0 makes none."""
-    clips: int = 64
+    clips: NonNegativeInt = 64
     """Validation clips, spread over the split; fewer where it holds fewer."""
-    quantiles: int = 4
+    quantiles: PositiveInt = 4
     """Ranges of timesteps of equal length; each clip is measured once in each."""
 
 
@@ -100,9 +113,9 @@ class PreviewConfig:
     One process makes them while the others wait: let them be few, and the schedule short.
     """
 
-    every: int = 1000
+    every: NonNegativeInt = 1000
     """Optimizer steps between previews; 0 makes none."""
-    clips: int = 2
+    clips: NonNegativeInt = 2
     """Validation clips shown."""
     schedule: str = "ddim:20"
     """The schedule that they are sampled with."""
@@ -125,11 +138,11 @@ class TrainConfig:
     """A folder that `vidfill encode` wrote, or its URL (s3://…, gs://…, https://…)."""
     out: Path
     """The run's folder: checkpoints and TensorBoard events."""
-    steps: int = 20_000
+    steps: PositiveInt = 20_000
     """Optimizer steps in all."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Clips a step, over all processes together."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights, the order of the clips, the timesteps and the noise."""
     precision: Precision = "float32"
     """Precision of the network's forward pass; weights, moments and averages stay float32. The loss
@@ -137,28 +150,28 @@ class TrainConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: what the processes share out, 1 the optimizer's state, 2 the gradients
     too, 3 the weights too; 0 is plain data parallel training without DeepSpeed."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: PositiveInt = 1
     """Parts in which a process takes its clips of a step, one after the other: less memory."""
     compile: bool = False
     """Compile the network (torch.compile): minutes at the start, faster steps."""
     deterministic: bool = False
     """Use deterministic GPU kernels only, so that a resumed run repeats every bit; slower."""
-    max_skipped: int = 0
+    max_skipped: NonNegativeInt = 0
     """Steps that may be left out because their loss or gradient is not finite; 0 stops the run at
     the first. Each is listed in OUT/not-finite.jsonl."""
-    timeout: float = 10.0
+    timeout: Minutes = 10.0
     """Minutes that a process waits for the others before it gives them up for lost."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Optimizer steps between TensorBoard scalars."""
-    checkpoint_every: int = 1000
+    checkpoint_every: PositiveInt = 1000
     """Optimizer steps between checkpoints; the last step always writes one."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is whole."""
     profile: str = ""
     """Steps to profile, as "100:105"; their traces lie in OUT/profile, for Perfetto."""
     plan: bool = False
     """Measure a few steps here, say what the run needs and how long it takes, and start nothing."""
-    plan_gpus: int = 0
+    plan_gpus: NonNegativeInt = 0
     """GPUs that --plan counts with; 0 takes the processes that there are."""
     data: DataConfig = field(default_factory=DataConfig)
     """The stream."""
@@ -209,64 +222,21 @@ MAY_CHANGE = (
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse numbers that no run can have.
+    """Refuse settings that no run can have.
 
     Raises:
         BadInputEverywhere: Naming the first of them.
     """
-    at_least_one = {
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "gradient_accumulation": config.gradient_accumulation,
-        "log_every": config.log_every,
-        "checkpoint_every": config.checkpoint_every,
-        "keep_checkpoints": config.keep_checkpoints,
-        "evaluation.quantiles": config.evaluation.quantiles,
-        "data.workers": config.data.workers,
-        "model.block_out_channels": len(config.model.block_out_channels),
-        "model.layers_per_block": config.model.layers_per_block,
-        "model.head_channels": config.model.head_channels,
-        "model.norm_groups": config.model.norm_groups,
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise BadInputEverywhere(f"{name} is {value}: give 1 or more")
-    _check_training(config)
-    profiled_steps(config.profile)
-    _check_preset(config.model)
-    check_diffusion(config.diffusion)
-    check_loss(config.loss)
-
-
-def _check_training(config: TrainConfig) -> None:
-    more_than_zero = {
-        "optimizer.learning_rate": config.optimizer.learning_rate,
-        "optimizer.clip": config.optimizer.clip,
-        "timeout": config.timeout,
-    }
-    for name, value in more_than_zero.items():
-        if value <= 0:
-            raise BadInputEverywhere(f"{name} is {value:g}: give more than 0")
-    zero_or_more = {
-        "max_skipped": config.max_skipped,
-        "plan_gpus": config.plan_gpus,
-        "evaluation.clips": config.evaluation.clips,
-        "preview.clips": config.preview.clips,
-        "optimizer.weight_decay": config.optimizer.weight_decay,
-    }
-    for name, value in zero_or_more.items():
-        if value < 0:
-            raise BadInputEverywhere(f"{name} is {value:g}: give 0 or more")
+    options.check(config)
     if config.compile and config.zero_stage == 3:
         raise BadInputEverywhere(
             "compile is true and zero_stage 3, whose hooks interrupt the compiled network at every "
             "layer: give zero_stage 2, or compile false"
         )
-    if not config.optimizer.ema_decays or not all(0 <= d < 1 for d in config.optimizer.ema_decays):
-        decays = list(config.optimizer.ema_decays)
-        raise BadInputEverywhere(
-            f"optimizer.ema_decays is {decays}: give one or more, from 0 to below 1, as [0.9999]"
-        )
+    profiled_steps(config.profile)
+    _check_preset(config.model)
+    check_diffusion(config.diffusion)
+    check_loss(config.loss)
 
 
 def _check_preset(model: ModelConfig) -> None:

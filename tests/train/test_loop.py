@@ -269,34 +269,35 @@ def test_checkpoints_are_pruned_and_the_averaged_model_loads(tiny_config: TrainC
     assert denoiser.autoencoder == manifest["autoencoder"]
 
 
-@pytest.mark.parametrize(
-    "option, value, message",
-    [
-        ("--keep_checkpoints", "0", "keep_checkpoints is 0"),
-        ("--model.head_channels", "24", "no multiple of head_channels"),
-        ("--preview.schedule", "ddin:3", "ddim"),
-        ("--batch_size", "0", "batch_size is 0"),
-        ("--model.preset", "tini", "give one of tiny, mini, small, base"),
-        ("--model.preset", "tiny", "has sizes of its own"),
-        ("--diffusion.shift", "2", "only a flow has one"),
-        ("--loss.hole", "0", "loss.hole is 0"),
-        ("--optimizer.clip", "0", "optimizer.clip is 0: give more than 0"),
-        ("--optimizer.ema_decays", "[]", "ema_decays is []"),
-        ("--profile", "3", "as 100:105"),
-        ("--max_skipped", "-1", "max_skipped is -1"),
-    ],
-)
+WRONG = [
+    ("--keep_checkpoints", "0", "keep_checkpoints is 0: give 1 or more"),
+    ("--model.head_channels", "24", "no multiple of head_channels"),
+    ("--batch_size", "0", "batch_size is 0: give 1 or more"),
+    ("--model.preset", "tini", "give one of tiny, mini, small, base"),
+    ("--model.preset", "tiny", "has sizes of its own"),
+    ("--diffusion.shift", "2", "only a flow has one"),
+    ("--loss.hole", "0", "loss.hole is 0"),
+    ("--optimizer.clip", "0", "optimizer.clip is 0.0: give more than 0"),
+    ("--optimizer.warmup", "-5", "optimizer.warmup is -5: give 0 or more"),
+    ("--optimizer.ema_decays", "[]", "ema_decays is (): give 1 or more"),
+    ("--optimizer.ema_decays", "[1]", "ema_decays.0 is 1.0: give less than 1"),
+    ("--timeout", "1e300", "timeout is 1e+300: give 525600 or less"),
+    ("--seed", str(2**64), "give 18446744073709551615 or less"),
+    ("--compile=true", "--zero_stage=3", "zero_stage 3"),
+    ("--profile", "3", "as 100:105"),
+    ("--max_skipped", "-1", "max_skipped is -1: give 0 or more"),
+    ("--preview.schedule", "ddin:3", "ddim"),
+]
+
+
 def test_wrong_setting_is_refused_and_its_correction_is_not(
-    option: str,
-    value: str,
-    message: str,
-    tiny_config: TrainConfig,
-    capsys: pytest.CaptureFixture[str],
+    tiny_config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(tiny_config.shards), str(tiny_config.out), *TINY, "--preview.every", "6"]
-    assert main([*command, option, value]) == 2
-    assert message in capsys.readouterr().err
-    assert not tiny_config.out.exists()
+    for option, value, message in WRONG:
+        assert main([*command, option, value]) == 2
+        assert message in capsys.readouterr().err
+        assert not tiny_config.out.exists()
     assert main([*command, "--preview.schedule", "ddim:2"]) == 0
 
 
