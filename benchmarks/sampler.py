@@ -161,7 +161,7 @@ def batched(work: Work) -> Samples:
     """Ours: all schedules and clips share the slots of one batch."""
     requests = make_requests(work.schedules, work.conditions)
     results = sample(work.denoiser, requests, capacity=work.capacity, seed=work.seed)
-    return {(each.request.name, each.request.clip): each.latents for each in results}
+    return {(each.request.name, each.request.key): each.latents for each in results}
 
 
 def one_after_another(work: Work) -> Samples:

@@ -49,7 +49,7 @@ def inpaint(
         for key, example in by_key.items()
     ]
     for result in sample(denoiser, requests, capacity=capacity, seed=seed):
-        example = by_key[result.request.clip]
+        example = by_key[result.request.key]
         yield example, decode_result(autoencoder, example, result.latents)
 
 

@@ -1,9 +1,8 @@
-"""The sampler: many clips under many schedules in one batch, each at its own timestep.
+"""The sampler: many examples under many schedules in one batch, each at its own timestep.
 
-A trajectory is one clip under one program. It takes a slot, runs its program and leaves the slot to
-the next, so that the network always sees a batch as full as the work allows (continuous batching,
-as language models are served). Nothing is clamped, but by a schedule that asks for it as an
-ablation.
+A trajectory is one sampling of an example under a program. It takes a slot, runs its program and
+leaves the slot to the next, so the batch stays as full as the work allows (continuous batching, as
+language models are served). Nothing is clamped unless the schedule asks for it as an ablation.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from decimal import Decimal
 
 import torch
 from einops import rearrange
@@ -23,18 +21,10 @@ from torch import Tensor
 from .. import seeding
 from ..errors import BadInput
 from ..modeling.denoiser import Denoiser
-from ..modeling.diffusion import (
-    Variance,
-    add_noise,
-    ddim_step,
-    ddpm_step,
-    dpmpp_step,
-    expand,
-    heun_step,
-    renoise,
-)
+from ..modeling.diffusion import add_noise, expand, renoise
 from .schedules.language import Term
-from .schedules.program import CLEAN, Kind, Move, Program
+from .schedules.program import CLEAN, Kind, Program, Transition
+from .schedules.solvers import SOLVERS, StepInputs
 
 Latents = Float[Tensor, "frames channels h w"]
 Condition = Float[Tensor, "frames condition h w"]
@@ -47,39 +37,39 @@ class Known:
     """What a program that injects puts where the mask shows it."""
 
     latents: Latents
-    """Normalised; what lies in the hole is not used."""
+    """Normalised; those in the hole are not used."""
     mask: LatentMask
-    """The hole's share of each latent: where it is 0 the latents are known."""
+    """The hole's share of each latent: 0 where the latents are known."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One clip to sample under one program."""
+    """A trajectory to sample."""
 
-    clip: str
-    """The clip's key: its noise depends on it, on the seed, and on nothing else."""
+    key: str
+    """Usually the example's: the noise depends on it and on the seed alone."""
     name: str
-    """What its result is reported under."""
+    """Names the schedule in messages and results."""
     program: Program
     condition: Callable[[], Condition]
-    """Gives what the network is told of the clip, when its turn comes; its device and dtype are
-    those of the state."""
+    """Makes the network's condition when the trajectory starts; its device and dtype are those of
+    the state."""
     known: Callable[[], Known] | None = None
     """As `condition`, for programs that inject."""
     frames: Sequence[int] | None = None
-    """Its frames' numbers in a video of which it is a window: then each frame's noise depends on
-    its number, and not on where it stands in the window."""
+    """For a window of a video, its frames' numbers in that video: each frame's noise then depends
+    on its number, not on its place in the window."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """A trajectory at its end."""
+class Completion:
+    """What a trajectory gives."""
 
     request: Request
     latents: Latents
     """As the autoencoder scales them."""
     seconds: float
-    """Its share of the network's wall time: each call's time split evenly over the slots in it."""
+    """Its share of the network's wall time: each call's time is split evenly over its slots."""
 
 
 def sample(
@@ -90,24 +80,24 @@ def sample(
     seed: int,
     padded: bool = False,
     on_evaluations: Callable[[int], object] = lambda count: None,
-) -> Iterator[Result]:
-    """Run every request, the longest program first, and yield each result as it is finished.
+) -> Iterator[Completion]:
+    """Run every request, the longest program first, and yield each completion when it is done.
 
-    The noise of a clip is `torch.randn` on the CPU from `seeding.generator(seed, clip, draw)`: draw
-    0 is the initial state, and each later noise tensor that the program uses takes the next. So a
-    result is the same, to float32 rounding, whatever the capacity, the order of the requests, and
-    what else runs beside it; and all schedules start a clip from the same state. Where a request
-    numbers its frames, each frame's noise is from `seeding.generator(seed, clip, number, draw)`.
+    The noise of a request is `torch.randn` on the CPU from `seeding.generator(seed, key, draw)`:
+    draw 0 is the initial state, and each later noise tensor takes the next number. A completion is
+    therefore the same, to float32 rounding, whatever the capacity, the order of the requests, and
+    what else runs beside it; and all schedules start an example from the same state. If a request
+    numbers its frames, each frame's noise is from `seeding.generator(seed, key, number, draw)`.
 
     Args:
         capacity: Slots: the most trajectories in one network call, 1 or more.
-        padded: Evaluate the empty slots too. Then a result is the same bit for bit at the same
+        padded: Evaluate the empty slots too. A completion is then the same bit for bit at the same
             slot, capacity, number of threads and device, whatever the other slots hold; it costs
             time when fewer trajectories are left than slots.
-        on_evaluations: Told after each network call how many evaluations it held.
+        on_evaluations: Called after each network call with the number of evaluations in it.
 
     Raises:
-        BadInput: a result is not finite.
+        BadInput: a completion is not finite.
     """
     yield from sample_in_order(
         denoiser,
@@ -127,8 +117,8 @@ def sample_in_order(
     seed: int,
     padded: bool = False,
     on_evaluations: Callable[[int], object] = lambda count: None,
-) -> Iterator[Result]:
-    """As `sample`, but each request is drawn, in the order given, when a slot is free."""
+) -> Iterator[Completion]:
+    """As `sample`, but takes the requests in the order given, each when a slot is free."""
     waiting = iter(requests)
     slots = _Slots(denoiser, capacity, seed, padded)
     while True:
@@ -137,31 +127,32 @@ def sample_in_order(
         if not slots.running:
             return
         evaluations = len(slots.running)
-        results = slots.advance()
+        completions = slots.advance()
         on_evaluations(evaluations)
-        yield from results
+        yield from completions
 
 
 @dataclasses.dataclass
 class _Trajectory:
     request: Request
-    moves: deque[Move]
+    transitions: deque[Transition]
+    """Those to come."""
     known: Known | None
     draws: int = 0
     seconds: float = 0.0
     midway: bool = False
-    """Heun's first-order step is taken; its second evaluation comes."""
+    """Whether the first of a step's two evaluations is done."""
     before: int = CLEAN
     """The level of the clean estimate before the last."""
 
     @property
     def level(self) -> int:
         """Where the network sees the state next."""
-        return self.moves[0].target if self.midway else self.moves[0].source
+        return self.transitions[0].target if self.midway else self.transitions[0].source
 
 
 class _Slots:
-    """The states of the running trajectories, one a slot, in one tensor of normalised latents."""
+    """The states of the running trajectories: one tensor of normalised latents, a row a slot."""
 
     def __init__(self, denoiser: Denoiser, capacity: int, seed: int, padded: bool) -> None:
         self.denoiser = denoiser
@@ -169,11 +160,10 @@ class _Slots:
         self.padded = padded
         self.free = list(reversed(range(capacity)))
         self.running: dict[int, _Trajectory] = {}
-        self._without_network = {Kind.UP: self._up, Kind.INJECT: self._inject}
         self.latents: Tensor = torch.empty(0)
         self.conditions: Tensor = torch.empty(0)
         self.clean: Tensor = torch.empty(0)  # the last clean estimates
-        self.begun: Tensor = torch.empty(0)  # the states from which Heun's steps began
+        self.begun: Tensor = torch.empty(0)  # the states where steps of two evaluations began
 
     @torch.no_grad()
     def start(self, request: Request) -> None:
@@ -183,7 +173,7 @@ class _Slots:
         program = request.program
         slot = self.free.pop()
         known = request.known() if request.known and program.count(Kind.INJECT) else None
-        self.running[slot] = _Trajectory(request, deque(program.moves), known)
+        self.running[slot] = _Trajectory(request, deque(program.transitions), known)
         self.conditions[slot] = condition
         self.latents[slot] = self._draw([slot])[0]
 
@@ -195,35 +185,29 @@ class _Slots:
         self.clean, self.begun = self.latents.clone(), self.latents.clone()
 
     @torch.no_grad()
-    def advance(self) -> list[Result]:
-        """Evaluate the network once for all, step with each, and take what needs no network."""
+    def advance(self) -> list[Completion]:
+        """Evaluate the network once for all, step down with each, and go up or inject until each
+        needs the network again."""
         slots = sorted(self.running)
         before = self.clean.clone()
         self.clean[slots] = self._evaluate(slots)
-        for alike in self._alike(slots, self._step_of):
+        for alike in _grouped(slots, self._step_of):
             self._down(alike, before[alike])
-        while unevaluated := [slot for slot in slots if self._needs_no_network(slot)]:
-            for alike in self._alike(unevaluated, lambda slot: self._next(slot).kind):
-                self._without_network[self._next(alike[0]).kind](alike)
-        return [self._finish(slot) for slot in slots if not self.running[slot].moves]
+        while kinds := {slot: kind for slot in slots if (kind := self._kind_without_network(slot))}:
+            for alike in _grouped(list(kinds), kinds.__getitem__):
+                (self._up if kinds[alike[0]] is Kind.UP else self._inject)(alike)
+        return [self._finish(slot) for slot in slots if not self.running[slot].transitions]
 
-    def _alike(self, slots: list[int], key: Callable[[int], Hashable]) -> list[list[int]]:
-        groups: dict[Hashable, list[int]] = {}
-        for slot in slots:
-            groups.setdefault(key(slot), []).append(slot)
-        return list(groups.values())
-
-    def _next(self, slot: int) -> Move:
-        return self.running[slot].moves[0]
-
-    def _needs_no_network(self, slot: int) -> bool:
-        return bool(self.running[slot].moves) and self._next(slot).kind is not Kind.DOWN
+    def _kind_without_network(self, slot: int) -> Kind | None:
+        """UP or INJECT if that comes next."""
+        transitions = self.running[slot].transitions
+        return transitions[0].kind if transitions and transitions[0].kind is not Kind.DOWN else None
 
     def _step_of(self, slot: int) -> tuple[Term, int, bool]:
-        """Slots that have it in common take their step together."""
+        """Solver, order, and whether the step is midway: what slots that step together share."""
         trajectory = self.running[slot]
         solver = trajectory.request.program.schedule.solver
-        return solver, self._next(slot).order, trajectory.midway
+        return solver, trajectory.transitions[0].order, trajectory.midway
 
     def _evaluate(self, slots: list[int]) -> Batch:
         """The clean estimates of these slots."""
@@ -248,54 +232,44 @@ class _Slots:
             torch.cuda.synchronize(self.latents.device)
         return time.perf_counter()
 
-    def _down(self, slots: list[int], before: Batch) -> None:
-        """One step of one solver; `before` holds the clean estimates before the last."""
-        solver, order, midway = self._step_of(slots[0])
-        if solver.name == "heun" and order == 2 and not midway:
-            self._begin_heun(slots)
-            return
-        ab_before = self._alpha_bars([self.running[slot].before for slot in slots])
-        moves, ab_from, ab_to = self._take(slots)
-        noisy, clean = self.latents[slots], self.clean[slots]
-        match solver.name, order:
-            case "ddpm", _:
-                large = solver["variance"] == "large"
-                variance: Variance = "fixed_large" if large else "fixed_small"
-                noise = self._draw_above_clean(slots, moves)
-                lower = ddpm_step(noisy, clean, ab_from, ab_to, noise, variance)
-            case "ddim", _ if eta := float(solver.get("eta", Decimal)):
-                noise = self._draw_above_clean(slots, moves)
-                lower = ddim_step(noisy, clean, ab_from, ab_to, noise, eta)
-            case "dpmpp", 2:
-                lower = dpmpp_step(noisy, clean, before, ab_from, ab_to, ab_before)
-            case "heun", 2:
-                lower = heun_step(self.begun[slots], before, noisy, clean, ab_from, ab_to)
-            case _:
-                lower = ddim_step(noisy, clean, ab_from, ab_to)
-        self._put(slots, lower)
-        for slot, move in zip(slots, moves, strict=True):
-            self.running[slot].before, self.running[slot].midway = move.source, False
-
-    def _begin_heun(self, slots: list[int]) -> None:
-        moves = [self._next(slot) for slot in slots]
-        ab_from = self._alpha_bars([move.source for move in moves])
-        ab_to = self._alpha_bars([move.target for move in moves])
-        self.begun[slots] = self.latents[slots]
-        self._put(slots, ddim_step(self.latents[slots], self.clean[slots], ab_from, ab_to))
-        for slot in slots:
-            self.running[slot].midway = True
+    def _down(self, slots: list[int], clean_before: Batch) -> None:
+        """Take one step of one solver, or, of a step with two evaluations, the half of it."""
+        term, order, midway = self._step_of(slots[0])
+        solver, options = SOLVERS[term.name], dict(term.options)
+        trajectories = [self.running[slot] for slot in slots]
+        transitions = [trajectory.transitions[0] for trajectory in trajectories]
+        noisy = self.latents[slots]
+        half = order == 2 and solver.evaluations == 2 and not midway
+        if half:
+            self.begun[slots] = noisy
+        inputs = StepInputs(
+            noisy=noisy,
+            clean=self.clean[slots],
+            noisy_before=self.begun[slots],
+            clean_before=clean_before,
+            ab_from=self._alpha_bars([transition.source for transition in transitions]),
+            ab_to=self._alpha_bars([transition.target for transition in transitions]),
+            ab_before=self._alpha_bars([trajectory.before for trajectory in trajectories]),
+            draw_noise=lambda: self._draw_above_clean(slots, transitions),
+        )
+        second = solver.second_order_step if order == 2 and not half else None
+        self._put(slots, (second or solver.step)(inputs, options))
+        for trajectory in trajectories:
+            trajectory.midway = half
+            if not half:
+                trajectory.before = trajectory.transitions.popleft().source
 
     def _up(self, slots: list[int]) -> None:
-        moves, ab_from, ab_to = self._take(slots)
+        transitions, ab_from, ab_to = self._take(slots)
         noise = self._draw(slots)
-        afresh = torch.tensor([move.afresh for move in moves], device=noise.device)
+        afresh = torch.tensor([each.afresh for each in transitions], device=noise.device)
         of_state = renoise(self.latents[slots], ab_from, ab_to, noise)
         of_clean = add_noise(self.clean[slots], noise, ab_to)
         self._put(slots, torch.where(rearrange(afresh, "b -> b 1 1 1 1"), of_clean, of_state))
 
     def _inject(self, slots: list[int]) -> None:
-        moves, _, ab = self._take(slots)
-        noise = self._draw_above_clean(slots, moves)
+        transitions, _, ab = self._take(slots)
+        noise = self._draw_above_clean(slots, transitions)
         latents, hole = [], []
         for slot in slots:
             request, known = self.running[slot].request, self.running[slot].known
@@ -309,20 +283,21 @@ class _Slots:
     def _put(self, slots: list[int], states: Batch) -> None:
         self.latents[slots] = states.to(self.latents.dtype)
 
-    def _take(self, slots: list[int]) -> tuple[list[Move], Tensor, Tensor]:
-        """The next move of each slot, and ᾱ where it starts and ends."""
-        moves = [self.running[slot].moves.popleft() for slot in slots]
-        ab_from = self._alpha_bars([move.source for move in moves])
-        return moves, ab_from, self._alpha_bars([move.target for move in moves])
+    def _take(self, slots: list[int]) -> tuple[list[Transition], Tensor, Tensor]:
+        """The next transition of each slot, and ᾱ where it starts and ends."""
+        transitions = [self.running[slot].transitions.popleft() for slot in slots]
+        ab_from = self._alpha_bars([transition.source for transition in transitions])
+        ab_to = self._alpha_bars([transition.target for transition in transitions])
+        return transitions, ab_from, ab_to
 
     def _alpha_bars(self, levels: list[int]) -> Float[Tensor, "batch 1 1 1 1"]:
         """In float64: 1 − ᾱ is 1e-4 at the lowest level, of which float32 keeps three digits."""
         return expand(self.denoiser.alpha_bar(torch.tensor(levels, device=self.latents.device)))
 
-    def _draw_above_clean(self, slots: list[int], moves: list[Move]) -> Batch:
-        """Noise for the slots whose moves end above the clean level, zeros for the others."""
+    def _draw_above_clean(self, slots: list[int], transitions: list[Transition]) -> Batch:
+        """Noise for the slots whose transitions end above the clean level, zeros for the others."""
         noise = torch.zeros_like(self.latents[slots])
-        noised = [row for row, move in enumerate(moves) if move.target != CLEAN]
+        noised = [row for row, each in enumerate(transitions) if each.target != CLEAN]
         if noised:
             noise[noised] = self._draw([slots[row] for row in noised])
         return noise
@@ -336,20 +311,30 @@ class _Slots:
         return torch.stack(noise).to(self.latents)
 
     def _noise(self, request: Request, draw: int) -> Latents:
-        shape, clip = self.latents.shape[1:], (self.seed, request.clip)
+        shape = self.latents.shape[1:]
         if request.frames is None:
-            return torch.randn(shape, generator=seeding.generator(*clip, draw))
-        sources = [seeding.generator(*clip, number, draw) for number in request.frames]
+            return torch.randn(shape, generator=seeding.generator(self.seed, request.key, draw))
+        sources = [
+            seeding.generator(self.seed, request.key, number, draw) for number in request.frames
+        ]
         return torch.stack([torch.randn(shape[1:], generator=source) for source in sources])
 
-    def _finish(self, slot: int) -> Result:
+    def _finish(self, slot: int) -> Completion:
         trajectory = self.running.pop(slot)
         self.free.append(slot)
         request = trajectory.request
         latents = self.denoiser.denormalise(self.latents[[slot]])[0]
         if not latents.isfinite().all():
             raise BadInput(
-                f"sampling {request.clip} with {request.name} gave values that are not "
+                f"sampling {request.key} with {request.name} gave values that are not "
                 "finite: the model has diverged; use an earlier checkpoint"
             )
-        return Result(request, latents, trajectory.seconds)
+        return Completion(request, latents, trajectory.seconds)
+
+
+def _grouped(slots: list[int], key: Callable[[int], Hashable]) -> list[list[int]]:
+    """The slots with equal keys, together."""
+    groups: dict[Hashable, list[int]] = {}
+    for slot in slots:
+        groups.setdefault(key(slot), []).append(slot)
+    return list(groups.values())

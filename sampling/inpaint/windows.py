@@ -207,7 +207,7 @@ def _fill_window(
         seed=filler.seed,
         on_evaluations=filler.on_evaluations,
     )
-    latents = {result.request.clip: result.latents for result in results}
+    latents = {result.request.key: result.latents for result in results}
     seams = []
     for k, number in enumerate(filler.samples):
         added = latents[str(number)][window.finished : len(window.frames)]

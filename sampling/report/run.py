@@ -15,7 +15,8 @@ from ...data.shards.format import family_of
 from ...errors import BadInput
 from ...files import write_atomically
 from ...progress import show_progress
-from ..schedules.language import SOLVERS, Schedule, parse
+from ..schedules.language import Schedule, parse
+from ..schedules.solvers import SOLVERS
 from ..sweep.measures import Measure, Row, front_of
 from ..sweep.results import Sweep, read_sweep
 from .film import Strip, draw_film

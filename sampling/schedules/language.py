@@ -1,8 +1,8 @@
-"""The text of a schedule: read with its mistakes pointed at, written in one canonical form.
+"""The text of a schedule: reads it, points at mistakes, and writes it in one canonical form.
 
     SOLVER:STEPS[(key=value,…)][+MOVE[(key=value,…)]]…      e.g. ddpm:50+resample(n=4)
 
-What the solvers and moves do, and what they cost, `schedules` says.
+What the solvers do is in `solvers`, what the moves do in `program`.
 """
 
 from __future__ import annotations
@@ -15,72 +15,22 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 from ...errors import BadInput
+from .options import Option, Options, Value, share, whole
+from .solvers import SOLVERS
 
-Value = int | str | Decimal
 T = TypeVar("T", bound=Value)
 
+_JUMP: Options = {"length": whole(1), "times": whole(1), "below": share("1")}
 
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One `key=value` of a solver or a move."""
-
-    read: Callable[[str], Value]
-    """The value that a text stands for; ValueError where it is none."""
-    wants: str
-    """What may be written, for an error's remedy."""
-    default: Value | None = None
-    """The value where none is given; None makes the option required."""
-
-
-def _whole(least: int) -> Option:
-    def read(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,6}", text) or int(text) < least:
-            raise ValueError(text)
-        return int(text)
-
-    return Option(read, f"a whole number, {least} or more, of at most six digits")
-
-
-def _share(default: str | None = None) -> Option:
-    def read(text: str) -> Decimal:
-        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or Decimal(text) > 1:
-            raise ValueError(text)
-        return Decimal(text)
-
-    return Option(read, "a number from 0 to 1", default and Decimal(default))
-
-
-def _one_of(*choices: str) -> Option:
-    def read(text: str) -> str:
-        if text not in choices:
-            raise ValueError(text)
-        return text
-
-    return Option(read, " or ".join(choices), default=choices[0])
-
-
-Options = Mapping[str, Option]
-
-_SPACING: Options = {"spacing": _one_of("trailing", "leading")}
-_JUMP: Options = {"length": _whole(1), "times": _whole(1), "below": _share("1")}
-_RESAMPLE: Options = {"n": _whole(0), "below": _share("1")}
-
-SOLVERS: dict[str, Options] = {
-    "ddpm": {"variance": _one_of("small", "large"), **_SPACING},
-    "ddim": {"eta": _share("0"), **_SPACING},
-    "dpmpp": _SPACING,
-    "heun": _SPACING,
-    "euler": _SPACING,
-}
 MOVES: dict[str, Options] = {
-    "resample": _RESAMPLE,
+    "resample": {"n": whole(0), "below": share("1")},
     "jump": _JUMP,
     "travel": _JUMP,
-    "restart": {"low": _share(), "high": _share(), "times": _whole(1), "steps": _whole(1)},
+    "restart": {"low": share(), "high": share(), "times": whole(1), "steps": whole(1)},
     "inject": {},
     "ablate_clamp": {},
 }
-SWITCHES = ("inject", "ablate_clamp")  # hold for the whole schedule, wherever they are written
+SWITCHES = ("inject", "ablate_clamp")  # apply to the whole schedule, wherever they are written
 REPEATABLE = ("restart",)
 
 
@@ -104,45 +54,45 @@ class Term:
         return self.name + self.written_options()
 
     def written_options(self) -> str:
-        """The options that are not at their defaults, in brackets; empty where all are."""
-        declared = (SOLVERS | MOVES)[self.name]
+        """The options that differ from their defaults, in brackets; "" if none does."""
+        declared = _OPTIONS[self.name]
         given = [f"{k}={_written(v)}" for k, v in self.options if v != declared[k].default]
         return f"({','.join(given)})" if given else ""
 
 
 def _written(value: Value) -> str:
-    """A number without zeros that say nothing, and never with an exponent."""
+    """The text of a value: no trailing zeros, no exponent."""
     return f"{value.normalize():f}" if isinstance(value, Decimal) else str(value)
 
 
 @dataclasses.dataclass(frozen=True)
-class Preset:
+class MovePreset:
     """A name under which a move is known elsewhere."""
 
+    move: str
     options: Options
-    means: Callable[[Term], Term]
+    means: Callable[[Term], tuple[tuple[str, Value], ...]] = lambda term: term.options
+    """The options of the move."""
 
 
-def _also(move: str) -> Preset:
-    return Preset(MOVES[move], lambda term: Term(move, term.options))
+def _fewer_by_one(term: Term) -> tuple[tuple[str, Value], ...]:
+    return ("n", term.get("R", int) - 1), ("below", term["below"])
 
 
-def _fewer_by_one(term: Term) -> Term:
-    return Term("resample", (("n", term.get("R", int) - 1), ("below", term["below"])))
-
-
-PRESETS: dict[str, Preset] = {
-    "paper": _also("resample"),
-    "ramvid": Preset({"R": _whole(1), "below": _share("1")}, _fewer_by_one),
-    "repaint": _also("jump"),
-    "ddnm": _also("travel"),
+MOVE_PRESETS: dict[str, MovePreset] = {
+    "paper": MovePreset("resample", MOVES["resample"]),
+    "ramvid": MovePreset("resample", {"R": whole(1), "below": share("1")}, _fewer_by_one),
+    "repaint": MovePreset("jump", MOVES["jump"]),
+    "ddnm": MovePreset("travel", MOVES["travel"]),
 }
-_WRITABLE = MOVES | {name: preset.options for name, preset in PRESETS.items()}
+_SOLVER_OPTIONS = {name: solver.options for name, solver in SOLVERS.items()}
+_OPTIONS = _SOLVER_OPTIONS | MOVES
+_MOVE_OPTIONS = MOVES | {name: preset.options for name, preset in MOVE_PRESETS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What `parse` reads; `str` writes it in canonical form, without options at their defaults."""
+    """A schedule as `parse` reads it; `str` gives its canonical form, without default options."""
 
     solver: Term
     steps: int
@@ -165,13 +115,13 @@ def parse(text: str) -> Schedule:
         BadInput: `text` is no schedule; the message points at the place and gives a remedy.
     """
     first, *rest = text.split("+")
-    solver, steps = _read_term(text, 0, first, SOLVERS)
+    solver, steps = _read_term(text, 0, first, _SOLVER_OPTIONS)
     start, moves = len(first) + 1, list[Term]()
     for piece in rest:
-        move, _ = _read_term(text, start, piece, _WRITABLE)
+        move, _ = _read_term(text, start, piece, _MOVE_OPTIONS)
         name = move.name
-        if name in PRESETS:
-            move = PRESETS[name].means(move)
+        if preset := MOVE_PRESETS.get(name):
+            move = Term(preset.move, preset.means(move))
         once = move.name not in REPEATABLE
         if once and move.name in (before.name for before in moves):
             raise mistake(text, start, len(name), f"give {move.name} once")
@@ -182,7 +132,7 @@ def parse(text: str) -> Schedule:
 
 
 def impossible(schedule: Schedule, term: Term, key: str, remedy: str) -> BadInput:
-    """An option, or "steps" of the solver, that no program can have: pointed at where it stands."""
+    """An error that points at an option, or at the solver's "steps", that no program can have."""
     text = str(schedule)
     pieces = text.split("+")
     index = 0 if term is schedule.solver else 1 + schedule.moves.index(term)
@@ -194,7 +144,7 @@ def impossible(schedule: Schedule, term: Term, key: str, remedy: str) -> BadInpu
 
 
 def mistake(text: str, at: int, length: int, remedy: str) -> BadInput:
-    """What is wrong with a schedule's text: the place underlined, with what to do about it."""
+    """An error that underlines a place in a schedule's text and gives the remedy."""
     caret = " " * at + "^" * max(1, length)
     return BadInput(f"cannot read this schedule\n  {text}\n  {caret} {remedy}")
 
@@ -211,7 +161,7 @@ def _read_term(text: str, start: int, piece: str, known: Mapping[str, Options]) 
     name = match["name"]
     if name not in known:
         raise mistake(text, start, len(name), _choices(known, near=name))
-    steps = _read_steps(text, start, match, wanted=known is SOLVERS)
+    steps = _read_steps(text, start, match, wanted=known is _SOLVER_OPTIONS)
     if match.end() < len(piece):
         after = piece[match.end() :]
         remedy = "close the bracket" if after.startswith("(") else "remove this"
@@ -262,11 +212,11 @@ def _usage(match: re.Match[str], declared: Options) -> str:
     if not declared:
         return f"{name} has no options: leave the brackets out"
     written = f"{name}{match['colon'] or ''}({','.join(f'{key}=…' for key in declared)})"
-    return f"write {written}, where {describe_options(declared)}"
+    return f"write {written}, where {_describe_options(declared)}"
 
 
-def describe_options(declared: Options) -> str:
-    """What each option may be, and what it is where it is left out."""
+def _describe_options(declared: Options) -> str:
+    """What each option may be, and its default."""
 
     def describe(key: str, option: Option) -> str:
         unless = "" if option.default is None else f" ({_written(option.default)} if left out)"
@@ -279,6 +229,6 @@ def _choices(known: Mapping[str, Any], near: str = "") -> str:
     guess = difflib.get_close_matches(near, known, n=1)
     if guess:
         return f"did you mean {guess[0]}?"
-    if known is SOLVERS:
+    if known is _SOLVER_OPTIONS:
         return f"begin with SOLVER:STEPS; the solvers are {', '.join(known)}"
     return f"write MOVE(key=value); the moves are {', '.join(known)}"

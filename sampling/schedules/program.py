@@ -1,22 +1,11 @@
-"""Sampling schedules: a text that a person writes, compiled to a finite list of moves.
+"""Sampling schedules: a text that a person writes, compiled to a finite list of transitions.
 
     SOLVER:STEPS[(key=value,…)][+MOVE[(key=value,…)]]…      e.g. ddpm:50+resample(n=4)
 
 The plain walk goes down STEPS levels to the clean state. Each move adds detours to it: from a level
-that the walk has just reached up again and back down. Detours start nowhere but on the plain walk,
-so what a schedule costs is the sum of what its moves cost.
+that the walk has just reached up again and back down. Detours start only from the plain walk, so
+the cost of a schedule is the sum of the costs of its moves.
 
-Solvers, one network evaluation a step unless it says so
-    ddpm    ancestral sampling (Ho et al. 2020); variance=small (the default, the paper's Eq. 3)
-            or variance=large (RaMViD's)
-    ddim    eta=0 the deterministic sampler (the default), eta=1 ddpm's with the small variance
-            (Song et al. 2021)
-    dpmpp   DPM-Solver++ (2M) (Lu et al. 2022b): second order from the last two clean estimates;
-            first order at the start, after every UP, and down to the clean state
-    heun    Heun's method: second order by two evaluations a step, but one down to the clean state
-            (as Karras et al. 2022, Algorithm 1, but in the time of a rectified flow)
-    euler   Euler's method: along the line of a rectified flow (Liu et al. 2022), and the same as
-            ddim's step in either scale
 Moves
     resample(n=K)            the paper's resampling: after each step, the last one included, K times
                              noise the state again and denoise it again
@@ -33,7 +22,7 @@ Moves
                              replaced by the known latents, noised to the level
     ablate_clamp             for ablation: clamp every clean estimate to [−1, 1], as code for pixels
                              does, in the units that the process diffuses
-below=t, of resample, jump and travel, leaves out detours that rise above t.
+below=t, an option of resample, jump and travel, leaves out detours that rise above t.
 Presets
     paper(n=K) is resample(n=K); ramvid(R=K) is resample(n=K−1): RaMViD counts denoisings, not
     repetitions; repaint is jump; ddnm is travel.
@@ -60,27 +49,15 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from ...errors import BadInput
-from .language import SOLVERS, Schedule, Term, impossible, parse
-
-__all__ = [
-    "CLEAN",
-    "SOLVERS",
-    "Kind",
-    "Move",
-    "Program",
-    "Schedule",
-    "Term",
-    "compile_schedule",
-    "parse",
-    "spaced_timesteps",
-]
+from .language import Schedule, Term, impossible
+from .solvers import SOLVERS
 
 CLEAN = -1  # the timestep of a state without noise
-LONGEST = 1_000_000  # moves of a program
+LONGEST = 1_000_000  # transitions of a program
 
 
 class Kind(StrEnum):
-    """What a move does to the state."""
+    """What a transition does to the state."""
 
     DOWN = "down"  # evaluate the network, then a solver's step to a less noisy level
     UP = "up"  # noise again, to a noisier level
@@ -88,42 +65,42 @@ class Kind(StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Move:
-    """One transition between two timesteps: T − 1 is the noisiest, −1 is clean."""
+class Transition:
+    """A transition between two timesteps: T − 1 is the noisiest, −1 is clean."""
 
     kind: Kind
     source: int
     target: int
     order: int = 0
-    """Of the solver, on a way DOWN: 1 or 2."""
+    """Of the solver's step, for DOWN: 1 or 2."""
     evaluations: int = 0
-    """Network calls that it takes."""
+    """Network evaluations that it takes."""
     afresh: bool = False
-    """On a way UP: from the last clean estimate, with fresh noise, not from the state."""
+    """For UP: noise the last clean estimate, not the state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A schedule compiled for a number of timesteps: all its moves, in order, ending clean."""
+    """A schedule compiled for a number of timesteps: its transitions in order, ending clean."""
 
     schedule: Schedule
     timesteps: int
-    moves: tuple[Move, ...]
+    transitions: tuple[Transition, ...]
 
     @functools.cached_property
     def nfe(self) -> int:
-        """Network evaluations per clip."""
-        return sum(move.evaluations for move in self.moves)
+        """Network evaluations of one trajectory."""
+        return sum(transition.evaluations for transition in self.transitions)
 
     def count(self, kind: Kind) -> int:
-        """The moves of this kind."""
-        return sum(move.kind is kind for move in self.moves)
+        """How many transitions are of this kind."""
+        return sum(transition.kind is kind for transition in self.transitions)
 
     @property
     def levels(self) -> list[int]:
-        """Every level that the state is at, one after another; INJECT stays where it is."""
-        changes = (move.target for move in self.moves if move.kind is not Kind.INJECT)
-        return [self.moves[0].source, *changes]
+        """The levels that the state passes, in order; INJECT does not change the level."""
+        changes = (each.target for each in self.transitions if each.kind is not Kind.INJECT)
+        return [self.transitions[0].source, *changes]
 
 
 class _Leg(NamedTuple):
@@ -138,10 +115,10 @@ _Detour = tuple[int, list[_Leg]]  # the index of the level that it starts from, 
 
 
 def compile_schedule(schedule: Schedule, timesteps: int = 1000) -> Program:
-    """All moves of a schedule for a process of `timesteps` timesteps.
+    """All transitions of a schedule for a process of `timesteps` timesteps.
 
     Raises:
-        BadInput: the schedule cannot be walked on so many timesteps, or is endless to all intents.
+        BadInput: the schedule does not fit so few timesteps, or has over `LONGEST` transitions.
     """
     if schedule.steps > timesteps:
         remedy = f"the model was trained with {timesteps} timesteps: give at most {timesteps}"
@@ -159,7 +136,7 @@ def compile_schedule(schedule: Schedule, timesteps: int = 1000) -> Program:
     walk: list[_Leg] = []
     for index, (high, low) in enumerate(itertools.pairwise(levels), start=1):
         walk += [_Leg(high, low), *starting[index]]
-    return Program(schedule, timesteps, tuple(_moves(schedule, walk)))
+    return Program(schedule, timesteps, tuple(_transitions(schedule, walk)))
 
 
 def spaced_timesteps(steps: int, timesteps: int, spacing: str = "trailing") -> list[int]:
@@ -232,17 +209,17 @@ def _timestep(term: Term, key: str, timesteps: int) -> Decimal:
     return term.get(key, Decimal) * timesteps - 1
 
 
-def _moves(schedule: Schedule, walk: Sequence[_Leg]) -> Iterator[Move]:
-    solver, injects = schedule.solver.name, schedule.has("inject")
-    fresh = True  # whether no clean estimate is of this very way down
+def _transitions(schedule: Schedule, walk: Sequence[_Leg]) -> Iterator[Transition]:
+    solver, injects = SOLVERS[schedule.solver.name], schedule.has("inject")
+    after_down = False
     for source, target, afresh in walk:
         rises = target > source
         if rises:
-            yield Move(Kind.UP, source, target, afresh=afresh)
+            yield Transition(Kind.UP, source, target, afresh=afresh)
         else:
-            second = target != CLEAN and (solver == "heun" or (solver == "dpmpp" and not fresh))
-            evaluations = 2 if second and solver == "heun" else 1
-            yield Move(Kind.DOWN, source, target, 1 + second, evaluations)
+            order = solver.order_of_step(target == CLEAN, after_down)
+            evaluations = solver.evaluations if order == 2 else 1
+            yield Transition(Kind.DOWN, source, target, order, evaluations)
         if injects and (afresh or not rises):
-            yield Move(Kind.INJECT, target, target)
-        fresh = rises
+            yield Transition(Kind.INJECT, target, target)
+        after_down = not rises

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,21 @@ from ...errors import BadInput
 from ...files import write_atomically
 from . import program as programs
 from .language import parse
-from .program import CLEAN, Kind, Move, Program, compile_schedule
+from .program import CLEAN, Kind, Program, Transition, compile_schedule
+from .solvers import SOLVERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def _describe_solvers() -> str:
+    """The solvers' part of the help."""
+    lines = ["Solvers, one network evaluation a step unless it says so"]
+    for name, solver in SOLVERS.items():
+        lines += textwrap.wrap(
+            solver.description, 100, initial_indent=f"    {name:8}", subsequent_indent=" " * 12
+        )
+    return "\n".join(lines)
 
 
 EXAMPLES = f"""examples:
@@ -29,7 +41,9 @@ EXAMPLES = f"""examples:
   vidfill schedule 'ddim:250(spacing=leading)+jump(length=10,times=10)+inject' --png jumps.png
   vidfill schedule 'dpmpp:20+restart(low=0.2,high=0.4,times=2,steps=5)' --json
 
-{programs.__doc__}"""
+{programs.__doc__}
+{_describe_solvers()}
+"""
 
 COLUMNS, ROWS = 72, 14  # characters of the plot in the terminal
 DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of a Braille character
@@ -146,7 +160,7 @@ def draw(program: Program) -> bytes:
 
     from ..figure_style import DPI, FAINT, STYLE
 
-    walk = [move for move in program.moves if move.kind is not Kind.INJECT]
+    walk = [each for each in program.transitions if each.kind is not Kind.INJECT]
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure(figsize=(7.2, 2.9), dpi=DPI, layout="constrained")
         axes = figure.subplots()
@@ -167,7 +181,7 @@ def draw(program: Program) -> bytes:
         return content.getvalue()
 
 
-def _draw_walk(axes: Axes, walk: Sequence[Move]) -> None:
+def _draw_walk(axes: Axes, walk: Sequence[Transition]) -> None:
     from matplotlib.collections import LineCollection
 
     from ..figure_style import FAMILY_LOOKS

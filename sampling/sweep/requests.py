@@ -45,7 +45,7 @@ def noise_key(clip: str, completion: int) -> str:
 
 def task_of(request: Request) -> Task:
     """What a request of `make_requests` does."""
-    clip, _, completion = request.clip.partition(".")
+    clip, _, completion = request.key.partition(".")
     return Task(request.name, clip, int(completion or 0))
 
 

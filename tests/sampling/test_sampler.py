@@ -15,7 +15,7 @@ from vidfill.modeling.autoencoder import Autoencoder
 from vidfill.modeling.denoiser import Denoiser
 from vidfill.sampling.capacity import CAPACITY, find_capacity, largest_batch
 from vidfill.sampling.examples import condition_of, inpaint, known_of
-from vidfill.sampling.sampler import Request, Result, sample
+from vidfill.sampling.sampler import Completion, Request, sample
 from vidfill.sampling.schedules.language import parse
 from vidfill.sampling.schedules.program import compile_schedule
 
@@ -36,9 +36,9 @@ CLIPS = ["a", "bb", "ccc"]
 
 def run(
     denoiser: Denoiser, requests: Sequence[Request], capacity: int, padded: bool = False
-) -> dict[str, Result]:
+) -> dict[str, Completion]:
     results = sample(denoiser, requests, capacity=capacity, seed=1, padded=padded)
-    return {f"{result.request.clip} {result.request.name}": result for result in results}
+    return {f"{result.request.key} {result.request.name}": result for result in results}
 
 
 def requests_for(
@@ -57,7 +57,7 @@ def requests_for(
     ]
 
 
-def assert_same(ours: dict[str, Result], theirs: dict[str, Result]) -> None:
+def assert_same(ours: dict[str, Completion], theirs: dict[str, Completion]) -> None:
     assert ours.keys() == theirs.keys()
     for name, result in ours.items():
         torch.testing.assert_close(result.latents, theirs[name].latents, rtol=1e-4, atol=1e-4)
@@ -65,7 +65,7 @@ def assert_same(ours: dict[str, Result], theirs: dict[str, Result]) -> None:
 
 def test_batched_equals_alone(denoiser: Denoiser, make_example: MakeExample) -> None:
     requests = requests_for(denoiser, make_example, MIXED, CLIPS)
-    alone: dict[str, Result] = {}
+    alone: dict[str, Completion] = {}
     for request in requests:
         alone |= run(denoiser, [request], capacity=1)
     assert len(alone) == len(requests)

@@ -8,8 +8,10 @@ from diffusers import DDIMScheduler, RePaintScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vidfill.errors import BadInput
-from vidfill.sampling.schedules.language import MOVES, PRESETS, SOLVERS, SWITCHES, Option, parse
+from vidfill.sampling.schedules.language import MOVE_PRESETS, MOVES, SWITCHES, parse
+from vidfill.sampling.schedules.options import Options
 from vidfill.sampling.schedules.program import CLEAN, Kind, compile_schedule, spaced_timesteps
+from vidfill.sampling.schedules.solvers import SOLVERS
 
 T = 1000
 
@@ -59,7 +61,7 @@ def canonical_texts(draw: st.DrawFn) -> str:
     return "+".join(pieces)
 
 
-def texts_of(declared: dict[str, Option]) -> st.SearchStrategy[str]:
+def texts_of(declared: Options) -> st.SearchStrategy[str]:
     """Brackets with any of the options, right or wrong."""
     values = ["0", "1", "4", "0.5", "1.5", "-1", "large", "leading", "", "x", "1e3"]
     entries = st.tuples(st.sampled_from([*declared, "n", ""]), st.sampled_from(values))
@@ -67,11 +69,10 @@ def texts_of(declared: dict[str, Option]) -> st.SearchStrategy[str]:
     return st.one_of(st.just(""), lists.map("({})".format))
 
 
-names = list(SOLVERS | MOVES) + list(PRESETS) + ["dim", "", "+", "(", ":5"]
+OPTIONS = {name: solver.options for name, solver in SOLVERS.items()} | MOVES
+names = [*OPTIONS, *MOVE_PRESETS, "dim", "", "+", "(", ":5"]
 jumbles = st.lists(
-    st.sampled_from(names).flatmap(
-        lambda name: texts_of(dict((SOLVERS | MOVES).get(name, {}))).map(name.__add__)
-    ),
+    st.sampled_from(names).flatmap(lambda name: texts_of(OPTIONS.get(name, {})).map(name.__add__)),
     max_size=4,
 ).map("+".join)
 
@@ -256,12 +257,12 @@ def test_a_program_walks_from_its_top_to_clean_in_touching_moves(text: str, time
     program = compile_schedule(schedule, timesteps)
     spacing = schedule.solver.get("spacing", str)
     levels = [*spaced_timesteps(schedule.steps, timesteps, spacing), CLEAN]
-    assert program.moves[0].source == levels[0]
+    assert program.transitions[0].source == levels[0]
     assert spacing == "leading" or levels[0] == timesteps - 1
-    walk = [move for move in program.moves if move.kind is not Kind.INJECT]
+    walk = [move for move in program.transitions if move.kind is not Kind.INJECT]
     assert walk[-1].target == CLEAN
     assert set(program.levels) >= set(levels)
-    assert all(a.target == b.source for a, b in itertools.pairwise(program.moves))
+    assert all(a.target == b.source for a, b in itertools.pairwise(program.transitions))
     assert all((move.source > move.target) is (move.kind is Kind.DOWN) for move in walk)
     assert all(CLEAN <= level < timesteps for level in program.levels)
 
@@ -269,7 +270,7 @@ def test_a_program_walks_from_its_top_to_clean_in_touching_moves(text: str, time
 @examples
 @given(canonical_texts())
 def test_known_latents_follow_every_down_and_what_rises_from_a_clean_estimate(text: str) -> None:
-    moves = compile_schedule(parse(text)).moves
+    moves = compile_schedule(parse(text)).transitions
     injected = [before for before, move in itertools.pairwise(moves) if move.kind is Kind.INJECT]
     wanted = [move for move in moves if move.kind is Kind.DOWN or move.afresh]
     assert injected == (wanted if "inject" in text else [])
@@ -280,7 +281,9 @@ def test_known_latents_follow_every_down_and_what_rises_from_a_clean_estimate(te
 @given(canonical_texts())
 def test_second_order_needs_a_state_with_noise_and_of_multisteps_a_history(text: str) -> None:
     solver = text.split(":")[0]
-    walk = [move for move in compile_schedule(parse(text)).moves if move.kind is not Kind.INJECT]
+    walk = [
+        move for move in compile_schedule(parse(text)).transitions if move.kind is not Kind.INJECT
+    ]
     for before, move in itertools.pairwise([None, *walk]):
         after_down = before is not None and before.kind is Kind.DOWN
         second = {"dpmpp": after_down, "heun": True}.get(solver, False) and move.target != CLEAN
@@ -293,13 +296,13 @@ def test_second_order_needs_a_state_with_noise_and_of_multisteps_a_history(text:
 def test_no_detour_rises_above_below(below: str) -> None:
     for move in ("resample(n=3", "jump(length=3,times=2", "travel(length=3,times=2"):
         program = compile_schedule(parse(f"ddim:50+{move},below={below})"))
-        ups = [each.target for each in program.moves if each.kind is Kind.UP]
+        ups = [each.target for each in program.transitions if each.kind is Kind.UP]
         assert all(target + 1 <= Decimal(below) * T for target in ups)
         assert bool(ups) is (below != "0")
 
 
 def test_resampling_noises_and_denoises_again_at_every_level_and_the_last() -> None:
-    moves = compile_schedule(parse("ddim:2+resample(n=2)"), timesteps=4).moves
+    moves = compile_schedule(parse("ddim:2+resample(n=2)"), timesteps=4).transitions
     walked = [(move.kind.value, move.source, move.target) for move in moves]
     high = [("down", 3, 1), ("up", 1, 3), ("down", 3, 1), ("up", 1, 3), ("down", 3, 1)]
     last = [("down", 1, -1), ("up", -1, 1), ("down", 1, -1), ("up", -1, 1), ("down", 1, -1)]
@@ -328,8 +331,8 @@ def test_time_travel_goes_where_jumps_go_but_up_at_once() -> None:
         return [(a, b) for a, b in itertools.pairwise(levels) if a > b]
 
     assert downs(jump.levels) == downs(travel.levels)
-    assert all(m.afresh is (m.kind is Kind.UP) for m in travel.moves)
-    assert not any(m.afresh for m in jump.moves)
+    assert all(m.afresh is (m.kind is Kind.UP) for m in travel.transitions)
+    assert not any(m.afresh for m in jump.transitions)
 
 
 def test_restarts_begin_at_the_nearest_level_and_step_down_evenly() -> None:

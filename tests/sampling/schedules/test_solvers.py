@@ -28,7 +28,7 @@ from vidfill.modeling.noise import DiffusionConfig, alpha_bars
 from vidfill.modeling.unet import VideoUNet
 from vidfill.sampling.sampler import Known, Request, sample
 from vidfill.sampling.schedules.language import parse
-from vidfill.sampling.schedules.program import CLEAN, Kind, Move, Program, compile_schedule
+from vidfill.sampling.schedules.program import CLEAN, Kind, Program, Transition, compile_schedule
 
 MEAN = 0.7
 SHAPE = (4, 4, 32, 32)
@@ -91,7 +91,7 @@ def sample_gaussian(schedule: str, std: float) -> Tensor:
     return run(GaussianDenoiser(std), schedule)
 
 
-def program_of(moves: Sequence[Move], timesteps: int, solver: str = "ddim") -> Program:
+def program_of(moves: Sequence[Transition], timesteps: int, solver: str = "ddim") -> Program:
     """A walk that no schedule takes: it need not end clean."""
     return Program(parse(f"{solver}:1"), timesteps, tuple(moves))
 
@@ -228,7 +228,7 @@ def error_between(denoiser: GaussianDenoiser, solver: str, steps: int) -> float:
     top, bottom = (share * denoiser.timesteps // 4 - 1 for share in (3, 1))
     moves = [
         move
-        for move in compile_schedule(parse(f"{solver}:{steps}"), denoiser.timesteps).moves
+        for move in compile_schedule(parse(f"{solver}:{steps}"), denoiser.timesteps).transitions
         if top >= move.source > bottom
     ]
     if solver == "dpmpp":
@@ -295,7 +295,7 @@ def test_stochastic_solvers_reach_the_variance_at_first_order(solver: str, std: 
 
     def variance_reached(steps: int) -> float:
         variance = torch.ones(1, dtype=torch.float64)
-        for move in compile_schedule(parse(f"ddpm:{steps}"), denoiser.timesteps).moves:
+        for move in compile_schedule(parse(f"ddpm:{steps}"), denoiser.timesteps).transitions:
             ends = move.source, move.target
             start = step(0, 0, *ends)
             of_state, of_noise = step(1, 0, *ends) - start, step(0, 1, *ends) - start
@@ -346,19 +346,21 @@ def test_large_variance_is_exact_on_unit_gaussians_and_resampling_leaves_it_so(
     assert float(values.var()) == pytest.approx(variance, rel=4 * math.sqrt(2 / SAMPLES))
 
 
-def down(source: int, target: int) -> Move:
-    return Move(Kind.DOWN, source, target, order=1, evaluations=1)
+def down(source: int, target: int) -> Transition:
+    return Transition(Kind.DOWN, source, target, order=1, evaluations=1)
 
 
-def up(source: int, target: int, afresh: bool = False) -> Move:
-    return Move(Kind.UP, source, target, afresh=afresh)
+def up(source: int, target: int, afresh: bool = False) -> Transition:
+    return Transition(Kind.UP, source, target, afresh=afresh)
 
 
-def run_from(level: int, moves: Sequence[Move], denoiser: GaussianDenoiser, solver: str) -> Tensor:
+def run_from(
+    level: int, moves: Sequence[Transition], denoiser: GaussianDenoiser, solver: str
+) -> Tensor:
     """A walk that begins with states of exactly a level's distribution: noised clean ones."""
     clean = MEAN + denoiser.std * draw(1000)
     known = Known(clean, torch.zeros(4, 1, 32, 32))
-    start = [down(999, level), Move(Kind.INJECT, level, level)]
+    start = [down(999, level), Transition(Kind.INJECT, level, level)]
     program = Program(parse(solver), 1000, (*start, *moves))
     return run(denoiser, program, known=known)
 
@@ -386,7 +388,7 @@ def test_markov_up_leads_from_any_levels_distribution_to_a_noisiers(
 ) -> None:
     denoiser = GaussianDenoiser(std)
     level = max(low, 0)
-    moves = [up(level, high)] if low >= 0 else [Move(Kind.INJECT, -1, -1), up(-1, high)]
+    moves = [up(level, high)] if low >= 0 else [Transition(Kind.INJECT, -1, -1), up(-1, high)]
     values = run_from(level, moves, denoiser, "ddim:1")
     ab = alpha_bars(DDPM)[high]
     assert_moments(values, float(ab.sqrt()) * MEAN, float(denoiser.variance(ab)))
@@ -422,7 +424,7 @@ def test_after_going_up_to_pure_noise_nothing_of_the_way_before_is_left(
 ) -> None:
     denoiser = GaussianDenoiser(0.5, FLOW)
     top = denoiser.timesteps - 1
-    once = compile_schedule(parse(f"{solver}:4"), denoiser.timesteps).moves
+    once = compile_schedule(parse(f"{solver}:4"), denoiser.timesteps).transitions
     twice = program_of([*once, up(CLEAN, top, afresh), *once], denoiser.timesteps, solver)
     start, end = draw(0, SMALL), run(denoiser, f"{solver}:4", SMALL)
     # Every value goes the same way: result = a·start + b.
@@ -439,7 +441,7 @@ def test_known_latents_are_noised_to_the_level_where_the_mask_shows_them() -> No
     mask = torch.zeros(4, 1, 32, 32)
     mask[..., :16] = 0.25  # hidden in part: not known
     known = Known(torch.full(SHAPE, 3.0), mask)
-    moves = [down(999, 499), Move(Kind.INJECT, 499, 499)]
+    moves = [down(999, 499), Transition(Kind.INJECT, 499, 499)]
     values = run(denoiser, program_of(moves, 1000), known=known)
     plain = run(denoiser, program_of(moves[:1], 1000))
     ab = alpha_bars(DDPM)[499]
