@@ -1,114 +1,161 @@
-"""Masks that the user brings: images, arrays or videos beside the videos they belong to."""
+"""Masks that a user brings along with a video: another video, one image, or a folder of images.
+
+`vidfill encode --masks own` and `vidfill inpaint --mask` read them here, by the same rules.
+
+- The hole is white: where the largest of red, green and blue is at least half of 255, so that what
+  a codec leaves around edges is on its proper side. In an image with a palette the hole is every
+  entry but the first, which is the background, as in the annotations of DAVIS; only where the first
+  entry is white itself is such an image read by its colours. `all_but_zero` makes the hole whatever
+  is not 0 in any image, for annotations that number objects in grey.
+- Masks may be larger or smaller than the video if they have its shape. Each pixel takes the nearest
+  value.
+- There is one mask for each frame, or one image for all. Images named as the video's own images
+  belong to those; a frame without one takes the nearest mask before it, else the nearest after.
+- A mask video has the video's frame rate, if both are constant.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 
-from .encode.sources import Source
 from .videos import (
-    SUFFIXES,
+    IMAGE_SUFFIXES,
     Fit,
     FrameSize,
     Header,
+    Mask,
     UnreadableVideo,
+    decode_frames,
     fit_mask,
     list_frames,
     open_image,
-    read_frames,
     read_header,
+    upright_rgb,
 )
 
-HOLE_ABOVE = 127  # of 255; compression blurs a mask
-
-Hole = UInt8[np.ndarray, "height width"]
-
-
-def _read_masks(
-    source: Source, first: int, size: FrameSize | None, fit: Fit
-) -> Generator[Hole, None, None]:
-    """A source's own masks from frame `first` on, 1 in the hole, as large as its frames become."""
-    header = read_header(source.path)
-    masks = _check_masks(source, header)
-    size = size or FrameSize(header.width, header.height)
-    if isinstance(masks, list):
-        for image, used in itertools.groupby(masks[first:]):
-            hole = _load_hole(image, source.annotated)
-            _check_shape(hole.shape[1], hole.shape[0], header)
-            yield from itertools.repeat(fit_mask(hole, size, fit), len(list(used)))
-    else:
-        with _naming(masks), contextlib.closing(read_frames(masks, first=first)) as frames:
-            for pixels in frames:
-                yield fit_mask((pixels.max(axis=-1) > HOLE_ABOVE).astype(np.uint8), size, fit)
+WHITE = 128  # of 255
+SAME_RATE = Fraction(1, 2000)  # relative: 23.976 is 24000/1001, 24 is not
+LOSSY_IMAGES = ("JPEG", "WEBP")
 
 
-def _check_masks(source: Source, header: Header) -> Path | list[Path]:
-    """The source's mask video, or one image for each of its frames; all that fits is checked.
+@dataclass(frozen=True)
+class OwnMasks:
+    """Where a video's masks are, and what they have to fit."""
 
-    Raises:
-        UnreadableVideo: there are none, or they are not of as many frames or of another shape.
-    """
-    masks = source.masks
-    if masks is None:
-        raise UnreadableVideo("it has no masks of its own")
-    if not masks.is_dir() and masks.suffix.lower() in SUFFIXES:
-        with _naming(masks):
-            found = read_header(masks)
-        _check_count(found.frames, header)
-        _check_shape(found.width, found.height, header)
-        return masks
-    images = _images_by_frame(source, header) if masks.is_dir() else [masks] * header.frames
-    with open_image(images[0]) as image:
-        _check_shape(image.width, image.height, header)
-    return images
+    path: Path
+    video: Header
+    frame_names: Sequence[str] = ()  # of a video that is a folder of images, without suffixes
+    part: range | None = None  # frames that masks may be for, if not for all
+    compare_rates: bool = False  # a mask video must have the video's frame rate
+    all_but_zero: bool = False  # the masks are annotations
 
+    def check(self) -> None:
+        """Read a first mask, and compare what the files' headers say with the video.
 
-@contextlib.contextmanager
-def _naming(masks: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnreadableVideo as error:
-        raise UnreadableVideo(f"of its masks {masks.name}: {error}") from error
+        Raises:
+            UnreadableVideo: the masks cannot be read, or do not fit the video.
+        """
+        with contextlib.closing(self.read()) as masks:
+            next(masks)
 
+    def read(
+        self, size: FrameSize | None = None, fit: Fit = "crop", first: int = 0
+    ) -> Generator[Mask, None, None]:
+        """The masks, upright, 1 in the hole, one for each frame, in memory one at a time.
 
-def _images_by_frame(source: Source, header: Header) -> list[Path]:
-    """One image for each frame out of a folder of masks: by the frames' names, or by order."""
-    assert source.masks is not None
-    with _naming(source.masks):
-        images = {image.stem: image for image in list_frames(source.masks)}
-    frames = [image.stem for image in list_frames(source.path)] if source.path.is_dir() else []
-    if images.keys().isdisjoint(frames):
-        _check_count(len(images), header)
-        return list(images.values())
-    if stray := images.keys() - set(frames):
-        raise UnreadableVideo(f"its mask {min(stray)} has no frame of that name")
-    nearest = next(images[name] for name in frames if name in images)
-    return [nearest := images.get(name, nearest) for name in frames]
+        Args:
+            size: what they are brought to, as `videos.read_frames` does it; None is the video's.
+            fit: see there.
+            first: the frame of the video to begin with.
 
+        Raises:
+            UnreadableVideo: the masks cannot be read, or do not fit the video.
+        """
+        size = size or FrameSize(self.video.width, self.video.height)
+        try:
+            if self.path.is_dir() or self.path.suffix.lower() in IMAGE_SUFFIXES:
+                for image, repeated in itertools.groupby(self._images_by_frame()[first:]):
+                    mask = fit_mask(self._load(image), size, fit)
+                    yield from itertools.repeat(mask, len(list(repeated)))
+            else:
+                for frame in itertools.islice(decode_frames(self.path), self._skip(first), None):
+                    values = upright_rgb(frame).max(axis=-1)
+                    lossless = not frame.format.name.startswith("yuv")
+                    yield fit_mask(_find_white(values, lossless, "it"), size, fit)
+        except UnreadableVideo as error:
+            raise UnreadableVideo(f"its masks {self.path.name}: {error}") from error
 
-def _check_count(found: int, header: Header) -> None:
-    if found != header.frames:
-        raise UnreadableVideo(f"it has {header.frames} frames, its masks have {found}")
+    def _images_by_frame(self) -> list[Path]:
+        if not self.path.is_dir():
+            return [self.path] * self.video.frames
+        listed = list_frames(self.path)
+        named = {image.stem: image for image in listed}
+        if named.keys().isdisjoint(self.frame_names):
+            return listed[:1] * self._find_first(len(listed)) + listed
+        if stray := named.keys() - set(self.frame_names):
+            raise UnreadableVideo(f"no frame has the name {min(stray)}")
+        nearest = next(named[name] for name in self.frame_names if name in named)
+        return [nearest := named.get(name, nearest) for name in self.frame_names]
 
-
-def _check_shape(width: int, height: int, header: Header) -> None:
-    # A smaller copy has its sides rounded to whole pixels.
-    if abs(width * header.height - height * header.width) > max(
-        header.width, header.height, width, height
-    ):
+    def _find_first(self, masks: int) -> int:
+        """The frame that the first of so many masks is for."""
+        if masks == self.video.frames:
+            return 0
+        if self.part and masks == len(self.part):
+            return self.part.start
         raise UnreadableVideo(
-            f"it is {header.width}x{header.height}, its mask {width}x{height}, another shape"
+            f"there are {masks} for {len(self.part or range(self.video.frames))} frames: "
+            "give one for each frame, or one image for all"
         )
 
+    def _load(self, path: Path) -> Mask:
+        with open_image(path) as image:
+            self._refuse_other_shape(image.width, image.height)
+            palette = image.getpalette()
+            if palette and (self.all_but_zero or max(palette[:3]) < WHITE):
+                return (np.asarray(image) > 0).astype(np.uint8)
+            is_wide = image.mode.startswith("I;16")
+            values = np.asarray(image if is_wide else image.convert("RGB"))
+            is_lossless = image.format not in LOSSY_IMAGES
+        if self.all_but_zero:
+            return (values.reshape(*values.shape[:2], -1).max(axis=-1) > 0).astype(np.uint8)
+        brightest = values >> 8 if is_wide else values.max(axis=-1)
+        return _find_white(brightest, is_lossless, path.name)
 
-def _load_hole(path: Path, annotated: bool) -> Hole:
-    with open_image(path) as image:
-        indexed = image.mode == "P"
-        values = np.asarray(image if indexed else image.convert("RGB"))
-    highest = values if indexed else values.max(axis=-1)
-    return (highest > (0 if indexed or annotated else HOLE_ABOVE)).astype(np.uint8)
+    def _skip(self, first: int) -> int:
+        """How many frames of a mask video, which fits, come before the one for frame `first`."""
+        header = read_header(self.path)
+        self._refuse_other_shape(header.width, header.height)
+        rate = self.video.fps
+        if self.compare_rates and abs(header.fps / rate - 1) > SAME_RATE:
+            raise UnreadableVideo(
+                f"they have {float(header.fps):.3f} frames per second, the video "
+                f"{float(rate):.3f}: give them the video's rate, or give a folder of images"
+            )
+        return first - self._find_first(header.frames)
+
+    def _refuse_other_shape(self, width: int, height: int) -> None:
+        video = self.video
+        # A smaller copy has its sides rounded to whole pixels.
+        longest = max(video.width, video.height, width, height)
+        if abs(width * video.height - height * video.width) > longest:
+            raise UnreadableVideo(
+                f"they have {width}x{height} pixels, the video {video.width}x{video.height} as it "
+                "is seen, another shape: scale or turn the masks"
+            )
+
+
+def _find_white(brightest: UInt[np.ndarray, "height width"], is_lossless: bool, name: str) -> Mask:
+    # A codec may leave such a 1 in black; nothing else does.
+    if is_lossless and brightest.max() == 1:
+        raise UnreadableVideo(
+            f"{name} holds nothing brighter than 1: white is the hole, so write 255 where it says 1"
+        )
+    return (brightest >= WHITE).astype(np.uint8)

@@ -63,6 +63,7 @@ LEAD = 10  # seconds: longer than what a key frame leaves damaged behind it
 
 Fit = Literal["crop", "resize"]
 Pixels = UInt8[np.ndarray, "height width 3"]
+Mask = UInt8[np.ndarray, "height width"]  # 1 in the hole
 
 
 class UnreadableVideo(Exception):
@@ -329,7 +330,7 @@ def fit_frame(
 
 
 def fit_mask(
-    mask: UInt8[np.ndarray, "height width"], size: FrameSize, fit: Fit
+    mask: Mask, size: FrameSize, fit: Fit
 ) -> UInt8[np.ndarray, "{size.height} {size.width}"]:
     """A mask of a frame, brought to `size` as `fit_frame` brings the frame; the nearest value."""
     import cv2

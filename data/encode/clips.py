@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from ..own_masks import _read_masks
 from ..videos import (
     Fit,
     FrameSize,
     UnreadableVideo,
     clips_of,
     read_frames,
+    read_header,
 )
 from .plan import Piece
 
@@ -60,7 +60,8 @@ def read_clips(
         )
         holes = None
         if own_masks:
-            masks = opened.enter_context(contextlib.closing(_read_masks(source, start, size, fit)))
+            own = source.own_masks(read_header(source.path))
+            masks = opened.enter_context(contextlib.closing(own.read(size, fit, start)))
             holes = clips_of(masks, length, stride, piece.clips)
         made = 0
         for first, frames in clips_of(pixels, length, stride, piece.clips):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from ...files import in_threads
 from ...progress import show_progress
-from ..own_masks import _check_masks
 from ..videos import (
     Header,
     UnreadableVideo,
@@ -76,7 +75,7 @@ def _look(source: Source, length: int, own_masks: bool, frame_rate: float) -> Su
         if header.frames < length:
             raise UnreadableVideo(f"it has {header.frames} frames, a clip has {length}")
         if own_masks:
-            _check_masks(source, header)
+            source.own_masks(header).check()
     except UnreadableVideo as error:
         return Surveyed(source, size, None, str(error))
     return Surveyed(source, size, header)

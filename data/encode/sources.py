@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import BadInput
-from ..videos import (
-    IMAGE_SUFFIXES,
-    SUFFIXES,
-    list_images,
-)
+from ..own_masks import OwnMasks
+from ..videos import IMAGE_SUFFIXES, SUFFIXES, Header, UnreadableVideo, list_frames, list_images
 
 SPLITS = {
     "train": ("video_train", "train"),
@@ -48,6 +45,17 @@ class Source:
     path: Path  # a video file, or a folder of frames
     masks: Path | None = None  # its own masks: a video, one image for all frames, or a folder
     annotated: bool = False  # its masks are annotations, where all but 0 is hole
+
+    def own_masks(self, header: Header) -> OwnMasks:
+        """The masks that came with the video.
+
+        Raises:
+            UnreadableVideo: none did.
+        """
+        if self.masks is None:
+            raise UnreadableVideo("it has no masks of its own")
+        names = [image.stem for image in list_frames(self.path)] if self.path.is_dir() else ()
+        return OwnMasks(self.masks, header, names, all_but_zero=self.annotated)
 
 
 class _Found(NamedTuple):

@@ -24,14 +24,9 @@ from av.video.reformatter import ColorRange
 from jaxtyping import UInt8
 
 from ...data import videos
-from ...data.videos import IMAGE_SUFFIXES, UnreadableVideo
+from ...data.own_masks import OwnMasks
+from ...data.videos import IMAGE_SUFFIXES, Header, Mask, Pixels, UnreadableVideo
 from ...errors import BadInput
-
-Pixels = UInt8[np.ndarray, "height width 3"]
-Mask = UInt8[np.ndarray, "height width"]
-
-WHITE = 128  # half of 255: the ringing of a compressed mask stays well on its side
-SAME_RATE = Fraction(1, 2000)  # relative: 23.976 is 24000/1001, 24 is not
 
 
 @dataclass(frozen=True)
@@ -301,11 +296,11 @@ def read_masked(
     pairs = itertools.zip_longest(
         read_pictures(footage, start), itertools.islice(masks, start, None)
     )
-    for picture, hole in pairs:
-        if picture is None or hole is None:
+    for picture, picture_mask in pairs:
+        if picture is None or picture_mask is None:
             ended = footage.path if picture is None else mask
             raise BadInput(f"{ended} ends early, before frame {footage.frames}: it is damaged")
-        yield picture, hole
+        yield picture, picture_mask
 
 
 def read_masks(
@@ -314,10 +309,8 @@ def read_masks(
     """The masks of a video, upright, one for each frame; 1 is the hole.
 
     Args:
-        mask: a video, an image, a folder of images (whose masks go with the frames of the whole
-            video, or of its trimmed part), or a rectangle "x,y,width,height". White is the hole:
-            where the largest of red, green and blue is half of white or more, so that neither
-            what a codec leaves around edges, nor a palette's colour, misleads.
+        mask: a video, an image or a folder of images, for the frames of the whole video or of its
+            trimmed part, as `data.own_masks` reads them; or a rectangle "x,y,width,height".
         footage: the video.
         invert: whether black is the hole.
         dilate: pixels by which the hole is grown, in every direction.
@@ -325,9 +318,9 @@ def read_masks(
     Raises:
         BadInput: the masks cannot be read, or do not fit the video.
     """
-    for hole in _read_holes(mask, footage):
-        hole = 1 - hole if invert else hole
-        yield cv2.dilate(hole, _disc(dilate)) if dilate else hole
+    for given in _read_given(mask, footage):
+        inverted = 1 - given if invert else given
+        yield cv2.dilate(inverted, _disc(dilate)) if dilate else inverted
 
 
 def check_masks(mask: str, footage: Footage) -> None:
@@ -336,28 +329,41 @@ def check_masks(mask: str, footage: Footage) -> None:
     Raises:
         BadInput: the masks cannot be read, or do not fit the video.
     """
-    with contextlib.closing(_read_holes(mask, footage)) as holes:
-        next(holes)
+    with contextlib.closing(_read_given(mask, footage)) as masks:
+        next(masks)
 
 
 def _disc(radius: int) -> UInt8[np.ndarray, "side side"]:
     return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
 
-def _read_holes(mask: str, footage: Footage) -> Generator[Mask, None, None]:
+def _read_given(mask: str, footage: Footage) -> Generator[Mask, None, None]:
     if re.fullmatch(r"\s*-?\d+(\s*,\s*-?\d+){3}\s*", mask, re.ASCII):
         yield from itertools.repeat(_fill_box(mask, footage), footage.frames)
         return
-    masks = open_footage(Path(mask))
-    still = masks.path.suffix.lower() in IMAGE_SUFFIXES and masks.total == 1
-    _refuse_other(masks, footage, still=still)
-    pictures = read_pictures(masks)
-    if still:
-        yield from itertools.repeat(_find_white(next(pictures)), footage.frames)
-        return
-    skipped = footage.before if masks.frames == footage.total else 0
-    for picture in itertools.islice(pictures, skipped, skipped + footage.frames):
-        yield _find_white(picture)
+    path = Path(mask)
+    if not path.exists():
+        raise BadInput(f"mask is {path}, which does not exist: name a video, an image or a folder")
+    is_folder = footage.path.is_dir()
+    masks = OwnMasks(
+        path,
+        Header(footage.total, footage.height, footage.width, footage.rate),
+        [image.stem for image in videos.list_frames(footage.path)] if is_folder else (),
+        part=range(footage.before, footage.before + footage.frames),
+        compare_rates=_have_constant_rates(path, footage),
+    )
+    try:
+        read = masks.read(fit="resize", first=footage.before)
+        yield from itertools.islice(read, footage.frames)
+    except UnreadableVideo as error:
+        raise BadInput(f"{footage.path}: {error}") from error
+
+
+def _have_constant_rates(mask: Path, footage: Footage) -> bool:
+    """Whether the masks and the video are both files of a constant rate; a cut one is refused."""
+    if mask.is_dir() or mask.suffix.lower() in IMAGE_SUFFIXES:
+        return False
+    return all(file.timed and not file.variable for file in (open_footage(mask), footage))
 
 
 def _fill_box(box: str, footage: Footage) -> Mask:
@@ -371,36 +377,3 @@ def _fill_box(box: str, footage: Footage) -> Mask:
     mask = np.zeros((footage.height, footage.width), np.uint8)
     mask[y : y + height, x : x + width] = 1
     return mask
-
-
-def _refuse_other(masks: Footage, footage: Footage, *, still: bool) -> None:
-    """Raise BadInput where masks cannot be those of this video."""
-    if (masks.height, masks.width) != (footage.height, footage.width):
-        raise BadInput(
-            f"the masks {masks.path} have {masks.width}x{masks.height} pixels, the video "
-            f"{footage.width}x{footage.height} as it is seen: scale or turn the masks"
-        )
-    if still:
-        return
-    if masks.frames not in (footage.frames, footage.total):
-        raise BadInput(
-            f"there are {masks.frames} masks in {masks.path}, and {footage.frames} frames in the "
-            "video: give one for each frame, or one image for all"
-        )
-    stated = masks.timed and footage.timed and not (masks.variable or footage.variable)
-    if stated and abs(masks.rate / footage.rate - 1) > SAME_RATE:
-        raise BadInput(
-            f"the masks {masks.path} have {float(masks.rate):.3f} frames per second, the video "
-            f"{float(footage.rate):.3f}: give the masks the video's rate, or a folder of images"
-        )
-
-
-def _find_white(picture: Picture) -> Mask:
-    brightest = picture.rgb.max(axis=-1)
-    # A codec may leave such a 1 in black; nothing else does.
-    if brightest.max() == 1 and not picture.frame.format.name.startswith("yuv"):
-        raise BadInput(
-            f"the mask of frame {picture.index} holds nothing brighter than 1: "
-            "white is the hole, so write 255 where it says 1"
-        )
-    return (brightest >= WHITE).astype(np.uint8)

@@ -285,22 +285,6 @@ def test_a_compressed_mask_is_read_as_it_was_drawn(tmp_path: Path, crf: str, mos
     assert wrong.sum(axis=(1, 2)).max() <= most
 
 
-def test_a_palettes_dark_red_is_white_enough(tmp_path: Path) -> None:
-    footage = open_footage(make_video(tmp_path / "a.mkv"))
-    image = Image.fromarray(make_masks()[0][..., 0] // 255, "P")
-    image.putpalette([0, 0, 0, 128, 0, 0])  # as DAVIS has it
-    image.save(tmp_path / "m.png")
-    expected = make_masks()[0][..., 0] // 255
-    np.testing.assert_array_equal(read_all_masks(tmp_path / "m.png", footage)[0], expected)
-
-
-def test_masks_of_ones_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    footage = open_footage(make_video(tmp_path / "a.mkv"))
-    ones = [mask[..., 0] // 255 for mask in make_masks()]
-    with pytest.raises(BadInput, match="write 255"):
-        read_all_masks(write_images(tmp_path / "m", ones), footage)
-
-
 def test_dilation_grows_the_hole_by_its_radius(tmp_path: Path) -> None:
     footage = open_footage(make_video(tmp_path / "a.mkv", size=(64, 64)))
     (mask, *_) = read_all_masks("30,20,1,1", footage, dilate=7)
@@ -325,9 +309,9 @@ def test_masks_stand_upright_as_the_video_is_seen(tmp_path: Path) -> None:
 def test_masks_of_another_length_size_or_rate_are_each_one_line(tmp_path: Path) -> None:
     footage = open_footage(make_video(tmp_path / "a.mkv"))
     wrong = {
-        "5 masks": make_video(tmp_path / "short.mkv", 5),
-        "7 masks": write_images(tmp_path / "long", make_masks(7)),
-        "pixels": make_video(tmp_path / "wide.mkv", size=(50, 32)),
+        r"a\.mkv: its masks short\.mkv: there are 5": make_video(tmp_path / "short.mkv", 5),
+        "masks long: there are 7": write_images(tmp_path / "long", make_masks(7)),
+        "another shape": make_video(tmp_path / "wide.mkv", size=(50, 32)),
         "frames per second": make_video(tmp_path / "slow.mkv", rate=24),
         "does not exist": tmp_path / "none.mkv",
         "within the 48x32": "40,0,9,3",
