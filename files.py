@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import FileLock, Timeout
+
 from .errors import BadInput
-
-
-def _try_lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether what is open is what lies at `path` now."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PARTIAL = ".partial-"  # begins the name of what is not yet whole
+_CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # file systems say
 
 
 def locate(root: str) -> str:
@@ -53,50 +38,38 @@ def hide_secrets(text: str) -> str:
 def hold(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Be the one job that writes into a folder, for as long as this lasts.
 
-    It holds the lock of a file there, for network file systems lock no folders, and nothing that is
-    not open for writing. Those that cannot lock hold nobody up.
+    It locks a file there, since network file systems do not lock folders. On a file system without
+    locks it keeps nobody out.
 
     Args:
         folder: It exists.
-        patience: Seconds to wait for the other job's end; a lost node's lock outlives it.
+        patience: Seconds to wait for the other job to end; a lost node's lock outlives it.
 
     Raises:
         BadInput: another job is at work there.
     """
-    path, ends = folder / "job.lock", time.monotonic() + patience
-    held = _lock(path)
-    if held is None and patience > 0:
-        print(f"another job writes into {folder}: waiting {patience:g} s for it", file=sys.stderr)
-    while held is None:
-        if time.monotonic() >= ends:
-            raise BadInput(f"another job writes into {folder}: let it end first")
-        time.sleep(min(1.0, patience))
-        held = _lock(path)
+    path = folder / "job.lock"
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock outlives a killed job for ever
+    try:
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if patience > 0:
+                print(
+                    f"another job writes into {folder}: waiting {patience:g} s for it",
+                    file=sys.stderr,
+                )
+            lock.acquire(timeout=patience, poll_interval=min(1.0, patience or 1.0))
+    except Timeout:
+        raise BadInput(f"another job writes into {folder}: let it end first") from None
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(held)
-
-
-def _lock(path: Path) -> int | None:
-    """The descriptor of a file that nobody else has locked; None where somebody has."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        return descriptor
-    try:
-        is_there = os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        is_there = False
-    if is_there:
-        return descriptor
-    os.close(descriptor)  # of a file that its last holder has just removed
-    return _lock(path)
+        path.unlink(missing_ok=True)  # before it is unlocked, so that nobody holds it meanwhile
+        lock.release()
 
 
 def hash_file(path: Path) -> str:
@@ -113,7 +86,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """A place to write a file or a folder that appears at `path`, flushed, when all went well."""
+    """A place to write a file or folder; it appears at `path`, flushed, if nothing is raised."""
     partial = path.with_name(PARTIAL + path.name)
     _remove(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,13 +120,13 @@ def _flush(path: Path) -> None:
 def in_threads(
     function: Callable[[Item], Result], items: Sequence[Item], threads: int, at_once: int
 ) -> Generator[Result, None, None]:
-    """`map`, by threads that stop at once when the caller does.
+    """`map` by threads, which stop when the caller does.
 
     Args:
-        function: What each item goes through.
-        items: Of any number.
-        threads: That share them.
-        at_once: Items under way, and results waiting, at most.
+        function: Called with each item.
+        items: Any number of them.
+        threads: How many share them.
+        at_once: Most items that are being worked on or have a result that waits.
     """
     from concurrent.futures import ThreadPoolExecutor
 

@@ -36,6 +36,7 @@ setup(
         "deepspeed>=0.18",
         "diffusers>=0.36",
         "einops>=0.8",
+        "filelock>=4",
         "fsspec[http]>=2024.10",
         "huggingface-hub>=0.34",
         "jaxtyping>=0.3",

@@ -120,6 +120,18 @@ def test_one_job_at_a_time_holds_a_folder(tmp_path: Path) -> None:
         pass
     with hold(tmp_path):
         pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with hold(tmp_path), hold(tmp_path):
+        pass
 
 
 def test_a_record_of_a_url_has_no_secrets() -> None:

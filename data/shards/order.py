@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from ...seeding import derive_seed
-from ..storage.follower import Visit
+from ..storage.follower import ShardUse
 
 LANES = 64  # at most: each keeps a block of shards open, and a batch is seldom much larger
 EPOCHS = 3  # tables kept: a batch may hold examples of two, and a downloader is ahead of it
@@ -142,7 +142,7 @@ class Order:
     ) -> frozenset[int]:
         """Lanes that a node's `count` processes read at the positions `first` to `last`.
 
-        The positions are of one stretch of blocks, as `visits` asks for them; the tail is lane
+        The positions are of one stretch of blocks, as `uses` asks for them; the tail is lane
         number `lanes`.
         """
         # Batches inside a stretch repeat their cut when they start at the same lane again. Only
@@ -155,13 +155,13 @@ class Order:
         slots = slots[(slots >= first) & (slots <= last)]
         return frozenset(self._find_lanes(slots % self.examples)[0].tolist())
 
-    def visits(
+    def uses(
         self, position: int, lanes_of: Callable[[int, int], Collection[int]]
-    ) -> Iterator[Visit]:
-        """What is read from `position` on, without end, sorted by `first`.
+    ) -> Iterator[ShardUse]:
+        """The uses of shards from `position` on, without end, sorted by `first`.
 
         Block b of all lanes is one stretch of positions; behind the last one comes the tail. A
-        shard whose examples in a block all lie before `position` is not visited.
+        shard whose examples in a block all lie before `position` is not used.
 
         Args:
             position: The first that is still to be read.
@@ -174,12 +174,12 @@ class Order:
             lanes = lanes_of(start + begin, start + end - 1)
             there = range(self.lanes) if turn < self._laned else [self.lanes]
             found = [
-                visit
+                use
                 for lane in there
                 if lane in lanes
-                for visit in self._visit_block(epoch, lane, number, position)
+                for use in self._block_uses(epoch, lane, number, position)
             ]
-            yield from sorted(found, key=lambda visit: visit.first)
+            yield from sorted(found, key=lambda use: use.first)
             position = start + end
 
     def _find_lanes(
@@ -219,8 +219,8 @@ class Order:
         hashes = hash_numbers(key, np.arange(block.size, dtype=np.int64))
         return block.place + np.argsort(hashes, kind="stable")
 
-    def _visit_block(self, epoch: int, lane: int, number: int, position: int) -> list[Visit]:
-        """Visits of a block's shards from `position` on."""
+    def _block_uses(self, epoch: int, lane: int, number: int, position: int) -> list[ShardUse]:
+        """Uses of a block's shards from `position` on."""
         block, table = self._block(lane, number), self._table(epoch)
         # Not from the cache: who looks ahead would push out what the readers are using.
         places = self._places(epoch, lane, number)
@@ -234,8 +234,8 @@ class Order:
         never = np.iinfo(np.int64).max
         firsts = np.minimum.reduceat(np.where(read >= position, read, never), cuts)
         lasts = np.maximum.reduceat(read, cuts)
-        visits = zip(table.shards[low : high + 1], firsts, lasts, strict=True)
-        return [Visit(*map(int, visit)) for visit in visits if visit[2] >= position]
+        uses = zip(table.shards[low : high + 1], firsts, lasts, strict=True)
+        return [ShardUse(*map(int, use)) for use in uses if use[2] >= position]
 
 
 def _cut(batch_size: int, process: int, count: int, processes: int) -> slice:

@@ -215,14 +215,17 @@ class Stream:
         # With a device one more than are in use, so that a batch's copy may still be under way
         # while the next is being prepared. No more than that: they share the processor's cache.
         pinned = torch.cuda.is_available()
-        free = deque(self._make_buffer(pinned) for _ in range(ahead + 1 + pinned))
+        room = ahead + 1 + pinned
+        free = deque(self._make_buffer(pinned) for _ in range(room))
         pending: deque[tuple[_Buffer, Future[tuple[Batch, list[SkippedExample]]]]] = deque()
         try:
             # A node beyond the batch's last slot has nothing to fetch, however far it looks.
             if self.node.local_process == 0 and self.node.first_process < self.batch_size:
-                store.follow(self.order.visits(first * self.batch_size, self._lanes_of_node))
+                store.follow(self.order.uses(first * self.batch_size, self._lanes_of_node))
             for k in itertools.count(first):
-                store.passed(k * self.batch_size)
+                # Each step waits for the gradients of all processes, but a device may be as many
+                # steps behind its process as there are buffers; others of this node as well.
+                store.passed(max(first, k - room - 1) * self.batch_size)
                 while len(pending) <= ahead:
                     buffer, number = free.popleft(), k + len(pending)
                     pending.append((buffer, pool.submit(self._read, number, buffer, ended)))

@@ -1,35 +1,50 @@
-"""The folder of a node's cache: its entries, failures and locks."""
+"""The folder of a node's cache, which the node's processes share.
+
+    000012-0123456789abcdef/           shard 12 and its index; the digits begin its SHA-256
+    .partial-000012-0123456789abcdef/  the same while it is fetched; its room is taken
+    .lock-000012-0123456789abcdef      held by the thread that fetches it, or waits for room
+    .room                              held for a moment by who takes room
+    .evict                             held by who may remove shards
+
+A shard's folder appears by a rename, so it is whole, and its name says which content it holds: a
+dataset that was encoded again never mixes with the one before it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from filelock import FileLock, Timeout
 
 from ...errors import BadInput
-from ...files import PARTIAL, _is_at, _try_lock
-from .transfer import GaveUp, Stopped, WrongFile
+from ...files import PARTIAL
+from .names import index_name, shard_name
+from .transfer import GaveUp, Remote, Stopped, WrongFile
 
-TICK = 0.02  # seconds between looks at what other processes wrote
+KEPT = 64  # of the largest shards: the bound of a cache that has no size and follows no order
+GRACE = 2.0  # seconds for a caller to open the shard it asked for; it is not removed before
+PATIENCE = 60.0  # seconds without any progress until a cache is called too small
+TICK = 0.02  # seconds between looks at what other processes did
 
 _ENTRY = re.compile(r"(\d{6,})-[0-9a-f]{16}")
-_EVICTED = PARTIAL + "evicted-"
-_FAILED = ".failed-"
-
+_LOCK = ".lock-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_KINDS = {kind.__name__: kind for kind in (BadInput, GaveUp, WrongFile)}
 
 
 @runtime_checkable
-class Table(Protocol):
-    """What a manifest says of its shards, by their numbers."""
+class ShardFiles(Protocol):
+    """What a manifest says of its shards' files, by the shards' numbers."""
 
     @property
     def bytes(self) -> tuple[int, ...]: ...
@@ -38,49 +53,256 @@ class Table(Protocol):
     def sha256(self) -> tuple[str, ...]: ...
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder of the cache, or a file: at once for who looks for it, unless it is in use.
+class Contents(NamedTuple):
+    """The numbers of the shards in a cache."""
 
-    A shard that comes is in use, one that is read is not: its file lives on until it is closed.
-    """
-    gone = folder.with_name(f"{_EVICTED}{os.getpid()}-{threading.get_ident()}-{folder.name}")
-    with contextlib.suppress(FileNotFoundError):
-        if not folder.is_dir():
-            folder.unlink()
-            return
-        descriptor = os.open(folder, os.O_RDONLY)
+    whole: set[int]
+    coming: set[int]  # their room is taken
+    asked: set[int]  # a thread fetches it, or waits for room
+
+
+class CacheFolder:
+    """The shards of one split that are on this node."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        split: str,
+        path: Path,
+        shards: ShardFiles,
+        gigabytes: float,
+        patience: float = PATIENCE,
+        grace: float = GRACE,
+    ) -> None:
+        """The folder exists.
+
+        Args:
+            remote: The folder of splits.
+            split: The one that is kept here.
+            path: Of this split alone.
+            shards: What the manifest says of them.
+            gigabytes: As in `CacheConfig`; 1 is 10^9 bytes.
+            patience: Seconds, as `PATIENCE`.
+            grace: Seconds, as `GRACE`.
+        """
+        self.path, self.shards = path, shards
+        self.bound = round(gigabytes * 1e9)  # bytes; 0 is none
+        self.position: int | None = None  # of this process in the order; None is without an order
+        self._remote, self._split = remote, split
+        self._gigabytes, self._patience, self._grace = gigabytes, patience, grace
+        self._kept = KEPT * max(shards.bytes, default=0)
+
+    def entry(self, number: int) -> Path:
+        """The folder that holds a shard when it is here."""
+        return self.path / f"{number:06}-{self.shards.sha256[number][:16]}"
+
+    def size(self, numbers: Iterable[int]) -> int:
+        """Bytes of some shards."""
+        return sum(self.shards.bytes[number] for number in numbers)
+
+    def room(self, whole: set[int]) -> int:
+        """Bytes that shards may take: the bound, or what the disk has for them."""
+        disk = self.size(whole) + shutil.disk_usage(self.path).free
+        return min(self.bound or disk, disk)
+
+    def contents(self) -> Contents:
+        """What is here of the manifest's shards."""
+        found = Contents(set(), set(), set())
+        kinds = {"": found.whole, PARTIAL: found.coming, _LOCK: found.asked}
+        for name in os.listdir(self.path):
+            prefix, number = self._parse(name)
+            if number is not None:
+                kinds[prefix].add(number)
+        return found._replace(asked=found.asked - found.whole)
+
+    def is_whole(self, number: int) -> bool:
+        """Whether a shard is here; one that lost its end in a crash of the machine is removed."""
+        entry = self.entry(number)
         try:
-            if _try_lock(descriptor, fcntl.LOCK_EX):
-                folder.rename(gone)
-                shutil.rmtree(gone)
-        finally:
-            os.close(descriptor)
+            size = (entry / shard_name(number)).stat().st_size
+        except FileNotFoundError:
+            return False
+        if size != self.shards.bytes[number]:
+            _remove(entry)
+            return False
+        return True
 
+    def remove(self, number: int) -> None:
+        """Remove a shard; who has it open may read on."""
+        _remove(self.entry(number))
 
-def _number_of(name: str) -> int | None:
-    found = _ENTRY.fullmatch(name)
-    return int(found[1]) if found else None
+    def evict(self, number: int) -> bool:
+        """Remove a shard unless a caller that asked for it may not have opened it yet."""
+        if time.time() - self._asked_at(number) < self._grace:
+            return False
+        self.remove(number)
+        return True
 
+    def clean(self, needed: Iterable[int]) -> None:
+        """Remove shards of another manifest, and transfers that broke off and are not needed."""
+        needed = set(needed)
+        for path in self.path.iterdir():
+            prefix, number = self._parse(path.name)
+            if prefix == PARTIAL and number not in needed:
+                self._remove_partial(path)
+            elif prefix == "" and number is None and _ENTRY.fullmatch(path.name):
+                _remove(path)
+            elif prefix == _LOCK:
+                with contextlib.suppress(Timeout), _hold(path, blocking=False):
+                    pass  # which removes it
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
+    def fetch(self, number: int, stop: threading.Event) -> None:
+        """Fetch a shard and its index, unless another thread or process just did.
+
+        Raises:
+            WrongFile: the server has no such file, or another than the manifest says.
+            GaveUp: it cannot be fetched now.
+            BadInput: it cannot be fetched, or the cache cannot hold it.
+            Stopped: `stop` was set.
+        """
+        entry = self.entry(number)
+        partial = entry.with_name(PARTIAL + entry.name)
+        try:
+            with _hold(entry.with_name(_LOCK + entry.name), stop=stop):
+                if self.is_whole(number):
+                    return
+                self._take_room(number, partial, stop)
+                self._fetch_into(partial, number, stop)
+                os.replace(partial, entry)
+        except Timeout:
+            raise Stopped from None
+
+    def _fetch_into(self, partial: Path, number: int, stop: threading.Event) -> None:
+        shard, size = partial / shard_name(number), self.shards.bytes[number]
+        try:
+            if not shard.exists() or shard.stat().st_size != size:
+                name = f"{self._split}/{shard_name(number)}"
+                self._remote.fetch(name, shard, size, self.shards.sha256[number], stop)
+            (partial / index_name(number)).write_bytes(self._read_index(number, stop))
+        except WrongFile:
+            shutil.rmtree(partial)
+            raise
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            shutil.rmtree(partial)
+            raise GaveUp(
+                f"{self.path} is full: {shard_name(number)} of {in_gigabytes(size)} does not fit; "
+                "make room there, or choose another cache.folder"
+            ) from None
+
+    def _read_index(self, number: int, stop: threading.Event) -> bytes:
+        name = f"{self._split}/{index_name(number)}"
+        for _ in range(2):
+            try:
+                content = self._remote.read(name, stop)
+                if json.loads(content)["sha256"] == self.shards.sha256[number]:
+                    return content
+            except FileNotFoundError:
+                raise WrongFile(self._remote.describe(name), "is not there") from None
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # damaged on its way, or on the server
+        where = self._remote.describe(name)
+        raise WrongFile(where, f"is not the index of the manifest's shard {number}")
+
+    def _take_room(self, number: int, partial: Path, stop: threading.Event) -> None:
+        """Make a shard's partial folder, which stands for its room, once there is room."""
+        seen, since = None, time.monotonic()
+        while True:
+            with FileLock(self.path / ".room", poll_interval=TICK):
+                whole, coming, _ = self.contents()
+                room = bound = self.room(whole)
+                if self.position is None and not self.bound:
+                    bound = min(room, self._kept)
+                taken = self.size(whole | coming | {number})
+                try:
+                    taken -= self._shrink(taken - bound, whole, coming - {number})
+                except Timeout:
+                    bound = room  # a follower decides what goes
+                if taken <= bound:
+                    partial.mkdir(exist_ok=True)
+                    return
+            if (now := (whole, coming, self.position)) != seen:
+                seen, since = now, time.monotonic()
+            if self.size([number]) > bound or time.monotonic() - since > self._patience:
+                raise self._too_small(taken, room)
+            if stop.wait(TICK):
+                raise Stopped
+
+    def _shrink(self, excess: int, whole: set[int], coming: set[int]) -> int:
+        """Bytes given back by transfers that broke off and the shards asked for longest ago.
+
+        Raises:
+            Timeout: only a follower may remove shards now.
+        """
+        freed = 0
+        if excess <= 0:
+            return freed
+        with FileLock(self.path / ".evict", blocking=False):
+            for number in [*coming, *sorted(whole, key=self._asked_at)]:
+                entry = self.entry(number)
+                partial = entry.with_name(PARTIAL + entry.name)
+                if self._remove_partial(partial) if number in coming else self.evict(number):
+                    freed += self.shards.bytes[number]
+                if freed >= excess:
+                    break
+        return freed
+
+    def _too_small(self, taken: int, room: int) -> BadInput:
+        if room == self.bound:
+            problem = f"cache.gigabytes is {self._gigabytes:g}"
+            remedy = f"give {2 * taken / 1e9:.3g}, or 0 for what the order needs"
+        else:
+            problem = f"{self.path} has room for {in_gigabytes(room)}"
+            remedy = "make room there, or choose another cache.folder"
+        return BadInput(f"{problem}, and {in_gigabytes(taken)} are read at once: {remedy}")
+
+    def _parse(self, name: str) -> tuple[str, int | None]:
+        """The prefix of a name, and the number of the manifest's shard that it is of, if any."""
+        prefix = next((prefix for prefix in (PARTIAL, _LOCK) if name.startswith(prefix)), "")
+        name = name.removeprefix(prefix)
+        found = _ENTRY.fullmatch(name)
+        number = int(found[1]) if found else len(self.shards.bytes)
+        current = number < len(self.shards.bytes) and name == self.entry(number).name
+        return prefix, number if current else None
+
+    def _asked_at(self, number: int) -> float:
+        try:
+            return self.entry(number).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def _remove_partial(self, partial: Path) -> bool:
+        """Remove what a transfer left; False where it goes on."""
+        lock = partial.with_name(partial.name.replace(PARTIAL, _LOCK, 1))
+        try:
+            with _hold(lock, blocking=False):
+                _remove(partial)
+        except Timeout:
+            return False
+        return True
 
 
 @contextlib.contextmanager
-def _lock_folder(folder: Path, stop: threading.Event) -> Iterator[None]:
-    """Make a folder, and hold its lock; it may be renamed meanwhile."""
-    while True:
-        folder.mkdir(exist_ok=True)
+def _hold(path: Path, blocking: bool = True, stop: threading.Event | None = None) -> Iterator[None]:
+    """Hold a lock file and remove it in the end; Timeout where it is held, or `stop` was set."""
+    lock = FileLock(path)
+    cancelled = stop.is_set if stop else None
+    with lock.acquire(poll_interval=TICK, blocking=blocking, cancel_check=cancelled):
         try:
-            descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # another process was done with it
-        try:
-            while not _try_lock(descriptor, fcntl.LOCK_EX):
-                if stop.wait(TICK):
-                    raise Stopped
-            if _is_at(descriptor, folder):
-                yield
-                return
+            yield
         finally:
-            os.close(descriptor)
+            path.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder: for who looks for it at once."""
+    gone = folder.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+def in_gigabytes(size: int) -> str:
+    """A number of bytes as messages say it."""
+    return f"{size / 1e9:.3g} GB"

@@ -1,4 +1,4 @@
-"""A cache's folder in the temporary directory: one for each job, removed when the job is gone."""
+"""A cache's folder in the temporary directory: one for each job, removed when the job is over."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import weakref
 from pathlib import Path
 
 from ...errors import BadInput
-from ...files import _is_at, _try_lock
 
+# Locked by every process of the job. That takes a shared lock, which filelock does not have; and
+# the temporary directory is on the node's own disk, where flock works.
 _IN_USE = "in-use"
 
 
-def _name_folder() -> Path:
+def name_folder() -> Path:
     """A folder that the processes of one job on one node agree on."""
     names = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
     said = [os.environ.get(name, "") for name in names]
@@ -26,11 +27,12 @@ def _name_folder() -> Path:
     return Path(tempfile.gettempdir()) / (_prefix() + re.sub(r"[^\w-]", "_", job))
 
 
-def _prefix() -> str:
-    return f"vidfill-cache-{os.getuid()}-"
+def make_private(folder: Path) -> None:
+    """Make a folder that nobody else can write to.
 
-
-def _make_private(folder: Path) -> None:
+    Raises:
+        BadInput: it is there, and others can.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
@@ -39,30 +41,29 @@ def _make_private(folder: Path) -> None:
         )
 
 
-def _claim(owner: object, folder: Path) -> None:
+def claim(owner: object, folder: Path) -> None:
     """Mark a job's folder as in use for as long as `owner` lives."""
     while True:
-        _make_private(folder)
-        try:
+        make_private(folder)
+        with contextlib.suppress(FileNotFoundError):  # it was removed as abandoned meanwhile
             lock = os.open(folder / _IN_USE, os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:
-            continue  # the folder was removed as abandoned in this moment
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        if _is_at(lock, folder / _IN_USE):
-            weakref.finalize(owner, os.close, lock)
-            return
-        os.close(lock)  # it was removed as abandoned in this moment
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if os.fstat(lock).st_nlink:
+                weakref.finalize(owner, os.close, lock)
+                return
+            os.close(lock)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the folders of jobs of this user that are over."""
+def remove_abandoned(folder: Path) -> None:
+    """Remove the folders of this user's jobs that are over."""
     for other in folder.parent.glob(f"{_prefix()}*"):
-        with contextlib.suppress(OSError):  # other jobs may do the same in this moment
+        with contextlib.suppress(OSError):  # in use, or another job removes it too
             if other == folder or other.lstat().st_uid != os.getuid():
                 continue
-            lock = os.open(other / _IN_USE, os.O_RDWR)
-            try:
-                if _try_lock(lock, fcntl.LOCK_EX):
-                    shutil.rmtree(other)
-            finally:
-                os.close(lock)
+            with (other / _IN_USE).open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(other)
+
+
+def _prefix() -> str:
+    return f"vidfill-cache-{os.getuid()}-"

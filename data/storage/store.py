@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ...errors import BadInput
 from .cache import NodeCache
-from .folder import Table
-from .follower import Visit
-from .job_folder import _name_folder
+from .folder import ShardFiles
+from .follower import ShardUse
+from .job_folder import name_folder
 from .names import MANIFEST, shard_name
 from .transfer import Remote, is_remote
 
@@ -25,8 +25,8 @@ class CacheConfig:
     folder: str = ""
     """Folder on the node's own disk; "" is one of this job's under the temporary directory."""
     gigabytes: float = 0.0
-    """Most that the shards take there; 0 is what the order needs, two blocks a lane, and where
-    shards are read without an order room for 64."""
+    """Most that the shards take there; 0 is what the order needs, two blocks a lane, or room for
+    64 shards where they are read without an order."""
 
 
 class LocalStore:
@@ -47,8 +47,8 @@ class LocalStore:
         """The splits beside this one."""
         return sorted(path.parent.name for path in self._root.glob(f"*/{MANIFEST}"))
 
-    def expect(self, table: Table) -> None:
-        """Sizes are checked by who opens a shard."""
+    def expect(self, shards: ShardFiles) -> None:
+        """Sizes are checked when a shard is opened."""
 
     def path(self, number: int) -> Path:
         """A shard's tar; its index lies beside it."""
@@ -58,7 +58,7 @@ class LocalStore:
         """There is no other copy."""
         return False
 
-    def follow(self, visits: Iterator[Visit]) -> None:
+    def follow(self, uses: Iterator[ShardUse]) -> None:
         """Nothing needs to be fetched."""
 
     def passed(self, position: int) -> None:
@@ -69,10 +69,10 @@ class LocalStore:
 
 
 def open_store(root: str | Path, split: str, cache: CacheConfig) -> LocalStore | NodeCache:
-    """The files of `root`/`split`; nothing of them is looked at yet.
+    """The files of `root`/`split`, without a look at any of them.
 
     Raises:
-        BadInput: the URL's protocol or `cache` makes no sense.
+        BadInput: the URL's protocol is unknown, or a value of `cache` is out of range.
     """
     if not is_remote(str(root)):
         return LocalStore(Path(re.sub("^(file|local)://", "", str(root))), split)
@@ -83,20 +83,8 @@ def open_store(root: str | Path, split: str, cache: CacheConfig) -> LocalStore |
     return NodeCache(
         remote,
         split,
-        (Path(cache.folder) if cache.folder else _name_folder()) / identity,
+        (Path(cache.folder) if cache.folder else name_folder()) / identity,
         cache.gigabytes,
-        *_find_process(),
+        int(os.environ.get("LOCAL_RANK", "0")),
         temporary=not cache.folder,
     )
-
-
-def _find_process() -> tuple[int, int]:
-    """Which of the node's processes this is, and how many there are, as a launcher says."""
-    process = int(os.environ.get("LOCAL_RANK", "0"))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if process >= processes:
-        raise BadInput(
-            f"LOCAL_RANK is {process} and LOCAL_WORLD_SIZE {processes}: set both, as accelerate "
-            "launch and torchrun do"
-        )
-    return process, processes

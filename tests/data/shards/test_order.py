@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vidfill.data.shards.order import Order, choose_lanes, hash_numbers
-from vidfill.data.storage.follower import Visit
+from vidfill.data.storage.follower import ShardUse
 from vidfill.seeding import derive_seed
 
 sizes = st.lists(st.integers(0, 7), min_size=1, max_size=12).filter(any)
@@ -222,25 +222,25 @@ def test_a_batch_holds_about_as_many_shards_as_chance_would_give_it(
 # What is read ahead
 
 
-def visits_until(order: Order, position: int, end: int, lanes: set[int]) -> list[Visit]:
-    visits = order.visits(position, lambda first, last: lanes)
-    return list(itertools.takewhile(lambda visit: visit.first < end, visits))
+def uses_until(order: Order, position: int, end: int, lanes: set[int]) -> list[ShardUse]:
+    uses = order.uses(position, lambda first, last: lanes)
+    return list(itertools.takewhile(lambda use: use.first < end, uses))
 
 
 @settings(max_examples=60, deadline=None)
 @given(fields=orders, position=st.integers(0, 60))
-def test_visits_are_the_first_and_last_read_of_each_block_s_shards(
+def test_uses_are_the_first_and_last_read_of_each_block_s_shards(
     fields: Fields, position: int
 ) -> None:
     order = Order(*fields)
     end = position + 2 * order.examples
-    visits = visits_until(order, position, end, set(range(order.lanes + 1)))
-    assert [visit.first for visit in visits] == sorted(visit.first for visit in visits)
-    for visit in visits:
-        (first, _), (last, _) = read(order, visit.first, 1)[0], read(order, visit.last, 1)[0]
-        assert first == last == visit.shard and position <= visit.first <= visit.last
+    uses = uses_until(order, position, end, set(range(order.lanes + 1)))
+    assert [use.first for use in uses] == sorted(use.first for use in uses)
+    for use in uses:
+        (first, _), (last, _) = read(order, use.first, 1)[0], read(order, use.last, 1)[0]
+        assert first == last == use.shard and position <= use.first <= use.last
     for at, (shard, _) in enumerate(read(order, position, 2 * order.examples), start=position):
-        assert any(v.shard == shard and v.first <= at <= v.last for v in visits)
+        assert any(v.shard == shard and v.first <= at <= v.last for v in uses)
 
 
 @settings(max_examples=60, deadline=None)
@@ -250,7 +250,7 @@ def test_visits_are_the_first_and_last_read_of_each_block_s_shards(
     first_batch=st.integers(0, 8),
     nodes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
 )
-def test_a_node_s_visits_cover_what_its_processes_read(
+def test_a_node_s_uses_cover_what_its_processes_read(
     fields: Fields, batch_size: int, first_batch: int, nodes: list[int]
 ) -> None:
     order = Order(*fields)
@@ -268,10 +268,10 @@ def test_a_node_s_visits_cover_what_its_processes_read(
         ]
         reads = np.concatenate(shares)
         reads = reads[reads >= 0]
-        visits = order.visits(first_batch * batch_size, lanes_of)
+        uses = order.uses(first_batch * batch_size, lanes_of)
         end = max(reads.tolist(), default=0)
-        # A process without a slot visits nothing, however far one looks.
-        known = list(itertools.takewhile(lambda v, end=end: v.first <= end, visits if end else ()))
+        # A process without a slot uses nothing, however far one looks.
+        known = list(itertools.takewhile(lambda v, end=end: v.first <= end, uses if end else ()))
         for at, shard in zip(reads.tolist(), order.locate(reads)[0].tolist(), strict=True):
             assert any(v.shard == shard and v.first <= at <= v.last for v in known)
         first_process += count
@@ -284,8 +284,8 @@ def test_a_resumed_reader_visits_what_an_undisturbed_one_still_has_to(
 ) -> None:
     order = Order(*fields)
     lanes, end = set(range(order.lanes + 1)), position + order.examples
-    before = [visit for visit in visits_until(order, 0, end, lanes) if visit.last >= position]
-    after = visits_until(order, position, end, lanes)
+    before = [use for use in uses_until(order, 0, end, lanes) if use.last >= position]
+    after = uses_until(order, position, end, lanes)
     assert sorted((v.shard, v.last) for v in after) == sorted((v.shard, v.last) for v in before)
 
 
@@ -295,9 +295,9 @@ def test_a_resumed_reader_reads_again_at_most_one_block_a_lane(
     order, _ = epoch
     for position in range(0, order.examples, 997):
         again = [
-            visit
-            for visit in visits_until(order, 0, position, set(range(order.lanes + 1)))
-            if visit.last >= position
+            use
+            for use in uses_until(order, 0, position, set(range(order.lanes + 1)))
+            if use.last >= position
         ]
         assert len(again) <= 3 * order.lanes  # two shards' length lies in three shards at most
 
@@ -309,14 +309,14 @@ def test_a_shard_goes_to_about_one_node_an_epoch(nodes: int, batch_size: int) ->
     order = Order(examples, *choose_lanes(examples), seed=0)
     fetched = 0
     for node in range(nodes):
-        visits = order.visits(
+        uses = order.uses(
             order.examples,  # the second epoch starts in the middle of a batch
             lambda first, last, node=node: order.lanes_read(
                 first, last, batch_size, node, 1, nodes
             ),
         )
-        epoch = itertools.takewhile(lambda visit: visit.first < 2 * order.examples, visits)
-        fetched += len({visit.shard for visit in epoch})
+        epoch = itertools.takewhile(lambda use: use.first < 2 * order.examples, uses)
+        fetched += len({use.shard for use in epoch})
     # More than once is a seam between lanes, or the batch between two epochs.
     assert 1 <= fetched / len(examples) < 1.1
 

@@ -110,7 +110,7 @@ def test_the_order_of_a_billion_examples_is_small() -> None:
     tracemalloc.start()
     try:
         order.locate(order.share(10**9 // BATCH, BATCH, 0, 1))  # the last of one epoch and the next
-        next(order.visits(3 * 10**9, lambda first, last: range(65)))
+        next(order.uses(3 * 10**9, lambda first, last: range(65)))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
