@@ -136,7 +136,7 @@ def count_seconds() -> list[float]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| frames | peak of the process | of the first's | of it added by the work "
+        "| frames | peak of the process | relative to the first | of which the work adds "
         "| frames per processor second | network's share |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
