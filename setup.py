@@ -25,6 +25,7 @@ setup(
     packages=["vidfill", *(f"vidfill.{name}" for name in find_packages(include=ROOMS))],
     package_data={
         "vidfill.modeling": ["weights/*/*", "weights/*/*/*"],
+        "vidfill.sampling.report": ["templates/*"],
         "vidfill.launch": ["*.yaml", "*.sbatch", "*.json"],
         "vidfill.train": ["recipes/*.yaml"],
     },
@@ -40,7 +41,9 @@ setup(
         "fsspec[http]>=2024.10",
         "huggingface-hub>=0.34",
         "jaxtyping>=0.3",
+        "jinja2>=3.1",
         "jsonargparse[signatures]>=4.40",
+        "markupsafe>=2.1",
         "matplotlib>=3.9",
         "numpy>=1.26",
         "opencv-python-headless>=4.10",

@@ -40,7 +40,8 @@ STYLE = {
 }
 
 
-def _png(figure: Figure, **options: Any) -> bytes:
+def render_png(figure: Figure, **options: Any) -> bytes:
+    """A figure as a PNG file; the options are `savefig`'s."""
     content = io.BytesIO()
     figure.savefig(content, format="png", **options)
     return content.getvalue()

@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ... import jobs
-from ...data.shards.format import family_of
-from ...errors import BadInput
 from ...files import write_atomically
 from ...progress import show_progress
-from ..schedules.language import Schedule, parse
-from ..schedules.solvers import SOLVERS
-from ..sweep.measures import Measure, Row, front_of
 from ..sweep.results import Sweep, read_sweep
-from .film import Strip, draw_film
-from .page import Drawing, render_page
-from .plots import Panel, Point, draw_front, draw_quality
-from .tables import code
+from .drawings import plan_drawings
+from .page import render_page
 
 EXAMPLES = """examples:
   vidfill report runs/sweep
   vidfill report runs/sweep --out paper/figures --clip video_10003_00000_stationary
 """
 
-COLUMNS_SHOWN = 8  # frames across a figure, at most
-
-FIGURE_OF_FAMILY = {"stationary": 2, "variable": 3}  # the paper's numbering
-
-PLOTTED = ("lpips", "temporal_error", "colour_error", "psnr_hole", "psnr")
-PANELS = 3  # of them in the plot: the first that every schedule has
-COSTS = {"nfe": "network evaluations", "seconds_per_clip": "network seconds"}
-
 
 @dataclass(frozen=True)
 class ReportConfig:
     """Write a page and figures for print from a finished sweep.
 
-    OUT/index.html is self-contained: it can be mailed or opened from a phone, its tables are sorted
-    and filtered by hand, and the kept clips play in it. The figures are PNGs at 300 dpi: front (the
+    OUT/index.html is self-contained: it can be mailed or opened on a phone, a reader can sort and
+    filter its tables, and the kept clips play in it. The figures are PNGs at 300 dpi: front (the
     Pareto front of quality against cost), figure2 and figure3 (masked, true and generated frames,
-    for stationary and for variable masks), figure4 (one row for each number of resamplings) and
+    for stationary and for variable masks), figure4 (a row for each number of resamplings) and
     quality-nfe.
     """
 
     sweep: Path
     """The output folder of `vidfill sweep`; nothing else is read."""
     out: Path | None = None
-    """Where to write; without it, the folder `report` inside the sweep's."""
+    """Where to write; by default, the folder `report` inside the sweep's."""
     clip: str = ""
-    """The kept clip to show, where its masks' family is shown; without it, of each family the one
+    """The kept clip to show, in the figures of its mask family; by default, of each family the one
     whose hole hides the most, whatever the results on it."""
 
 
@@ -62,9 +44,9 @@ def report(config: ReportConfig) -> Path:
     """Write the page and the figures; return the page's path.
 
     Raises:
-        BadInput: the folder is no finished sweep, or the output folder holds something else.
+        BadInput: the folder is not a finished sweep, or the output folder holds something else.
     """
-    sweep = read_sweep(config.sweep)
+    sweep = cheapest_first(read_sweep(config.sweep))
     drawings = plan_drawings(sweep, config.clip)
     out = config.out or config.sweep / "report"
     jobs.claim(out, "report", config, may_change=("clip", "sweep"))
@@ -79,223 +61,19 @@ def report(config: ReportConfig) -> Path:
     return page
 
 
-def plan_drawings(sweep: Sweep, asked: str = "") -> list[Drawing]:
-    """The figures that this sweep has something for, in the page's order.
-
-    Raises:
-        BadInput: `asked` is no clip that the sweep kept frames of.
-    """
-    if asked and asked not in sweep.kept:
-        raise BadInput(f"clip is {asked}; the sweep kept {', '.join(sweep.kept) or 'none'}")
-    drawings = [_front_drawing(sweep), _quality_drawing(sweep)]
-    for family, number in FIGURE_OF_FAMILY.items():
-        clips = [key for key in sweep.kept if family_of(key) == family]
-        if clips:
-            drawings.append(_best_drawing(sweep, _choose(sweep, clips, asked), family, number))
-    if sweep.kept:
-        drawings.append(_comparison_drawing(sweep, _choose(sweep, sweep.kept, asked)))
-    return drawings
-
-
-@dataclass(frozen=True)
-class _Clip:
-    key: str
-    caption: str
-    """HTML."""
-
-
-def _choose(sweep: Sweep, clips: Sequence[str], asked: str) -> _Clip:
-    """The clip asked for, or that whose hole hides the most: its fill is furthest from the truth.
-
-    Not the clip with the best result, whose hole may well hide nothing.
-    """
-
-    def hidden(clip: str) -> float:
-        difference = sweep.frames("truth", clip).astype(float) - sweep.frames("fill", clip)
-        return float(np.mean(difference[sweep.mask(clip) == 1] ** 2))
-
-    if asked in clips:
-        return _Clip(asked, f"Clip {code(asked)}")
-    fullest = max(clips, key=hidden)
-    return _Clip(
-        fullest, f"Clip {code(fullest)} (of those kept, the one whose hole hides the most)"
+def cheapest_first(sweep: Sweep) -> Sweep:
+    """The sweep with its schedules, and what compares them, in the order that a report has."""
+    schedules = sorted(sweep.schedules, key=lambda row: row["nfe"])
+    ranks = {row.name: rank for rank, row in enumerate(schedules)}
+    masks = (*sweep.about["masks"], *(line["masks"] for line in sweep.comparison))
+    families = list(dict.fromkeys(masks))
+    comparison = sorted(
+        sweep.comparison,
+        key=lambda line: (families.index(line["masks"]), ranks.get(line["schedule"], len(ranks))),
     )
-
-
-def _best_drawing(sweep: Sweep, clip: _Clip, family: str, number: int) -> Drawing:
-    best = sweep.best
-    generated = ("generated", sweep.slug(best.name), _decibels(sweep, best, clip.key))
-    return Drawing(
-        f"figure{number}.png",
-        f"Figure {number}. Filling under {family} masks",
-        f"{clip.caption}: masked, ground truth, and generated by {code(best.name)}, the schedule "
-        f"with the highest PSNR of the hole over all clips. {_OUTLINED}",
-        lambda: _draw_film(sweep, clip.key, [*_GIVEN, generated]),
-    )
-
-
-def _comparison_drawing(sweep: Sweep, clip: _Clip) -> Drawing:
-    family = _largest_family(sweep.schedules)
-    generated = [
-        (
-            f"n = {_resamplings(row)}" if family else row.name.replace("+", "\n+"),
-            sweep.slug(row.name),
-            _decibels(sweep, row, clip.key),
-        )
-        for row in family or sorted(sweep.schedules, key=lambda row: row["nfe"])
-    ]
-    title, rows = "The schedules", "one row for each schedule, the cheapest first"
-    if family:
-        title = "The number of resamplings"
-        rows = f"{code(_without_resampling(family[0]))} with n resamplings at every level"
-    return Drawing(
-        "figure4.png",
-        f"Figure 4. {title}",
-        f"{clip.caption}: masked, ground truth, and {rows}. {_OUTLINED}",
-        lambda: _draw_film(sweep, clip.key, [*_GIVEN, *generated]),
-    )
-
-
-_GIVEN = (("masked", "masked", ""), ("ground\ntruth", "truth", ""))
-_OUTLINED = "The hole is outlined in red; under a row's name, this clip's PSNR of the hole."
-
-
-def _largest_family(rows: Sequence[Row]) -> list[Row]:
-    """The schedules that differ only in n, in its order; of equally many the best; else none."""
-    family = max(_families(rows), key=lambda rows: (len(rows), max(r["psnr_hole"] for r in rows)))
-    return family if len(family) > 1 else []
-
-
-def _families(rows: Sequence[Row]) -> list[list[Row]]:
-    """The schedules grouped with those that differ only in n, each group in its order."""
-    groups: dict[Schedule, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_without_resampling(row), []).append(row)
-    return [sorted(group, key=_resamplings) for group in groups.values()]
-
-
-def _without_resampling(row: Row) -> Schedule:
-    """What a family has in common: how far up it resamples belongs to that."""
-    schedule = parse(row.name)
-    others = tuple(
-        dataclasses.replace(move, options=(("n", 0), *move.options[1:]))
-        if move.name == "resample"
-        else move
-        for move in schedule.moves
-        if move.name != "resample" or move["below"] != 1
-    )
-    return dataclasses.replace(schedule, moves=others)
-
-
-def _resamplings(row: Row) -> int:
-    """The paper's n."""
-    return sum(move.get("n", int) for move in parse(row.name).moves if move.name == "resample")
-
-
-def _decibels(sweep: Sweep, row: Row, clip: str) -> str:
-    return f"{sweep.hole_psnr[row.name, clip]:.1f} dB"
-
-
-def _draw_film(sweep: Sweep, clip: str, rows: Iterable[tuple[str, str, str]]) -> bytes:
-    strips = [Strip(label, note, sweep.frames(slug, clip)) for label, slug, note in rows]
-    count = sweep.about["clip"]["frames"]
-    shown = range(0, count, math.ceil(count / COLUMNS_SHOWN))
-    return draw_film(strips, sweep.mask(clip), shown)
-
-
-def _quality_drawing(sweep: Sweep) -> Drawing:
-    measures = _plotted(sweep)
-    points = {
-        row.name: _point(row, measures, begun=_resamplings(family[0]) == 0)
-        for family in sorted(_families(sweep.schedules), key=_solver_rank)
-        for row in family
-    }
-    panels = [
-        Panel(
-            f"{measure.title} ({measure.unit}) {measure.arrow}",
-            tuple((row.name, row[measure.column]) for row in sweep.baselines),
-        )
-        for measure in measures
-    ]
-    lines = [[points[row.name] for row in rows] for rows in _joined(sweep.schedules)]
-    return Drawing(
-        "quality-nfe.png",
-        "Quality against cost",
-        "Each point is a schedule, labelled with its steps, or with n where a line leads to it "
-        "from the same steps without resampling. Lines join schedules of one solver that differ "
-        "only in n, or only in their steps. Arrows point to better. Horizontal lines are the "
-        f"baselines, of which {code('autoencoder')} is the ceiling.",
-        lambda: draw_quality(list(points.values()), lines, panels),
-    )
-
-
-def _plotted(sweep: Sweep) -> list[Measure]:
-    there = {measure.column: measure for measure in sweep.measures}
-    measures = [there[column] for column in PLOTTED if column in there]
-    rows = [*sweep.schedules, *sweep.baselines]
-    whole = [m for m in measures if not any(math.isnan(row[m.column]) for row in rows)]
-    return whole[:PANELS]
-
-
-def _front_drawing(sweep: Sweep) -> Drawing:
-    """The lead measure against each cost."""
-    lead = sweep.lead
-    title = f"{lead.title} ({lead.unit}) {lead.arrow}"
-    references = _near(sweep, lead)
-    ranked = [row for rows in sorted(_families(sweep.schedules), key=_solver_rank) for row in rows]
-    points, fronts = [], []
-    for cost, name in COSTS.items():
-        own = {
-            row.name: dataclasses.replace(_point(row, [lead], begun=False), cost=row[cost])
-            for row in ranked
-            if not math.isnan(row[lead.column])
-        }
-        points.append(list(own.values()))
-        fronts.append(([own[row.name] for row in front_of(ranked, cost, lead)], name))
-    return Drawing(
-        "front.png",
-        f"The Pareto front of {lead.title} against cost",
-        "Each point is a schedule. Those that the black line joins, and that are named by their "
-        "steps and moves, are on the front: no other is as cheap and as good, and better in one. "
-        "The seconds are the sweep's device's. Horizontal lines are the baselines that are near.",
-        lambda: draw_front(points, [Panel(title, references)] * 2, fronts),
-    )
-
-
-def _near(sweep: Sweep, measure: Measure) -> tuple[tuple[str, float], ...]:
-    """The baselines whose value is not far from all schedules'."""
-    values = [row[measure.column] for row in sweep.schedules if not math.isnan(row[measure.column])]
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    reach = (high - low) / 2
-    lines = ((row.name, row[measure.column]) for row in sweep.baselines)
-    return tuple(line for line in lines if low - reach <= line[1] <= high + reach)
-
-
-def _solver_rank(family: Sequence[Row]) -> tuple[int, str]:
-    """Sorts by solver in the language's order, so that a solver's colour is mostly the same."""
-    solver = parse(family[0].name).solver
-    return list(SOLVERS).index(solver.name), str(solver)
-
-
-def _joined(rows: Sequence[Row]) -> list[list[Row]]:
-    """The lines of the plot: each family along n, and each solver's plain schedules along steps."""
-    plain: dict[object, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["nfe"]):
-        schedule = parse(row.name)
-        if not schedule.moves:
-            plain.setdefault(schedule.solver, []).append(row)
-    return [*_families(rows), *plain.values()]
-
-
-def _point(row: Row, measures: Sequence[Measure], begun: bool) -> Point:
-    """A schedule's point; where its line is `begun` by a point with n = 0, it need only say n."""
-    schedule = parse(row.name)
-    family = schedule.solver.name.upper() + schedule.solver.written_options()
-    n = [m.written_options().strip("()") for m in schedule.moves if m.name == "resample"]
-    others = [str(move) for move in schedule.moves if move.name != "resample"]
-    label = ", ".join(n if n and begun else [str(schedule.steps), *others, *n])
-    return Point(family, label, row["nfe"], tuple(row[measure.column] for measure in measures))
+    return dataclasses.replace(sweep, schedules=schedules, comparison=comparison)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of `vidfill report`."""
     return jobs.main(ReportConfig, report, argv, verb="report", examples=EXAMPLES)

@@ -52,10 +52,8 @@ from .kept import (
 )
 from .measures import COMPARED, clip_columns
 from .requests import _share_of, make_requests, task_of
-from .results import read_sweep
 from .rows import Account, Key, Ledger, Row, write_table
 from .show import show_plan, show_results
-from .tensorboard import write_board
 
 EXAMPLES = """examples:
   vidfill sweep runs/train runs/shards runs/sweep
@@ -296,7 +294,6 @@ def write_results(work: Work, account: Account) -> list[Row]:
         "without_value": finished.left_out(names),
     }
     write_atomically(config.out / "sweep.json", json.dumps(about, indent=2).encode())
-    write_board(read_sweep(config.out))
     return rows
 
 
