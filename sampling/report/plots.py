@@ -177,7 +177,7 @@ def _draw_front(figure: Figure, axes: Axes, panel: Panel, lines: Lines) -> None:
             va="top" if better < 0 else "bottom",
             fontsize=SMALL,
             color=looks[line_of[row.name]][0],
-            arrowprops=LEADER | {"relpos": (1, better < 0)},
+            arrowprops=LEADER | {"relpos": (1, better < 0), "shrinkB": 3},
         )
         free += LINE * DPI / 72
 

@@ -1,4 +1,4 @@
-"""Held-out clips as the present model fills them, as pictures and as a film."""
+"""Held-out clips as the current model fills them, as a picture and as a film."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ...files import hide_secrets
 from ...modeling.autoencoder import Autoencoder, load_autoencoder
 from ...modeling.denoiser import Denoiser
 from ...sampling.examples import inpaint, pixels_of
+from ...sampling.metrics.pixels import Frames
 from ...sampling.schedules.language import parse
 from ...sampling.schedules.program import compile_schedule
 from ...sampling.sweep.baselines import fill
@@ -25,18 +26,17 @@ from ..config import TrainConfig
 
 COLUMNS = 8  # frames of a clip in a picture
 GAP = 4  # pixels between clips, and between the three versions of a frame
-SECONDS = 0.125  # that a film shows a frame
+SECONDS = 0.125  # per frame of a film
 
 Picture = UInt8[np.ndarray, "rows columns 3"]
-Frames = UInt8[np.ndarray, "frames height width 3"]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a look at the model needs: some held-out clips, their autoencoder, a schedule.
+    """What a preview needs: some held-out clips, their autoencoder, a schedule.
 
-    One process draws; the others wait for it in their next step. So a preview is to be short:
-    few clips and a fast schedule, well within the run's `timeout`.
+    One process draws while the others wait in their next step, so a preview has to be short: few
+    clips and a fast schedule, well within the run's `timeout`.
     """
 
     examples: Sequence[Example]
@@ -59,7 +59,7 @@ class Preview:
 
 
 def open_preview(config: TrainConfig, denoiser: Denoiser, device: torch.device) -> Preview | None:
-    """Load what previews need; None, said on stderr, where the shards have nothing to show.
+    """Load what previews need; None, with a line on stderr, if the shards have nothing to show.
 
     Raises:
         BadInput: The schedule or the autoencoder cannot be used.
@@ -84,7 +84,7 @@ def open_preview(config: TrainConfig, denoiser: Denoiser, device: torch.device) 
 
 
 def picture_of(clips: Sequence[Frames]) -> Picture:
-    """Clips of three versions beside one another → film strips, the versions under each other."""
+    """Film strips of clips as `Preview.draw` gives them, the three versions below each other."""
     return _join([_join(_strips(clip), axis=0) for clip in clips], axis=0)
 
 
@@ -103,7 +103,7 @@ def png_of(picture: Picture) -> bytes:
 
 
 def film_of(clips: Sequence[Frames]) -> bytes:
-    """Clips of equal shape, under each other, as an animated GIF that repeats for ever."""
+    """Clips of equal shape, under each other, as an animated GIF that repeats forever."""
     frames = [Image.fromarray(frame) for frame in _join(clips, axis=1)]
     file = io.BytesIO()
     frames[0].save(

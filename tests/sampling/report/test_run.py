@@ -15,6 +15,7 @@ from vidfill.sampling.sweep.results import read_sweep
 MakeSweep = Callable[..., Path]
 
 
+@pytest.mark.slow
 def test_pictures_in_the_page_are_the_written_figures(
     sweep: Path, tmp_path: Path, read_page: Callable[[str], ElementTree.Element]
 ) -> None:
