@@ -63,7 +63,9 @@ LEAD = 10  # seconds: longer than what a key frame leaves damaged behind it
 
 Fit = Literal["crop", "resize"]
 Pixels = UInt8[np.ndarray, "height width 3"]
+Frames = UInt8[np.ndarray, "frames height width 3"]
 Mask = UInt8[np.ndarray, "height width"]  # 1 in the hole
+Masks = UInt8[np.ndarray, "frames height width"]
 
 
 class UnreadableVideo(Exception):

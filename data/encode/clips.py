@@ -6,71 +6,70 @@ import contextlib
 from collections.abc import Generator
 from typing import NamedTuple
 
-import numpy as np
-from jaxtyping import UInt8
-
 from ..videos import (
     Fit,
+    Frames,
     FrameSize,
+    Masks,
     UnreadableVideo,
     clips_of,
     read_frames,
     read_header,
 )
-from .plan import Piece
+from .plan import ClipRange
+from .sources import Source
 
 
 class Clip(NamedTuple):
-    """One clip of a piece."""
+    """Consecutive frames of a video."""
 
+    source: Source
     first: int  # the number of its first frame in the video
-    frames: UInt8[np.ndarray, "frames height width 3"]
-    mask: UInt8[np.ndarray, "frames height width"] | None  # its own, where that was asked for
+    frames: Frames
+    mask: Masks | None  # its own, where that was asked for
 
 
 def read_clips(
-    piece: Piece,
+    part: ClipRange,
     length: int,
     stride: int,
     size: FrameSize | None = None,
     fit: Fit = "crop",
     own_masks: bool = False,
 ) -> Generator[Clip, None, None]:
-    """The clips of a piece, in memory one at a time; nothing after the last is decoded.
+    """A range of a video's clips, in memory one at a time; nothing after the last is decoded.
 
-    What comes before the piece is decoded and dropped, so that its frames are those that reading
+    What comes before the range is decoded and dropped, so that its frames are those that reading
     the video from its start gives, to the bit.
 
     Args:
-        piece: what to read.
+        part: what to read.
         length: frames of a clip.
         stride: frames from one clip's start to the next's.
         size: what each frame becomes; None keeps the frames as they are.
         fit: see `videos.read_frames`; masks are cropped alike, and take the nearest value.
-        own_masks: whether the clips come with the source's own masks.
+        own_masks: whether the clips come with the video's own masks.
 
     Raises:
         UnreadableVideo: the video, or its own masks, cannot be read, are damaged, or end before
-            the piece does. This may come after some of the clips.
+            the range does. This may come after some of the clips.
     """
-    source, start = piece.source, piece.first_clip * stride
+    source, start = part.source, part.first_clip * stride
     with contextlib.ExitStack() as opened:
-        pixels = opened.enter_context(
-            contextlib.closing(read_frames(source.path, size, fit, start))
+        frames = read_frames(source.path, size, fit, start)
+        clips = clips_of(
+            opened.enter_context(contextlib.closing(frames)), length, stride, part.clips
         )
-        holes = None
         if own_masks:
-            own = source.own_masks(read_header(source.path))
-            masks = opened.enter_context(contextlib.closing(own.read(size, fit, start)))
-            holes = clips_of(masks, length, stride, piece.clips)
+            masks = source.own_masks(read_header(source.path)).read(size, fit, start)
+            opened.enter_context(contextlib.closing(masks))
+            mask_clips = clips_of(masks, length, stride, part.clips)
         made = 0
-        for first, frames in clips_of(pixels, length, stride, piece.clips):
-            mask = None
-            if holes is not None:
-                _, mask = next(holes, (first, None))
-                if mask is None:
-                    raise UnreadableVideo(f"its masks end before frame {start + first + length}")
-            yield Clip(start + first, frames, mask)
+        for first, pixels in clips:
+            mask = next(mask_clips, (first, None))[1] if own_masks else None
+            if own_masks and mask is None:
+                raise UnreadableVideo(f"its masks end before frame {start + first + length}")
+            yield Clip(source, start + first, pixels, mask)
             made += 1
-    if made < (piece.clips or 1):
+    if made < (part.clips or 1):
         raise UnreadableVideo(f"it ends before frame {start + made * stride + length}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 
 from ...files import in_threads
 from ...progress import show_progress
-from ..videos import (
-    Header,
-    UnreadableVideo,
-    cut_clips,
-    list_images,
-    read_header,
-)
-from .sources import AT_ONCE, THREADS, Source
+from ..videos import Header, UnreadableVideo, cut_clips, list_images, read_header
+from .sources import Source
+
+PLAN = "plan.json"
+
+THREADS = 16  # that look at videos; on a network's disk they mostly wait
+AT_ONCE = 4096  # videos handed to the threads, so that a million do not wait in memory
 
 
-class Surveyed(NamedTuple):
-    """What was seen of a source before anything is encoded."""
+class SurveyedVideo(NamedTuple):
+    """What was seen of a video before anything is encoded."""
 
     source: Source
     bytes: int  # of its file or images, and of its masks
@@ -31,169 +30,205 @@ class Surveyed(NamedTuple):
     reason: str = ""  # why it is unusable
 
 
-class Piece(NamedTuple):
-    """Consecutive clips of one source: what shards are made of."""
+class ClipRange(NamedTuple):
+    """Consecutive clips of one video: what shards are made of."""
 
     source: Source
     first_clip: int = 0
     clips: int | None = None  # None is all that follow
 
     def __str__(self) -> str:
-        """The source's label, with the range of clips where the piece is a part."""
+        """The video's label, with the range of clips where it is not all of them."""
         if self.first_clip == 0 and self.clips is None:
             return self.source.label
         end = "" if self.clips is None else self.first_clip + self.clips
         return f"{self.source.label}[{self.first_clip}:{end}]"
 
 
+class ShardId(NamedTuple):
+    """Which shard of a data set."""
+
+    split: str
+    number: int
+
+
 def survey(
     sources: Sequence[Source], length: int, own_masks: bool = False, frame_rate: float = 24.0
-) -> list[Surveyed]:
-    """Look at every source, in parallel, and tell in their order what each is.
+) -> list[SurveyedVideo]:
+    """Look at every video's header, in parallel; the answer is in their order.
 
     Unusable are those that cannot be read, are shorter than a clip, or lack masks that fit.
 
     Args:
         sources: what `find_sources` found.
         length: frames of a clip.
-        own_masks: the sources' own masks are needed.
-        frame_rate: frames per second of folders of frames.
+        own_masks: whether the videos' own masks are needed.
+        frame_rate: frames per second of folders of images.
     """
-    look = functools.partial(_look, length=length, own_masks=own_masks, frame_rate=frame_rate)
+
+    def look(source: Source) -> SurveyedVideo:
+        size = _count_bytes(source)
+        try:
+            header = read_header(source.path, frame_rate)
+            if header.frames < length:
+                raise UnreadableVideo(f"it has {header.frames} frames, a clip has {length}")
+            if own_masks:
+                source.own_masks(header).check()
+        except UnreadableVideo as error:
+            return SurveyedVideo(source, size, None, str(error))
+        return SurveyedVideo(source, size, header)
+
+    surveyed = []
     with show_progress("look at", len(sources), "videos") as progress:
-        surveyed = []
-        for seen in in_threads(look, sources, THREADS, AT_ONCE):
-            surveyed.append(seen)
-            progress.advance(note=seen.source.label)
+        for video in in_threads(look, sources, THREADS, AT_ONCE):
+            surveyed.append(video)
+            progress.advance(note=video.source.label)
     return surveyed
 
 
-def _look(source: Source, length: int, own_masks: bool, frame_rate: float) -> Surveyed:
-    size = _measure(source)
-    try:
-        header = read_header(source.path, frame_rate)
-        if header.frames < length:
-            raise UnreadableVideo(f"it has {header.frames} frames, a clip has {length}")
-        if own_masks:
-            source.own_masks(header).check()
-    except UnreadableVideo as error:
-        return Surveyed(source, size, None, str(error))
-    return Surveyed(source, size, header)
-
-
-def _measure(source: Source) -> int:
-    """Bytes of a source's frames and masks, as files."""
-    return sum(_file_bytes(path) for path in (source.path, source.masks) if path)
-
-
-def _file_bytes(path: Path) -> int:
-    files = list_images(path) if path.is_dir() else [path]
+def _count_bytes(source: Source) -> int:
+    """Bytes of a video's file or images, and of its masks'."""
+    paths = [path for path in (source.path, source.masks) if path]
+    files = [file for path in paths for file in (list_images(path) if path.is_dir() else [path])]
     return sum(file.stat().st_size for file in files if file.exists())
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """What each shard of a job is made of: written once, read by all who work on it."""
 
-    surveyed: Mapping[str, Surveyed]  # by label, in order
-    shards: Mapping[str, Sequence[Sequence[Piece]]]  # by split and number
+    videos: Mapping[str, SurveyedVideo]  # by label, in order
+    shards: Mapping[ShardId, Sequence[ClipRange]]
+    length: int  # frames of a clip
+    stride: int  # frames from one clip's start to the next's
+
+    @property
+    def splits(self) -> Counter[str]:
+        """How many shards each split has."""
+        return Counter(shard.split for shard in self.shards)
+
+    def names(self, shard: ShardId) -> tuple[str, ...]:
+        """What a shard's index says that it is made of."""
+        return tuple(str(part) for part in self.shards[shard])
+
+    def fps(self, source: Source) -> float:
+        """Frames per second of a video that is usable."""
+        header = self.videos[source.label].header
+        assert header is not None
+        return float(header.fps)
+
+    def count_range(self, part: ClipRange) -> int:
+        """The clips that a range should have."""
+        header = self.videos[part.source.label].header
+        if part.clips is not None or header is None:
+            return part.clips or 0
+        return len(cut_clips(header.frames, self.length, self.stride)) - part.first_clip
+
+    def count_clips(self, shards: Iterable[ShardId]) -> int:
+        """The clips that shards should have."""
+        return sum(self.count_range(part) for shard in shards for part in self.shards[shard])
 
     def to_json(self, root: Path, mask_files: Path | None) -> str:
         """The plan without its folders, which may lie elsewhere when it is read."""
-        numbers = {label: number for number, label in enumerate(self.surveyed)}
-        shards = {
-            split: [
-                [[numbers[piece.source.label], *piece[1:]] for piece in shard] for shard in listed
-            ]
-            for split, listed in self.shards.items()
-        }
-        sources = [_to_row(seen, mask_files or root) for seen in self.surveyed.values()]
+        numbers = {label: number for number, label in enumerate(self.videos)}
+        shards = defaultdict(list)
+        for shard, parts in self.shards.items():
+            rows = [[numbers[p.source.label], p.first_clip, p.clips] for p in parts]
+            shards[shard.split].append(rows)
+        sources = [_to_row(video, mask_files or root) for video in self.videos.values()]
         return json.dumps({"sources": sources, "shards": shards})
 
     @classmethod
-    def from_json(cls, text: str | bytes, root: Path, mask_files: Path | None) -> Plan:
+    def from_json(
+        cls, text: str | bytes, root: Path, mask_files: Path | None, length: int, stride: int
+    ) -> ShardPlan:
         """Read what `to_json` wrote; `root` and `mask_files` are where the videos lie now."""
         tree = json.loads(text)
-        surveyed = [_from_row(row, root, mask_files or root) for row in tree["sources"]]
+        videos = [_from_row(row, root, mask_files or root) for row in tree["sources"]]
         shards = {
-            split: [[Piece(surveyed[row[0]].source, *row[1:]) for row in shard] for shard in listed]
+            ShardId(split, number): [
+                ClipRange(videos[video].source, first_clip, clips)
+                for video, first_clip, clips in rows
+            ]
             for split, listed in tree["shards"].items()
+            for number, rows in enumerate(listed)
         }
-        return cls({seen.source.label: seen for seen in surveyed}, shards)
+        return cls({video.source.label: video for video in videos}, shards, length, stride)
 
     def differs(self, sources: Sequence[Source]) -> str:
         """What is other in `sources` than in the plan, in one line; "" where nothing is."""
-        before = {(seen.source.split, label): seen.bytes for label, seen in self.surveyed.items()}
-        sizes = in_threads(_measure, sources, THREADS, AT_ONCE)
+        before = {(video.source.split, label): video.bytes for label, video in self.videos.items()}
+        sizes = in_threads(_count_bytes, sources, THREADS, AT_ONCE)
         now = {
             (source.split, source.label): size for source, size in zip(sources, sizes, strict=True)
         }
         changes = {
-            "added": [label for label in now if label not in before],
-            "removed": [label for label in before if label not in now],
-            "of another size": [
-                label for label in now if now[label] != before.get(label, now[label])
-            ],
+            "added": now.keys() - before.keys(),
+            "removed": before.keys() - now.keys(),
+            "of another size": {key for key in now if now[key] != before.get(key, now[key])},
         }
         return ", ".join(
-            f"{len(labels)} {change} (the first is {labels[0][1]})"
-            for change, labels in changes.items()
-            if labels
+            f"{len(keys)} {change} (the first is {min(keys)[1]})"
+            for change, keys in changes.items()
+            if keys
         )
 
 
-def _to_row(seen: Surveyed, masks_root: Path) -> list[Any]:
-    source, header = seen.source, seen.header
+def _to_row(video: SurveyedVideo, masks_root: Path) -> list[Any]:
+    source, header = video.source, video.header
     masks = source.masks and source.masks.relative_to(masks_root).as_posix()
     fields = header and [header.frames, header.height, header.width, str(header.fps)]
     own = [source.label, source.name, source.split, masks, source.annotated]
-    return [*own, seen.bytes, fields, seen.reason]
+    return [*own, video.bytes, fields, video.reason]
 
 
-def _from_row(row: list[Any], root: Path, masks_root: Path) -> Surveyed:
+def _from_row(row: list[Any], root: Path, masks_root: Path) -> SurveyedVideo:
     label, name, split, masks, annotated, size, fields, reason = row
     source = Source(label, name, split, root / label, masks and masks_root / masks, annotated)
     if fields is None:
-        return Surveyed(source, size, None, reason)
+        return SurveyedVideo(source, size, None, reason)
     frames, height, width, fps = fields
-    return Surveyed(source, size, Header(frames, height, width, Fraction(fps)))
+    return SurveyedVideo(source, size, Header(frames, height, width, Fraction(fps)))
 
 
 def plan_shards(
-    surveyed: Sequence[Surveyed], length: int, stride: int, clip_bytes: int, shard_bytes: int
-) -> Plan:
-    """Lay the sources end to end into shards, in their order, each as full as its maximum allows.
+    videos: Sequence[SurveyedVideo],
+    length: int,
+    stride: int,
+    clip_bytes: Mapping[str, int],
+    shard_bytes: int,
+) -> ShardPlan:
+    """Lay the videos of each split end to end into shards, in their order, each as full as may be.
 
-    A source stays whole unless it has more clips than a shard may hold: then each piece but the
-    last fills a shard of its own. An unusable source is in a shard too, which lists it.
+    A video stays whole unless it has more clips than a shard may hold: then each range but the
+    last fills a shard of its own. An unusable video is in a shard too, which lists it.
 
     Args:
-        surveyed: what `survey` returned.
+        videos: what `survey` returned.
         length: frames of a clip.
         stride: frames from one clip's start to the next's.
-        clip_bytes: at most what all examples of one clip take in a shard.
+        clip_bytes: by split, at most what all examples of one clip take in a shard.
         shard_bytes: maximum of a shard; one clip's examples may exceed it.
     """
-    most = max(1, shard_bytes // clip_bytes)
-    shards: dict[str, list[list[Piece]]] = {}
+    shards: dict[str, list[list[ClipRange]]] = {}
     room: dict[str, int] = {}
-    for seen in surveyed:
-        split = seen.source.split
+    for video in videos:
+        split = video.source.split
+        most = max(1, shard_bytes // clip_bytes[split])
+        clips = len(cut_clips(video.header.frames, length, stride)) if video.header else 0
+        parts = [ClipRange(video.source, first, most) for first in range(0, clips - most, most)]
+        last = ClipRange(video.source, most * len(parts))
         listed = shards.setdefault(split, [[]])
-        for piece, clips in _cut(seen, length, stride, most):
-            if clips > room.setdefault(split, most):
+        for part in [*parts, last]:
+            count = part.clips or clips - part.first_clip
+            if count > room.setdefault(split, most):
                 listed.append([])
                 room[split] = most
-            listed[-1].append(piece)
-            room[split] -= clips
-    return Plan({seen.source.label: seen for seen in surveyed}, shards)
-
-
-def _cut(seen: Surveyed, length: int, stride: int, most: int) -> Iterator[tuple[Piece, int]]:
-    """The pieces of a source, each with its number of clips."""
-    clips = len(cut_clips(seen.header.frames, length, stride)) if seen.header else 0
-    first = 0
-    while clips - first > most:
-        yield Piece(seen.source, first, most), most
-        first += most
-    yield Piece(seen.source, first), clips - first
+            listed[-1].append(part)
+            room[split] -= count
+    numbered = {
+        ShardId(split, number): parts
+        for split, listed in shards.items()
+        for number, parts in enumerate(listed)
+    }
+    return ShardPlan({video.source.label: video for video in videos}, numbered, length, stride)

@@ -31,8 +31,6 @@ DAVIS_RESOLUTION = "480p"  # of two or more, the one that everybody uses
 FRAMES, ANNOTATIONS, LISTS = "JPEGImages", "Annotations", "ImageSets"
 
 LONGEST_NAME = 48  # so that a member of a shard, KEY.masked_latents.npy, fits a tar's 100 bytes
-THREADS = 16  # that look at videos; on a network's disk they mostly wait
-AT_ONCE = 4096  # videos handed to the threads, so that a million do not wait in memory
 
 
 @dataclass(frozen=True)
@@ -280,10 +278,10 @@ def _name(root: Path, paths: Sequence[Path]) -> list[str]:
 
     Names are unique over all splits, since masks and noise are drawn by a clip's key.
     """
-    stems = [_key_part(_stem(path.resolve() if path == root else path)) for path in paths]
+    stems = [make_key_part(_stem(path.resolve() if path == root else path)) for path in paths]
     count = collections.Counter(stems)
     names = [
-        stem if count[stem] == 1 else _key_part(path.relative_to(root).as_posix())
+        stem if count[stem] == 1 else make_key_part(path.relative_to(root).as_posix())
         for path, stem in zip(paths, stems, strict=True)
     ]
     named: dict[str, Path] = {}
@@ -294,7 +292,7 @@ def _name(root: Path, paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _key_part(name: str) -> str:
+def make_key_part(name: str) -> str:
     """A name of ASCII letters, digits, _ and -, as WebDataset's keys and plain tars can hold it.
 
     Letters outside ASCII become their code points, so that names in another script stay apart.

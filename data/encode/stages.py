@@ -1,4 +1,4 @@
-"""What a clip goes through: decoded, masked, encoded, each stage ahead of the next."""
+"""What a range of clips goes through: decoded, masked, encoded, each in a thread of its own."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import collections
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Float16, Int, UInt8
+from jaxtyping import Float16, Int
 from torch import Tensor
 
 from ...errors import BadInput
-from ...modeling.autoencoder import to_pixels
-from .. import masks
+from ...modeling.autoencoder import Autoencoder, to_pixels
+from ..masks import OWN, Colour, draw_mask, fill_hole, visible_median
 from ..shards.format import Example
-from ..videos import UnreadableVideo
+from ..videos import Frames, Masks, Pixels, UnreadableVideo
 from .clips import Clip, read_clips
-from .plan import Piece
-from .settings import Encoding
+from .plan import ClipRange, SurveyedVideo
+from .settings import EncodeConfig
 
 AHEAD = 2  # clips that each stage may be ahead of the next
 STAGES = ("decode", "masks", "autoencoder", "write")
@@ -31,101 +31,95 @@ STAGES = ("decode", "masks", "autoencoder", "write")
 Item = TypeVar("Item")
 
 
-class Decoded(NamedTuple):
-    """A clip of a piece."""
-
-    piece: Piece
-    clip: Clip
-
-
-class View(NamedTuple):
-    """One mask of a clip."""
+class ClipMask(NamedTuple):
+    """One mask of a clip, and the colour of its hole."""
 
     key: str
     family: str
-    mask: UInt8[np.ndarray, "frames height width"]
-    colour: masks.Colour
+    mask: Masks
+    colour: Colour
 
 
-class Masked(NamedTuple):
+class MaskedClip(NamedTuple):
     """A clip under all of its masks."""
 
-    piece: Piece
     clip: Clip
-    views: list[View]
-    frames: list[UInt8[np.ndarray, "height width 3"]]  # of the clip and its views, without repeats
-    rows: Int[np.ndarray, "views frames"]  # where each frame is in `frames`; row 0 is the clip's
+    masks: list[ClipMask]
+    frames: list[Pixels]  # of the clip and of all masked clips, equal ones once
+    rows: Int[np.ndarray, "videos frames"]  # where each frame is in `frames`; row 0 is the clip's
 
 
-class Ended(NamedTuple):
-    """A piece was read to its end, or could not be."""
+class EncodedClip(NamedTuple):
+    """A clip under all of its masks, with the latents of its `frames`."""
 
-    piece: Piece
+    masked: MaskedClip
+    latents: Float16[np.ndarray, "frames moments channels h w"]
+
+
+class RangeEnd(NamedTuple):
+    """A range of clips was read to its end, or could not be."""
+
+    part: ClipRange
     reason: str = ""  # why its clips are worth nothing
-    frames: Sequence[np.ndarray] = ()  # to encode: none
 
 
-class Result(NamedTuple):
-    """What is known of a clip, or of a piece's end, once the autoencoder has passed it."""
-
-    event: Masked | Ended
-    latents: list[Float16[np.ndarray, "moments channels h w"]]  # of `event.frames`: the mean, and
-
-
-class _Watch:
-    """Seconds in which each stage was busy."""
+class StageClock:
+    """Seconds in which each stage was busy; each stage is a thread."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
     @contextlib.contextmanager
-    def busy(self, stage: str, sign: int = 1) -> Iterator[None]:
+    def busy(self, stage: str) -> Iterator[None]:
         began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += sign * (time.perf_counter() - began)
+        yield
+        self.seconds[stage] += time.perf_counter() - began
 
-    def drawing(self, stage: str, items: Iterable[Item], sign: int = 1) -> Iterator[Item]:
-        """`items`; the time that it takes to make them is the stage's, or is none of its."""
+    def run_ahead(self, items: Iterable[Item], made_by: str, taken_by: str) -> Iterator[Item]:
+        """`items`, made by a thread of their own, a few ahead of those that were taken.
+
+        The time that it takes to make them is `made_by`'s, and that of waiting is not `taken_by`'s.
+        """
         iterator, end = iter(items), object()
-        while True:
-            with self.busy(stage, sign):
-                item = next(iterator, end)
-            if item is end:
-                return
-            yield cast(Item, item)
+
+        def make() -> Item | object:
+            with self.busy(made_by):
+                return next(iterator, end)
+
+        thread = ThreadPoolExecutor(1)
+        try:
+            made = collections.deque(thread.submit(make) for _ in range(AHEAD))
+            while True:
+                began = time.perf_counter()
+                item = made.popleft().result()
+                self.seconds[taken_by] -= time.perf_counter() - began
+                if item is end:
+                    return
+                made.append(thread.submit(make))
+                yield cast(Item, item)
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
-def _ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """`items`, made by a thread of their own, a few ahead of those that were taken."""
-    iterator, end = iter(items), object()
-    thread = ThreadPoolExecutor(1)
-    try:
-        made = collections.deque(thread.submit(next, iterator, end) for _ in range(AHEAD))
-        while (item := made.popleft().result()) is not end:
-            made.append(thread.submit(next, iterator, end))
-            yield cast(Item, item)
-    finally:
-        thread.shutdown(cancel_futures=True)
-
-
-def _decode(pieces: Iterable[Piece], how: Encoding) -> Iterator[Decoded | Ended]:
-    for piece in pieces:
-        reason = how.plan.surveyed[piece.source.label].reason
+def decode_clips(
+    parts: Iterable[ClipRange], videos: Mapping[str, SurveyedVideo], config: EncodeConfig
+) -> Iterator[Clip | RangeEnd]:
+    """The clips of each range, then its end, with the reason if the video cannot be used."""
+    for part in parts:
+        reason = videos[part.source.label].reason
         if not reason:
             try:
-                yield from (Decoded(piece, clip) for clip in _read_clips(piece, how))
+                yield from _read_fillable(part, config)
             except UnreadableVideo as error:
                 reason = str(error)
-        yield Ended(piece, reason)
+        yield RangeEnd(part, reason)
 
 
-def _read_clips(piece: Piece, how: Encoding) -> Iterator[Clip]:
-    config, settings = how.config, how.settings
-    own = masks.OWN in settings.mix(piece.source.split).weights
-    for clip in read_clips(piece, config.frames, settings.stride, settings.size, config.fit, own):
-        if settings.colour is None and clip.mask is not None and clip.mask.all():
+def _read_fillable(part: ClipRange, config: EncodeConfig) -> Iterator[Clip]:
+    own = OWN in config.mix(part.source.split).weights
+    size, needs_visible = config.frame_size, config.fill_colour is None
+    for clip in read_clips(part, config.frames, config.clip_stride, size, config.fit, own):
+        if needs_visible and clip.mask is not None and clip.mask.all():
             raise UnreadableVideo(
                 f"its own masks hide all of the clip at frame {clip.first}, which leaves no colour "
                 "to fill it with"
@@ -133,119 +127,123 @@ def _read_clips(piece: Piece, how: Encoding) -> Iterator[Clip]:
         yield clip
 
 
-def _mask(
-    decoded: Iterable[Decoded | Ended], how: Encoding, watch: _Watch
-) -> Iterator[Masked | Ended]:
-    for event in decoded:
-        if isinstance(event, Ended):
-            yield event
-        else:
-            with watch.busy("masks"):
-                masked = _mask_clip(event.piece, event.clip, how)
-            yield masked
+def mask_clips(
+    clips: Iterable[Clip | RangeEnd], config: EncodeConfig
+) -> Iterator[MaskedClip | RangeEnd]:
+    """Each clip under all of its masks."""
+    for event in clips:
+        yield event if isinstance(event, RangeEnd) else _mask_clip(event, config)
 
 
-def _mask_clip(piece: Piece, clip: Clip, how: Encoding) -> Masked:
-    """The clip under all of its masks; frames that are equal are kept, and encoded, once."""
-    seed = how.config.seed
-    name = f"{piece.source.name}_{clip.first:05}"
-    mix = how.settings.mix(piece.source.split)
-    views = []
+def _mask_clip(clip: Clip, config: EncodeConfig) -> MaskedClip:
+    name = f"{clip.source.name}_{clip.first:05}"
+    masks: list[ClipMask] = []
     count: collections.Counter[str] = collections.Counter()
-    for family in mix.choose(how.config.masks_per_clip, (seed, name)):
+    families = config.mix(clip.source.split).choose(config.masks_per_clip, (config.seed, name))
+    for family in families:
         count[family] += 1
         key = f"{name}_{family}" + (f"-{count[family]}" if count[family] > 1 else "")
-        mask = clip.mask
-        if mask is None or family != masks.OWN:
-            mask = masks.draw_mask(family, len(clip.frames), how.height, how.width, (seed, key))
-        colour = how.settings.colour or masks.visible_median(clip.frames, mask)
-        views.append(View(key, family, mask, colour))
-    hidden = [masks.fill_hole(clip.frames, view.mask, view.colour) for view in views]
-    frames, rows = _without_repeats([clip.frames, *hidden])
-    return Masked(piece, clip, views, frames, rows)
+        drawn = clip.mask
+        if drawn is None or family != OWN:
+            frames, height, width, _ = clip.frames.shape
+            drawn = draw_mask(family, frames, height, width, (config.seed, key))
+        colour = config.fill_colour or visible_median(clip.frames, drawn)
+        masks.append(ClipMask(key, family, drawn, colour))
+    filled = [fill_hole(clip.frames, mask.mask, mask.colour) for mask in masks]
+    return MaskedClip(clip, masks, *_without_repeats([clip.frames, *filled]))
 
 
 def _without_repeats(
-    videos: Sequence[UInt8[np.ndarray, "frames height width 3"]],
-) -> tuple[list[UInt8[np.ndarray, "height width 3"]], Int[np.ndarray, "videos frames"]]:
+    videos: Sequence[Frames],
+) -> tuple[list[Pixels], Int[np.ndarray, "videos frames"]]:
     """The frames of all videos, equal ones once, and where each video's frames are among them."""
-    frames: list[np.ndarray] = []
+    frames: list[Pixels] = []
+    rows: list[int] = []
     found: dict[bytes, int] = {}
-    rows = []
     for frame in itertools.chain(*videos):
-        row = found.setdefault(
-            xxhash.xxh3_128_digest(np.ascontiguousarray(frame).data), len(frames)
-        )
-        if row == len(frames):
+        digest = xxhash.xxh3_128_digest(np.ascontiguousarray(frame).data)
+        rows.append(found.setdefault(digest, len(frames)))
+        if rows[-1] == len(frames):
             frames.append(frame)
-        rows.append(row)
     return frames, np.array(rows).reshape(len(videos), -1)
 
 
-def _encode(masked: Iterable[Masked | Ended], how: Encoding, watch: _Watch) -> Iterator[Result]:
-    """Encode frames in batches that are full but for a shard's last, whatever clips they are of."""
-    waiting: collections.deque[Masked | Ended] = collections.deque()
-    frames: list[np.ndarray] = []  # of what waits, not yet encoded
+def encode_clips(
+    masked: Iterable[MaskedClip | RangeEnd],
+    autoencoder: Autoencoder,
+    posterior: str,
+    batch_size: int,
+) -> Iterator[EncodedClip | RangeEnd]:
+    """Encode frames in batches that are full but for the last, whatever clips they are of."""
+    waiting: collections.deque[MaskedClip | RangeEnd] = collections.deque()
+    frames: list[Pixels] = []  # of what waits, not yet encoded
     latents: list[np.ndarray] = []  # of what waits, frame by frame
     for event in itertools.chain(masked, [None]):
         if event is not None:
             waiting.append(event)
-            frames.extend(event.frames)
-        while len(frames) >= how.config.batch_size or (event is None and frames):
-            with watch.busy("autoencoder"):
-                latents.extend(_encode_frames(np.stack(frames[: how.config.batch_size]), how))
-            del frames[: how.config.batch_size]
-        while waiting and len(waiting[0].frames) <= len(latents):
-            first = waiting.popleft()
-            yield Result(first, latents[: len(first.frames)])
-            del latents[: len(first.frames)]
+            frames += event.frames if isinstance(event, MaskedClip) else []
+        while len(frames) >= batch_size or (event is None and frames):
+            latents += [*encode_frames(np.stack(frames[:batch_size]), autoencoder, posterior)]
+            del frames[:batch_size]
+        while waiting:
+            first = waiting[0]
+            if isinstance(first, RangeEnd):
+                yield first
+            elif len(first.frames) <= len(latents):
+                yield EncodedClip(first, np.stack(latents[: len(first.frames)]))
+                del latents[: len(first.frames)]
+            else:
+                break
+            waiting.popleft()
 
 
-def _encode_frames(
-    frames: UInt8[np.ndarray, "frames height width 3"], how: Encoding
+def encode_frames(
+    frames: Frames, autoencoder: Autoencoder, posterior: str
 ) -> Float16[np.ndarray, "frames moments channels h w"]:
+    """The mean of each frame's latents and, if `posterior` is "moments", their log-variance."""
     pixels = to_pixels(frames[None])
     # Without TF32, so that a GPU's latents are float32's.
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        if how.config.posterior == "mean":
-            moments: Sequence[Tensor] = [how.autoencoder.encode(pixels, len(frames))]
+        if posterior == "mean":
+            moments: Sequence[Tensor] = [autoencoder.encode(pixels, len(frames))]
         else:
-            moments = how.autoencoder.encode_moments(pixels, len(frames))
+            moments = autoencoder.encode_moments(pixels, len(frames))
     return torch.stack([values[0] for values in moments], dim=1).half().cpu().numpy()
 
 
-def _make_examples(
-    masked: Masked,
-    latents: Float16[np.ndarray, "frames moments channels h w"],
-    how: Encoding,
+def make_examples(
+    encoded: EncodedClip, fps: float, autoencoder: Autoencoder, config: EncodeConfig
 ) -> list[Example]:
-    piece, clip, views, _, rows = masked
+    """A clip's examples, one for each of its masks.
+
+    Raises:
+        BadInput: the latents are not finite in float16.
+    """
+    (clip, masks, _, rows), latents = encoded
+    source = clip.source
     if not np.isfinite(latents).all():
         raise BadInput(
-            f"{piece.source.label}, frame {clip.first}: {how.autoencoder.name} gives latents that "
+            f"{source.label}, frame {clip.first}: {autoencoder.name} gives latents that "
             "float16 cannot hold: give another --autoencoder"
         )
-    split, label = piece.source.split, piece.source.label
-    header = how.plan.surveyed[label].header
-    assert header is not None  # what has none is not read
-    own = latents[rows[0]]
+    moments = latents[rows[0]]
     return [
         Example(
-            key=view.key,
-            latents=own[:, 0],
+            key=mask.key,
+            latents=moments[:, 0],
             masked_latents=latents[row, 0],
-            mask=view.mask,
+            mask=mask.mask,
             record={
-                "source": label,
-                "split": split,
+                "source": source.label,
+                "split": source.split,
                 "first_frame": clip.first,
-                "fps": float(header.fps),
-                "family": view.family,
-                "seed": how.config.seed,
-                "fill": list(view.colour),
+                "fps": fps,
+                "family": mask.family,
+                "seed": config.seed,
+                "fill": list(mask.colour),
             },
-            pixels=clip.frames if how.keeps_pixels(split) else None,
-            log_variance=own[:, 1] if how.config.posterior == "moments" else None,
+            pixels=clip.frames if config.keeps_pixels(source.split) else None,
+            log_variance=moments[:, 1] if config.posterior == "moments" else None,
         )
-        for view, row in zip(views, rows[1:], strict=True)
+        for mask, row in zip(masks, rows[1:], strict=True)
     ]

@@ -35,8 +35,9 @@ from ...modeling.autoencoder import Autoencoder, load_autoencoder
 from ...processes import choose_device
 from ...progress import show_progress
 from ...seeding import derive_seed
-from ..encode.run import PLAN, encode
-from ..encode.settings import EncodeConfig, Task
+from ..encode.plan import PLAN, ShardId
+from ..encode.run import encode
+from ..encode.settings import EncodeConfig
 from ..encode.sources import SPLITS
 from ..shards.format import DamagedShard, Example, Manifest, Skipped, family_of
 from ..shards.reading import Shard, Span, has_split
@@ -519,7 +520,7 @@ def _repair(root: Path, config: VerifyConfig, looks: Sequence[Look]) -> None:
         ) from None
     if not videos.is_dir():
         raise BadInput(f"cannot repair: the videos are not in {videos}; give --videos")
-    encode(again, {Task(look.split, number) for look in looks for number in look.damaged})
+    encode(again, {ShardId(look.split, number) for look in looks for number in look.damaged})
     for look in looks:
         _say_changed(root / look.split, look)
 

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderTiny
 from vidfill.data import videos
 from vidfill.data.shards.reading import ShardedDataset
 from vidfill.data.storage.names import shard_name
@@ -39,6 +37,8 @@ from vidfill.data.encode.run import main
 sys.exit(main(arguments))
 """
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., list[BaseProcess]]
 
 
@@ -47,7 +47,7 @@ def draw(*parts: str | int) -> float:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, autoencoder: str) -> Path:
     """Videos of one to three clips, and a tiny random autoencoder."""
     root = tmp_path_factory.mktemp("encode")
     for split, count in (("train", 24), ("val", 6)):
@@ -56,13 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             blocks = np.random.default_rng(number).integers(0, 256, (frames, 4, 4, 3), np.uint8)
             pixels = blocks.repeat(SIDE // 4, axis=1).repeat(SIDE // 4, axis=2)
             videos.write_video(root / "videos" / split / f"{split}{number:02}.mp4", pixels, 12.5)
-    torch.manual_seed(0)
-    AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 1),
-    ).save_pretrained(root / "autoencoder")
+    shutil.copytree(autoencoder, root / "autoencoder")
     return root
 
 
@@ -239,19 +233,13 @@ def test_a_job_goes_on_with_another_number_of_processes(
     assert read_shards(out) == alone
 
 
-def spoil(path: Path) -> None:
-    """Damage a video's data but not its header."""
-    content = bytearray(path.read_bytes())
-    first, last = content.index(b"mdat") + 4, content.index(b"moov") - 4
-    content[first:last] = bytes(last - first)
-    path.write_bytes(content)
-
-
-def test_skipped_videos_are_counted_over_all_processes(folder: Path, tmp_path: Path) -> None:
+def test_skipped_videos_are_counted_over_all_processes(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     spoiled = Path(shutil.copytree(folder / "videos", tmp_path / "videos"))
     names = ["train/train05.mp4", "train/train17.mp4", "val/val03.mp4"]
     for name in names:
-        spoil(spoiled / name)
+        damage(spoiled / name)
     out, said = tmp_path / "out", tmp_path / "said"
     arguments = arguments_for(folder, out, videos=spoiled)
     assert end(start([*arguments, "--max_skipped", "2"], 2, said)) == [2, 2]

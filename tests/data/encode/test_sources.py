@@ -1,26 +1,21 @@
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from vidfill.data.encode.clips import read_clips
-from vidfill.data.encode.plan import Piece, Plan, Surveyed, plan_shards, survey
-from vidfill.data.encode.sources import Source, _key_part, find_outside, find_sources
-from vidfill.data.videos import FrameSize, Header, UnreadableVideo, cut_clips, write_video
+from vidfill.data.encode.sources import Source, find_outside, find_sources, make_key_part
+from vidfill.data.videos import read_header
 from vidfill.errors import BadInput
 
-COLLISIONS = Path(__file__).parents[4] / "shared" / "videos" / "collisions"
 HEIGHT, WIDTH = 16, 24
+
+Write = Callable[..., Path]
 
 
 def touch(path: Path) -> Path:
@@ -29,50 +24,24 @@ def touch(path: Path) -> Path:
     return path
 
 
-def make_frames(count: int, seed: int = 0) -> np.ndarray:
-    blocks = np.random.default_rng(seed).integers(0, 256, (count, 2, 3, 3), dtype=np.uint8)
-    return blocks.repeat(8, axis=1).repeat(8, axis=2)
+def make_frames(count: int) -> np.ndarray:
+    return np.arange(count, dtype=np.uint8)[:, None, None, None] + np.zeros(
+        (HEIGHT, WIDTH, 3), np.uint8
+    )
 
 
-def make_holes(count: int) -> np.ndarray:
+def make_masks(count: int) -> np.ndarray:
     """A column of the hole that moves on by a pixel a frame."""
-    holes = np.zeros((count, HEIGHT, WIDTH), np.uint8)
-    for index in range(count):
-        holes[index, :, index % WIDTH] = 1
-    return holes
+    return np.stack([np.eye(WIDTH, dtype=np.uint8)[[index] * HEIGHT] for index in range(count)])
 
 
-def write_lossless(path: Path, frames: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=25)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "bgr0"
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-def write_images(
-    folder: Path, images: Sequence[Image.Image], step: int = 1, suffix: str = "png"
-) -> Path:
+def write_annotations(folder: Path, masks: np.ndarray, step: int = 1, first: int = 0) -> None:
+    """As DAVIS has them: an object's number is an index into dark colours."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        image.save(folder / f"{step * index:05}.{suffix}")
-    return folder
-
-
-def to_images(frames: np.ndarray) -> list[Image.Image]:
-    return [Image.fromarray(frame) for frame in frames]
-
-
-def to_palette(hole: np.ndarray, index: int = 1) -> Image.Image:
-    """An annotation as DAVIS has it: an object's number is an index into dark colours."""
-    image = Image.fromarray(hole * index, mode=None).convert("L")
-    indexed = Image.frombytes("P", image.size, image.tobytes())
-    indexed.putpalette([0, 0, 0, 60, 0, 0, 0, 60, 0])
-    return indexed
+    for index, mask in enumerate(masks):
+        image = Image.frombytes("P", (WIDTH, HEIGHT), (2 * mask).tobytes())
+        image.putpalette([0, 0, 0, 60, 0, 0, 0, 60, 0])
+        image.save(folder / f"{first + step * index:05}.png")
 
 
 def find_one(root: Path, mask_files: Path | None = None) -> Source:
@@ -80,11 +49,8 @@ def find_one(root: Path, mask_files: Path | None = None) -> Source:
     return source
 
 
-def read_masks(source: Source, length: int, **how: object) -> np.ndarray:
-    """The masks of a source's only clip."""
-    (clip,) = read_clips(Piece(source), length, length, own_masks=True, **how)
-    assert clip.mask is not None
-    return clip.mask
+def read_masks(source: Source) -> np.ndarray:
+    return np.stack(list(source.own_masks(read_header(source.path)).read()))
 
 
 def labels(found: Sequence[Source]) -> dict[str, list[str]]:
@@ -156,22 +122,26 @@ def test_clevrers_names_alone_give_its_official_splits(tmp_path: Path) -> None:
     assert list(labels(find_sources(tmp_path))) == ["train"]
 
 
-def make_davis(root: Path, resolutions: Sequence[str] = ("1080p", "480p")) -> None:
-    for resolution in resolutions:
-        for seed, name in enumerate(("bear", "camel", "dog", "unlisted")):
-            frames = to_images(make_frames(3, seed))
-            write_images(root / "JPEGImages" / resolution / name, frames, suffix="jpg")
-            holes = [to_palette(hole, index=2) for hole in make_holes(3)]
-            write_images(root / "Annotations" / resolution / name, holes)
-    for year, train in (("2016", "unlisted"), ("2017", "dog\nbear")):
-        lists = root / "ImageSets" / year
-        lists.mkdir(parents=True)
-        (lists / "train.txt").write_text(train + "\n")
-        (lists / "val.txt").write_text("camel\n")
-    (root / "ImageSets" / "2019").mkdir()
+@pytest.fixture
+def make_davis(write_images: Write) -> Callable[..., None]:
+    def make(root: Path, resolutions: Sequence[str] = ("1080p", "480p")) -> None:
+        for resolution in resolutions:
+            for name in ("bear", "camel", "dog", "unlisted"):
+                write_images(root / "JPEGImages" / resolution / name, make_frames(3), "jpg")
+                write_annotations(root / "Annotations" / resolution / name, make_masks(3))
+        for year, train in (("2016", "unlisted"), ("2017", "dog\nbear")):
+            lists = root / "ImageSets" / year
+            lists.mkdir(parents=True)
+            (lists / "train.txt").write_text(train + "\n")
+            (lists / "val.txt").write_text("camel\n")
+        (root / "ImageSets" / "2019").mkdir()
+
+    return make
 
 
-def test_davis_has_the_splits_of_its_newest_lists_and_its_annotations(tmp_path: Path) -> None:
+def test_davis_has_the_splits_of_its_newest_lists_and_its_annotations(
+    tmp_path: Path, make_davis: Callable[..., None]
+) -> None:
     make_davis(tmp_path)
     found = find_sources(tmp_path)
     folder = "JPEGImages/480p/"
@@ -182,24 +152,28 @@ def test_davis_has_the_splits_of_its_newest_lists_and_its_annotations(tmp_path: 
     assert [source.name for source in found] == ["bear", "dog", "camel"]
     assert found[0].masks == tmp_path / "Annotations" / "480p" / "bear"
     for source in found:
-        np.testing.assert_array_equal(read_masks(source, 3), make_holes(3))
+        np.testing.assert_array_equal(read_masks(source), make_masks(3))
     outside = find_outside(tmp_path, found, None)
     assert tmp_path / folder / "unlisted" in outside
     assert not any("Annotations" in path.parts for path in outside)
 
 
-def test_an_objects_number_as_a_grey_value_is_hole_in_annotations_alone(tmp_path: Path) -> None:
+def test_an_objects_number_as_a_grey_value_is_hole_in_annotations_alone(
+    tmp_path: Path, write_images: Write, make_davis: Callable[..., None]
+) -> None:
     make_davis(tmp_path / "davis")
-    numbers = 2 * make_holes(3)
-    write_images(tmp_path / "davis" / "Annotations" / "480p" / "bear", to_images(numbers))
+    numbers = 2 * make_masks(3)
+    write_images(tmp_path / "davis" / "Annotations" / "480p" / "bear", numbers)
     bear, _, _ = find_sources(tmp_path / "davis")
-    np.testing.assert_array_equal(read_masks(bear, 3), make_holes(3))
-    write_images(tmp_path / "masks" / "JPEGImages" / "480p" / "bear", to_images(numbers))
+    np.testing.assert_array_equal(read_masks(bear), make_masks(3))
+    write_images(tmp_path / "masks" / "JPEGImages" / "480p" / "bear", numbers)
     bear, _, _ = find_sources(tmp_path / "davis", tmp_path / "masks")
-    assert not read_masks(bear, 3).any()
+    assert not read_masks(bear).any()
 
 
-def test_davis_without_480p_takes_its_only_resolution(tmp_path: Path) -> None:
+def test_davis_without_480p_takes_its_only_resolution(
+    tmp_path: Path, make_davis: Callable[..., None]
+) -> None:
     make_davis(tmp_path, ["Full-Resolution"])
     assert find_sources(tmp_path)[0].label == "JPEGImages/Full-Resolution/bear"
     (tmp_path / "JPEGImages" / "240p").mkdir()
@@ -207,7 +181,7 @@ def test_davis_without_480p_takes_its_only_resolution(tmp_path: Path) -> None:
         find_sources(tmp_path)
 
 
-def test_davis_without_lists_is_refused(tmp_path: Path) -> None:
+def test_davis_without_lists_is_refused(tmp_path: Path, make_davis: Callable[..., None]) -> None:
     make_davis(tmp_path)
     for file in (tmp_path / "ImageSets").rglob("*.txt"):
         file.unlink()
@@ -215,16 +189,15 @@ def test_davis_without_lists_is_refused(tmp_path: Path) -> None:
         find_sources(tmp_path)
 
 
-def test_youtube_vos_takes_the_nearest_annotation_before_a_frame(tmp_path: Path) -> None:
-    holes = make_holes(12)
+def test_youtube_vos_takes_the_nearest_annotation_before_a_frame(
+    tmp_path: Path, write_images: Write
+) -> None:
+    masks = make_masks(12)
     for split, first in (("train", 0), ("valid", 5)):
         folder = tmp_path / split
-        write_images(folder / "JPEGImages" / "0a1b", to_images(make_frames(12)), suffix="jpg")
-        annotations = folder / "Annotations" / "0a1b"
-        annotations.mkdir(parents=True)
-        for index in range(first, 12, 5):
-            to_palette(holes[index]).save(annotations / f"{index:05}.png")
-    write_images(tmp_path / "test" / "JPEGImages" / "2c", to_images(make_frames(3)))
+        write_images(folder / "JPEGImages" / "0a1b", make_frames(12), "jpg")
+        write_annotations(folder / "Annotations" / "0a1b", masks[first::5], 5, first)
+    write_images(tmp_path / "test" / "JPEGImages" / "2c", make_frames(3))
     touch(tmp_path / "test" / "Annotations" / "2c" / "empty")
     found = find_sources(tmp_path)
     assert labels(found) == {
@@ -234,18 +207,20 @@ def test_youtube_vos_takes_the_nearest_annotation_before_a_frame(tmp_path: Path)
     }
     assert len({source.name for source in found}) == 3
     train, validation, test = found
-    np.testing.assert_array_equal(read_masks(train, 12), holes[[0] * 5 + [5] * 5 + [10] * 2])
-    np.testing.assert_array_equal(read_masks(validation, 12), holes[[5] * 10 + [10] * 2])
+    np.testing.assert_array_equal(read_masks(train), masks[[0] * 5 + [5] * 5 + [10] * 2])
+    np.testing.assert_array_equal(read_masks(validation), masks[[5] * 10 + [10] * 2])
     assert test.masks is None
     assert find_outside(tmp_path, found, None) == []
 
 
-def test_folders_that_hold_images_and_no_video_are_videos(tmp_path: Path) -> None:
-    write_images(tmp_path / "train" / "deep" / "a.b", to_images(make_frames(2)))
+def test_folders_that_hold_images_and_no_video_are_videos(
+    tmp_path: Path, write_images: Write
+) -> None:
+    write_images(tmp_path / "train" / "deep" / "a.b", make_frames(2))
     touch(tmp_path / "train" / "films" / "c.mp4")
     touch(tmp_path / "train" / "films" / "still.jpg")
     touch(tmp_path / "train" / "poster.jpg")
-    write_images(tmp_path / "val", to_images(make_frames(2)))
+    write_images(tmp_path / "val", make_frames(2))
     found = find_sources(tmp_path)
     assert labels(found) == {
         "train": ["train/deep/a.b", "train/films/c.mp4"],
@@ -254,8 +229,8 @@ def test_folders_that_hold_images_and_no_video_are_videos(tmp_path: Path) -> Non
     assert [source.name for source in found] == ["a_b", "c", "val"]
 
 
-def test_a_folder_of_frames_itself_is_one_video(tmp_path: Path) -> None:
-    write_images(tmp_path / "walk", to_images(make_frames(2)))
+def test_a_folder_of_frames_itself_is_one_video(tmp_path: Path, write_images: Write) -> None:
+    write_images(tmp_path / "walk", make_frames(2))
     source = find_one(tmp_path / "walk")
     assert (source.label, source.name, source.path) == (".", "walk", tmp_path / "walk")
 
@@ -291,7 +266,7 @@ def test_names_that_would_still_collide_are_refused(tmp_path: Path) -> None:
 @settings(deadline=None)
 @given(name=st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=200))
 def test_every_name_makes_a_short_plain_key(name: str) -> None:
-    part = _key_part(name)
+    part = make_key_part(name)
     assert re.fullmatch(r"[A-Za-z0-9_-]{1,48}", part)
 
 
@@ -305,84 +280,41 @@ def test_names_in_another_script_and_long_names_stay_apart(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def videos(tmp_path: Path) -> Path:
-    """One video of six frames, whose masks `make_holes(6)` are to be found."""
+def videos(tmp_path: Path, write_lossless: Write) -> Path:
+    """One video of six frames."""
     write_lossless(tmp_path / "videos" / "a" / "b.mkv", make_frames(6))
     return tmp_path / "videos"
 
 
-def grey(holes: np.ndarray) -> np.ndarray:
-    """What a compressed mask looks like: neither black nor white."""
-    return np.where(holes[..., None] == 1, 150, 100).astype(np.uint8).repeat(3, axis=-1)
-
-
-@pytest.mark.parametrize("kind", ["video", "folder", "palette"])
 def test_masks_are_found_in_a_folder_that_mirrors_the_videos(
-    videos: Path, tmp_path: Path, kind: str
+    videos: Path, tmp_path: Path, write_images: Write, write_lossless: Write
 ) -> None:
-    holes = make_holes(6)
-    masks = tmp_path / "masks" / "a"
-    if kind == "video":
-        write_lossless(masks / "b.AVI", grey(holes))
-    elif kind == "folder":
-        write_images(masks / "b", to_images(grey(holes)[..., 0]))
-    else:
-        write_images(masks / "b", [to_palette(hole) for hole in holes])
-    source = find_one(videos, tmp_path / "masks")
-    np.testing.assert_array_equal(read_masks(source, 6), holes)
+    white = make_masks(6) * 255
+    write_lossless(tmp_path / "videos_of_masks" / "a" / "b.AVI", white[..., None].repeat(3, -1))
+    write_images(tmp_path / "images" / "a" / "b", white)
+    for kind in ("videos_of_masks", "images"):
+        np.testing.assert_array_equal(read_masks(find_one(videos, tmp_path / kind)), make_masks(6))
 
 
-def test_one_image_is_the_mask_of_all_frames(videos: Path) -> None:
-    hole = make_holes(6)[3]
-    masks = videos / "masks"  # below the videos, and none of them
+def test_one_image_below_the_videos_is_the_mask_of_all_frames(videos: Path) -> None:
+    (mask,) = make_masks(1)
+    masks = videos / "masks"
     (masks / "a").mkdir(parents=True)
-    Image.fromarray(hole * 255).save(masks / "a" / "b.PNG")
+    Image.fromarray(mask * 255).save(masks / "a" / "b.PNG")
     source = find_one(videos, masks)
-    np.testing.assert_array_equal(read_masks(source, 6), np.stack([hole] * 6))
+    np.testing.assert_array_equal(read_masks(source), [mask] * 6)
     assert find_outside(videos, [source], masks) == []
 
 
-def test_given_masks_replace_annotations(tmp_path: Path) -> None:
+def test_given_masks_replace_annotations(tmp_path: Path, make_davis: Callable[..., None]) -> None:
     make_davis(tmp_path / "davis")
-    hole = make_holes(1)[0]
+    mask = make_masks(3)[2]
     place = tmp_path / "masks" / "JPEGImages" / "480p"
     place.mkdir(parents=True)
-    Image.fromarray(hole * 255).save(place / "bear.png")
+    Image.fromarray(mask * 255).save(place / "bear.png")
     bear, dog, _ = find_sources(tmp_path / "davis", tmp_path / "masks")
-    np.testing.assert_array_equal(read_masks(bear, 3), np.stack([hole] * 3))
+    np.testing.assert_array_equal(read_masks(bear), [mask] * 3)
     assert dog.masks is None
-
-
-def test_a_mask_is_cropped_and_resized_as_its_frame_is(tmp_path: Path) -> None:
-    holes = make_holes(4)
-    holes[:, :8] = 1
-    write_lossless(tmp_path / "videos" / "a.mkv", np.stack([holes * 255] * 3, axis=-1))
-    write_images(tmp_path / "masks" / "a", to_images(holes * 255))
-    source = find_one(tmp_path / "videos", tmp_path / "masks")
-    for fit in ("crop", "resize"):
-        for size in (FrameSize(16, 16), FrameSize(8, 8), FrameSize(48, 32), FrameSize(20, 60)):
-            how = {"size": size, "fit": fit}
-            (clip,) = read_clips(Piece(source), 4, 4, own_masks=True, **how)
-            assert clip.mask is not None
-            assert clip.mask.shape == (4, size.height, size.width)
-            assert set(np.unique(clip.mask)) == {0, 1}
-            differ = clip.mask != (clip.frames[..., 0] > 127)
-            # The columns are a pixel wide: what is left of one depends on the interpolation.
-            assert differ.mean() < 0.12
-            assert not differ[:, : size.height // 2 - 1].any()
-
-
-def test_masks_that_are_missing_or_do_not_fit_make_a_video_unusable(
-    videos: Path, tmp_path: Path
-) -> None:
-    (seen,) = survey([find_one(videos)], 6, own_masks=True)
-    assert seen.reason == "it has no masks of its own"
-    write_images(tmp_path / "masks" / "a" / "b", to_images(make_frames(5)))
-    source = find_one(videos, tmp_path / "masks")
-    (seen,) = survey([source], 6, own_masks=True)
-    assert "its masks b: there are 5 for 6 frames" in seen.reason
-    with pytest.raises(UnreadableVideo, match="there are 5 for 6 frames"):
-        read_masks(source, 6)
 
 
 def test_folders_of_masks_that_do_not_fit_are_refused(videos: Path, tmp_path: Path) -> None:
@@ -396,211 +328,3 @@ def test_folders_of_masks_that_do_not_fit_are_refused(videos: Path, tmp_path: Pa
     touch(tmp_path / "masks" / "a" / "b.mp4")
     with pytest.raises(BadInput, match=r"has b\.mp4 and b\.png for one video"):
         find_sources(videos, tmp_path / "masks")
-
-
-# Looking at them.
-
-
-def test_survey_tells_in_order_what_is_usable_and_why_not(tmp_path: Path) -> None:
-    for index, count in enumerate((6, 3, 9)):
-        write_lossless(tmp_path / f"{index}.mkv", make_frames(count))
-    (tmp_path / "3.mp4").write_bytes(b"not a video")
-    write_images(tmp_path / "4", to_images(make_frames(7)))
-    found = find_sources(tmp_path)
-    surveyed = survey(found, 6, frame_rate=12.5)
-    assert [seen.source for seen in surveyed] == found
-    assert [seen.header and seen.header.frames for seen in surveyed] == [6, None, 9, None, 7]
-    assert surveyed[4].header == Header(7, HEIGHT, WIDTH, Fraction(25, 2))
-    assert surveyed[1].reason == "it has 3 frames, a clip has 6"
-    assert "Invalid data" in surveyed[3].reason
-    assert [seen.bytes for seen in surveyed[:4]] == [s.path.stat().st_size for s in found[:4]]
-    assert surveyed[4].bytes == sum(file.stat().st_size for file in found[4].path.iterdir())
-
-
-def test_a_listed_video_that_is_not_there_is_unusable(tmp_path: Path) -> None:
-    make_davis(tmp_path)
-    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("zebra")
-    surveyed = survey(find_sources(tmp_path), 2)
-    assert [bool(seen.header) for seen in surveyed] == [True, True, False]
-    assert "No such file" in surveyed[2].reason
-
-
-# Plans.
-
-
-def make_surveyed(counts: Sequence[int | None], split: str = "train") -> list[Surveyed]:
-    """Sources of so many frames; None is unusable."""
-    return [
-        Surveyed(
-            Source(f"{split}/{index}.mp4", f"{split}_{index}", split, Path(f"{split}/{index}.mp4")),
-            index,
-            None if count is None else Header(count, HEIGHT, WIDTH, Fraction(25)),
-            "" if count is not None else "it is no video",
-        )
-        for index, count in enumerate(counts)
-    ]
-
-
-counts_of_frames = st.lists(st.none() | st.integers(4, 80), min_size=1, max_size=12)
-
-
-@settings(deadline=None)
-@given(
-    train=counts_of_frames,
-    validation=counts_of_frames,
-    stride=st.integers(1, 9),
-    clip_bytes=st.integers(1, 50),
-    shard_bytes=st.integers(1, 400),
-)
-def test_a_plan_has_every_clip_once_in_order_and_no_shard_too_large(
-    train: list[int | None],
-    validation: list[int | None],
-    stride: int,
-    clip_bytes: int,
-    shard_bytes: int,
-) -> None:
-    length = 4
-    surveyed = make_surveyed(train) + make_surveyed(validation, "validation")
-    plan = plan_shards(surveyed, length, stride, clip_bytes, shard_bytes)
-    clips = {
-        seen.source.label: len(cut_clips(seen.header.frames, length, stride)) if seen.header else 0
-        for seen in surveyed
-    }
-    planned = []
-    for split, shards in plan.shards.items():
-        for shard in shards:
-            assert shard
-            total = 0
-            for piece in shard:
-                label = piece.source.label
-                assert piece.source.split == split
-                follow = clips[label] - piece.first_clip
-                count = follow if piece.clips is None else piece.clips
-                total += count
-                planned += [(label, piece.first_clip + index) for index in range(count)]
-            assert total * clip_bytes <= shard_bytes or total == 1
-    assert planned == [(label, clip) for label, count in clips.items() for clip in range(count)]
-    listed = Counter(
-        piece.source.label for shards in plan.shards.values() for s in shards for piece in s
-    )
-    assert listed.keys() == clips.keys()
-    whole = max(1, shard_bytes // clip_bytes)
-    assert all(listed[label] == max(1, -(-count // whole)) for label, count in clips.items())
-    last = {p.source.label: p for shards in plan.shards.values() for s in shards for p in s}
-    assert all(piece.clips is None for piece in last.values())
-
-
-def test_pieces_fill_shards_and_say_what_they_are() -> None:
-    surveyed = make_surveyed([8, None, 44, 4])
-    plan = plan_shards(surveyed, 4, 4, clip_bytes=10, shard_bytes=59)
-    assert [[str(piece) for piece in shard] for shard in plan.shards["train"]] == [
-        ["train/0.mp4", "train/1.mp4"],
-        ["train/2.mp4[0:5]"],
-        ["train/2.mp4[5:10]"],
-        ["train/2.mp4[10:]", "train/3.mp4"],
-    ]
-
-
-def test_a_plan_survives_its_json_and_another_place(videos: Path, tmp_path: Path) -> None:
-    write_lossless(tmp_path / "masks" / "a" / "b.mkv", make_frames(6))
-    write_lossless(videos / "c.mkv", make_frames(2))
-    found = find_sources(videos, tmp_path / "masks")
-    surveyed = survey(found, 2, own_masks=True)
-    assert [bool(seen.header) for seen in surveyed] == [True, False]
-    plan = plan_shards(surveyed, 2, 2, 10, 20)
-    text = plan.to_json(videos, tmp_path / "masks")
-    assert Plan.from_json(text, videos, tmp_path / "masks") == plan
-    assert str(tmp_path) not in text
-    moved = Plan.from_json(json.dumps(json.loads(text)), tmp_path / "new", Path("m"))
-    assert moved.surveyed["a/b.mkv"].source.path == tmp_path / "new" / "a" / "b.mkv"
-    assert moved.surveyed["a/b.mkv"].source.masks == Path("m/a/b.mkv")
-
-
-def test_a_plan_of_annotated_frames_survives_its_json(tmp_path: Path) -> None:
-    make_davis(tmp_path)
-    plan = plan_shards(survey(find_sources(tmp_path), 2), 2, 2, 1, 1)
-    assert Plan.from_json(plan.to_json(tmp_path, None), tmp_path, None) == plan
-
-
-def test_a_plan_tells_what_changed_in_the_folder(videos: Path, tmp_path: Path) -> None:
-    write_images(videos / "frames", to_images(make_frames(3)))
-    for name in ("c.mkv", "d.mkv"):
-        write_lossless(videos / name, make_frames(2))
-    plan = plan_shards(survey(find_sources(videos), 2), 2, 2, 10, 20)
-    assert plan.differs(find_sources(videos)) == ""
-    (videos / "d.mkv").rename(videos / "e.mkv")
-    assert plan.differs(find_sources(videos)) == (
-        "1 added (the first is e.mkv), 1 removed (the first is d.mkv)"
-    )
-    (videos / "e.mkv").rename(videos / "d.mkv")
-    (videos / "frames" / "00002.png").unlink()
-    with (videos / "c.mkv").open("ab") as file:
-        file.write(b"more")
-    assert plan.differs(find_sources(videos)) == "2 of another size (the first is c.mkv)"
-
-
-# Reading.
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    count=st.integers(5, 40),
-    length=st.integers(1, 5),
-    stride=st.integers(1, 9),
-    most=st.integers(1, 4),
-)
-def test_the_pieces_of_a_plan_are_slices_of_the_video(
-    tmp_path_factory: pytest.TempPathFactory, count: int, length: int, stride: int, most: int
-) -> None:
-    root = tmp_path_factory.getbasetemp() / f"pieces-{count}"
-    frames, holes = make_frames(count), make_holes(count)
-    if not root.exists():
-        write_lossless(root / "videos" / "a.mkv", frames)
-        write_images(root / "masks" / "a", to_images(holes * 255))
-    found = find_sources(root / "videos", root / "masks")
-    plan = plan_shards(survey(found, length), length, stride, 1, most)
-    firsts = []
-    for shard in plan.shards["train"]:
-        for clip in read_clips(shard[0], length, stride, own_masks=True):
-            firsts.append(clip.first)
-            np.testing.assert_array_equal(clip.frames, frames[clip.first : clip.first + length])
-            np.testing.assert_array_equal(clip.mask, holes[clip.first : clip.first + length])
-    assert firsts == list(cut_clips(count, length, stride))
-
-
-def test_a_late_piece_of_a_compressed_video_is_the_same_to_the_bit(tmp_path: Path) -> None:
-    write_video(tmp_path / "a.mp4", make_frames(40), 25.0)
-    source = find_one(tmp_path)
-    whole = list(read_clips(Piece(source), 4, 6, FrameSize(12, 10)))
-    late = list(read_clips(Piece(source, 3, 2), 4, 6, FrameSize(12, 10)))
-    assert [clip.first for clip in late] == [18, 24]
-    for clip, same in zip(late, whole[3:5], strict=True):
-        np.testing.assert_array_equal(clip.frames, same.frames)
-        assert clip.mask is None
-
-
-def test_a_piece_that_its_video_does_not_fill_says_so(tmp_path: Path) -> None:
-    write_lossless(tmp_path / "a.mkv", make_frames(10))
-    source = find_one(tmp_path)
-    for piece, clips in ((Piece(source, 0, 4), 3), (Piece(source, 3), 0)):
-        read = []
-        with pytest.raises(UnreadableVideo, match="it ends before frame 12"):
-            for clip in read_clips(piece, 3, 3):
-                read.append(clip)
-        assert len(read) == clips
-
-
-@pytest.mark.skipif(not COLLISIONS.is_dir(), reason="no collisions in ../shared")
-def test_the_collisions_are_planned_whole() -> None:
-    found = find_sources(COLLISIONS)
-    assert {split: len(listed) for split, listed in labels(found).items()} == {
-        "train": 900,
-        "validation": 100,
-    }
-    part = found[:8] + found[-8:]
-    surveyed = survey(part, 20)
-    assert {seen.header for seen in surveyed} == {Header(24, 128, 128, Fraction(25, 2))}
-    plan = plan_shards(surveyed, 20, 20, 1, 3)
-    assert [len(shard) for shard in plan.shards["train"]] == [3, 3, 2]
-    (clip,) = read_clips(plan.shards["validation"][2][1], 20, 20)
-    assert clip.frames.shape == (20, 128, 128, 3)
