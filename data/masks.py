@@ -1,4 +1,4 @@
-"""Holes: drawn, mixed, filled, brought to the latents' size. A mask is 1 in the hole, 0 elsewhere.
+"""Masks: drawn, mixed, filled, brought to the latents' size. A mask is 1 in the hole, 0 elsewhere.
 
 A drawn mask is a pure function of its family, its shape and its seed parts (the job's seed and the
 clip's key): every choice is a hash and pixels are decided in integers, so that it is the same on
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..seeding import derive_seed
+from .videos import Frames, Mask, Masks
 
 # (frames, height, width, *seed_parts) -> mask; the docstring's first line is its help.
-Draw = Callable[..., UInt8[np.ndarray, "frames height width"]]
+Draw = Callable[..., Masks]
 Colour = tuple[int, int, int]
 
+LEAVE_FRAMES = ("prediction", "infilling", "continuation")  # families that show whole frames
 OWN = "own"  # the family of a user's own masks, which are read from files
 GRID = 4  # cells on a side of the paper's masks; no frame may have a smaller side
 HIDDEN_CELLS = 4  # of GRID * GRID
@@ -34,7 +36,7 @@ SUBPIXELS = 64  # positions within a pixel of what moves: a side / 64 a frame is
 
 def draw_mask(
     family: str, frames: int, height: int, width: int, seed_parts: tuple[str | int, ...]
-) -> UInt8[np.ndarray, "frames height width"]:
+) -> Masks:
     """The mask that `family`, one of FAMILIES, draws for `seed_parts`.
 
     Raises:
@@ -48,12 +50,15 @@ def draw_mask(
             f"a clip of {frames} frames of {width}x{height} pixels is too small for a mask: "
             f"choose at least 1 frame of {GRID}x{GRID}"
         )
+    if frames == 1 and family in LEAVE_FRAMES:
+        raise BadInput(
+            f"frames is 1; {family} leaves some frames visible and hides in others: "
+            f"choose at least 2, or leave {family} out of the masks"
+        )
     return FAMILIES[family](frames, height, width, *seed_parts)
 
 
-def _stationary(
-    frames: int, height: int, width: int, *seed_parts: str | int
-) -> UInt8[np.ndarray, "frames height width"]:
+def _stationary(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
     """4 cells of a 4x4 grid, the same in every frame: 25 % of the frame.
 
     Where 4 does not divide the frame's sides, the grid's lines are rounded to whole pixels and the
@@ -65,10 +70,8 @@ def _stationary(
     return hidden[:, _cell_of(height)[:, None], _cell_of(width)[None, :]]
 
 
-def _variable(
-    frames: int, height: int, width: int, *seed_parts: str | int
-) -> UInt8[np.ndarray, "frames height width"]:
-    """4 cells of a 4x4 grid, others in each frame: 25 % of the frame.
+def _variable(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
+    """4 cells of a 4x4 grid, new ones in each frame: 25 % of the frame.
 
     Source: as "stationary".
     """
@@ -89,9 +92,7 @@ def _cell_of(length: int) -> Int64[np.ndarray, " length"]:
     return np.searchsorted(lines, np.arange(length), side="right")
 
 
-def _box(
-    frames: int, height: int, width: int, *seed_parts: str | int
-) -> UInt8[np.ndarray, "frames height width"]:
+def _box(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
     """A rectangle, 1/4 to 1/2 of each side, that moves steadily and bounces off borders.
 
     Along each axis it moves by 1/64 to 1/16 of the side a frame.
@@ -114,13 +115,11 @@ def _slide(frames: int, length: int, *seed_parts: str | int) -> UInt8[np.ndarray
     return ((first <= pixel) & (pixel < first + size)).astype(np.uint8)
 
 
-def _strokes(
-    frames: int, height: int, width: int, *seed_parts: str | int
-) -> UInt8[np.ndarray, "frames height width"]:
+def _strokes(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
     """Free-form brush strokes that drift slowly, 1/8 to 1/2 of the frame.
 
-    What drifts, or is painted, over one border comes in at the opposite one, so that every frame
-    hides equally much. Along each axis they drift by at most 1/64 of the frame's size (the root of
+    What leaves the frame at one border comes in at the opposite one, so that every frame hides
+    equally much. Along each axis they drift by at most 1/64 of the frame's size (the root of
     its area) a frame.
 
     Source: Yu et al. 2019, "Free-Form Image Inpainting with Gated Convolution", Algorithm 1, with
@@ -134,7 +133,7 @@ def _strokes(
     return np.stack([np.roll(painted, shift, (0, 1)) for shift in zip(down, right, strict=True)])
 
 
-def _paint(height: int, width: int, *seed_parts: str | int) -> UInt8[np.ndarray, "height width"]:
+def _paint(height: int, width: int, *seed_parts: str | int) -> Mask:
     """Strokes, line by line, until a drawn share of the frame, 1/8 to 3/8, is hidden.
 
     The last line may cover up to 1/8 more.
@@ -186,9 +185,7 @@ def _line(
     return chosen_rows + rows[0, 0], chosen_columns + columns[0, 0]
 
 
-def _border(
-    frames: int, height: int, width: int, *seed_parts: str | int
-) -> UInt8[np.ndarray, "frames height width"]:
+def _border(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
     """Outpainting: all but a still window near the middle, 1/2 to 3/4 of each side."""
     rows = _window(height, *seed_parts, "border", "rows")
     columns = _window(width, *seed_parts, "border", "columns")
@@ -205,68 +202,44 @@ def _window(length: int, *seed_parts: str | int) -> UInt8[np.ndarray, " length"]
     return window
 
 
-def _prediction(
-    frames: int, height: int, width: int, *seed_parts: str | int
-) -> UInt8[np.ndarray, "frames height width"]:
+def _prediction(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
     """Whole frames: the first 1 to a quarter of the clip visible, all later ones hidden.
 
     Source: Höppe et al. 2022, "Diffusion Models for Video Prediction and Infilling" (RaMViD).
     """
-    first = _draw(1, _most_shown("prediction", frames), *seed_parts, "prediction")
-    return _hide_frames(first, frames, (frames, height, width))
+    first = _draw(1, max(1, frames // 4), *seed_parts, "prediction")
+    mask = np.ones((frames, height, width), dtype=np.uint8)
+    mask[:first] = 0
+    return mask
 
 
-def _infilling(
-    frames: int, height: int, width: int, *seed_parts: str | int
-) -> UInt8[np.ndarray, "frames height width"]:
+def _infilling(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
     """Whole frames: 1 to a quarter of the clip at each end visible, the middle hidden.
 
     Of two frames the second is hidden.
 
     Source: as "prediction".
     """
-    most = _most_shown("infilling", frames)
+    most = max(1, frames // 4)
     first = _draw(1, most, *seed_parts, "infilling", "first")
     last = _draw(1, most, *seed_parts, "infilling", "last")
-    return _hide_frames(first, max(frames - last, first + 1), (frames, height, width))
+    mask = np.zeros((frames, height, width), dtype=np.uint8)
+    mask[first : max(frames - last, first + 1)] = 1
+    return mask
 
 
-def _continuation(
-    frames: int, height: int, width: int, *seed_parts: str | int
-) -> UInt8[np.ndarray, "frames height width"]:
+def _continuation(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
     """As stationary, but the first 1 to half of the frames are visible.
 
     So a window of a long video finds its first frames, which the window before it has filled.
     """
-    _refuse_single("continuation", frames)
     mask = _stationary(frames, height, width, *seed_parts)
     mask[: _draw(1, frames // 2, *seed_parts, "continuation")] = 0
     return mask
 
 
-def _most_shown(family: str, frames: int) -> int:
-    _refuse_single(family, frames)
-    return max(1, frames // 4)
-
-
-def _refuse_single(family: str, frames: int) -> None:
-    if frames < 2:
-        raise BadInput(
-            f"frames is {frames}; {family} leaves some frames visible and hides in others: "
-            f"choose at least 2, or leave {family} out of the masks"
-        )
-
-
-def _hide_frames(
-    begin: int, end: int, shape: tuple[int, int, int]
-) -> UInt8[np.ndarray, "frames height width"]:
-    mask = np.zeros(shape, dtype=np.uint8)
-    mask[begin:end] = 1
-    return mask
-
-
 def _draw(low: int, high: int, *seed_parts: str | int) -> int:
-    """A whole number, `low` to `high` alike likely: a pure function of the arguments."""
+    """A whole number from `low` to `high`, all equally likely: a pure function of the arguments."""
     return low + derive_seed(*seed_parts) % (high - low + 1)
 
 
@@ -295,10 +268,10 @@ def describe_families() -> str:
 
 @dataclass(frozen=True)
 class Mix:
-    """Families of masks with their weights: relative, above 0 and finite.
+    """Families of masks with their relative weights.
 
     Raises:
-        BadInput: there is none, or one that is unknown, or a weight out of range.
+        BadInput: there is no family, an unknown one, or a weight that is not finite and above 0.
     """
 
     weights: dict[str, float]
@@ -322,10 +295,10 @@ class Mix:
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """Read "stationary:2 variable box:0.5": spaces or commas between; a weight left out is 1.
+        """Read "stationary:2 variable box:0.5"; commas may separate too, and 1 is the usual weight.
 
         Raises:
-            BadInput: it is no such mix.
+            BadInput: `text` is not a mix.
         """
         weights: dict[str, float] = {}
         for part in text.replace(",", " ").split():
@@ -364,12 +337,12 @@ class Mix:
         return [name for name, number in zip(names, numbers, strict=True) for _ in range(number)]
 
     def _ordered(self) -> list[tuple[str, float]]:
-        """As the registry has them, however they were given."""
+        """In the order of FAMILIES."""
         return [(name, self.weights[name]) for name in (*FAMILIES, OWN) if name in self.weights]
 
 
 def latent_mask(
-    mask: UInt8[np.ndarray, "frames height width"], latent_height: int, latent_width: int
+    mask: Masks, latent_height: int, latent_width: int
 ) -> Float[Tensor, "frames 1 latent_height latent_width"]:
     """The hidden share of each latent's pixels, 0 to 1: the mask averaged over areas.
 
@@ -380,8 +353,8 @@ def latent_mask(
 
 
 def visible_median(
-    frames: UInt8[np.ndarray, "frames height width 3"],
-    mask: UInt8[np.ndarray, "frames height width"],
+    frames: Frames,
+    mask: Masks,
 ) -> Colour:
     """Each channel's median over every visible pixel of the clip, in whole 8-bit units.
 
@@ -398,17 +371,17 @@ def visible_median(
 
 
 def _median(values: UInt8[np.ndarray, " pixels"]) -> int:
-    """As np.median, rounded, but five times as fast: by counting, since few values are possible."""
+    """np.median, rounded, but five times as fast: counts the 256 possible values."""
     below = np.cumsum(np.bincount(values, minlength=256))
     middle = np.searchsorted(below, [(len(values) - 1) // 2, len(values) // 2], side="right")
     return round(int(middle.sum()) / 2)
 
 
 def fill_hole(
-    frames: UInt8[np.ndarray, "frames height width 3"],
-    mask: UInt8[np.ndarray, "frames height width"],
+    frames: Frames,
+    mask: Masks,
     colour: Colour | None = None,
-) -> UInt8[np.ndarray, "frames height width 3"]:
+) -> Frames:
     """The masked video: `colour` (0 to 255), or `visible_median`, in the hole."""
     filling = np.array(visible_median(frames, mask) if colour is None else colour, dtype=np.uint8)
     return np.where(mask[..., None] == 1, filling, frames)

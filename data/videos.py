@@ -308,7 +308,7 @@ def quarter_turns(frame: av.VideoFrame) -> int:
 
 def read_video(
     path: Path, size: FrameSize | None = None, fit: Fit = "crop"
-) -> tuple[UInt8[np.ndarray, "frames height width 3"], Fraction]:
+) -> tuple[Frames, Fraction]:
     """All frames of a video at once, as `read_frames` gives them, and its frames per second.
 
     Raises:
@@ -386,7 +386,7 @@ def clips_of(
 
 def write_video(
     path: Path,
-    frames: UInt8[np.ndarray, "frames height width 3"],
+    frames: Frames,
     fps: Fraction | float,
     crf: int = 18,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What there is to encode: found in the layouts that data sets come in, and cut into shards."""
+"""The videos to encode, found in the layouts that data sets come in."""
 
 from __future__ import annotations
 
@@ -75,15 +75,13 @@ def find_sources(root: Path, mask_files: Path | None = None) -> list[Source]:
       `video_00000` to `video_19999`, get its official splits (10,000, 5,000 and 5,000); others are
       all "train".
 
-    Hidden files and folders are left out. An annotated frame's hole is all that is not 0; a frame
-    without an annotation takes that of the nearest before it, else of the nearest after.
+    Hidden files and folders are left out.
 
     Args:
         root: the folder of videos.
         mask_files: a folder of masks that mirrors `root`, used instead of annotations: for
             `a/b.mp4` a video `a/b.mkv`, an image `a/b.png` for all frames, or a folder `a/b` of
-            images, one a frame or with the frames' names. The hole is above 127 of 255, and
-            everything but 0 in an image with a palette.
+            images. `data.own_masks` says how they are read.
 
     Raises:
         BadInput: a folder is missing or holds no video, a split has two folders, two videos
@@ -145,7 +143,13 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _find_davis(root: Path) -> list[_Found]:
-    resolution = _davis_resolution(root / FRAMES)
+    resolutions = sorted(path.name for path in (root / FRAMES).iterdir() if path.is_dir())
+    resolution = DAVIS_RESOLUTION if DAVIS_RESOLUTION in resolutions else "".join(resolutions[:1])
+    if resolution != DAVIS_RESOLUTION and len(resolutions) != 1:
+        raise BadInput(
+            f"{root / FRAMES} has the resolutions {', '.join(resolutions) or 'none'}: "
+            f"keep one of them, or add {DAVIS_RESOLUTION}"
+        )
     frames, annotations = root / FRAMES / resolution, root / ANNOTATIONS / resolution
     years = sorted(path for path in (root / LISTS).iterdir() if path.name.isdecimal())
     for year in reversed(years):
@@ -164,18 +168,6 @@ def _find_davis(root: Path) -> list[_Found]:
     )
 
 
-def _davis_resolution(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if DAVIS_RESOLUTION in names:
-        return DAVIS_RESOLUTION
-    if len(names) != 1:
-        raise BadInput(
-            f"{folder} has the resolutions {', '.join(names) or 'none'}: "
-            f"keep one of them, or add {DAVIS_RESOLUTION}"
-        )
-    return names[0]
-
-
 def _clevrer_splits(paths: Sequence[Path]) -> list[str]:
     """Each video's official split; none at all unless every video is named as CLEVRER's."""
     splits = []
@@ -190,7 +182,8 @@ def _list_videos(folder: Path, mask_files: Path | None) -> list[tuple[Path, Path
     """The videos of one split, sorted, each with its annotations."""
     found: list[tuple[Path, Path | None]]
     if (folder / FRAMES).is_dir():
-        videos = sorted(path for path in (folder / FRAMES).iterdir() if _is_open_folder(path))
+        paths = (folder / FRAMES).iterdir()
+        videos = sorted(path for path in paths if path.is_dir() and not path.name.startswith("."))
         found = [(path, _annotations(folder / ANNOTATIONS / path.name)) for path in videos]
     else:
         found = [(path, None) for path in _search(folder, mask_files)]
@@ -200,10 +193,6 @@ def _list_videos(folder: Path, mask_files: Path | None) -> list[tuple[Path, Path
             f"of {', '.join(sorted(IMAGE_SUFFIXES))}): name a folder that does"
         )
     return found
-
-
-def _is_open_folder(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
 
 
 def _annotations(folder: Path) -> Path | None:

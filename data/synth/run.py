@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Interval, MultipleOf
 
-from ... import jobs
-from ...errors import BadInput
+from ... import jobs, options
 from ...progress import Progress, show_progress
 from ...seeding import derive_seed
 from ..videos import write_video
@@ -37,19 +38,19 @@ class SynthConfig:
     """Make collision videos in CLEVRER's layout, so that there is something to train on at once.
 
     Shaded spheres, cubes and cylinders collide elastically on a grey floor under a fixed camera;
-    some come in from outside the view. Video k depends on the seed, k and the number of frames
-    alone. Written as H.264 at 12.5 frames a second.
+    some come in from outside the view. Video k depends only on the seed, k and the number of
+    frames. Videos are H.264 at 12.5 frames a second.
     """
 
     out: Path
     """Folder to write: video_train/ and video_validation/ within it."""
-    clips: int = 120
+    clips: Annotated[int, Interval(ge=1, le=MOST["train"])] = 120
     """Training videos, 1 to 10000."""
-    validation: int = 16
+    validation: Annotated[int, Interval(ge=0, le=MOST["validation"])] = 16
     """Validation videos, 0 to 5000."""
-    size: int = 64
+    size: Annotated[int, Interval(ge=16), MultipleOf(2)] = 64
     """Width and height in pixels; even, at least 16."""
-    frames: int = 24
+    frames: Annotated[int, Interval(ge=2)] = 24
     """Frames of each video, at least 2."""
     seed: int = 0
     """Other seeds make other videos."""
@@ -61,7 +62,7 @@ def synth(config: SynthConfig) -> list[Path]:
     Raises:
         BadInput: a value is out of range, or the folder holds something else.
     """
-    _check(config)
+    options.check(config)
     jobs.claim(config.out, "synth", config)
     numbers = [
         FIRST[split] + index
@@ -74,17 +75,6 @@ def synth(config: SynthConfig) -> list[Path]:
     with show_progress("rendering", len(numbers), "videos", done) as progress:
         _render_all(config, missing, progress)
     return list(paths.values())
-
-
-def _check(config: SynthConfig) -> None:
-    if not 1 <= config.clips <= MOST["train"]:
-        raise BadInput(f"clips is {config.clips}; choose 1 to {MOST['train']}")
-    if not 0 <= config.validation <= MOST["validation"]:
-        raise BadInput(f"validation is {config.validation}; choose 0 to {MOST['validation']}")
-    if config.size < 16 or config.size % 2:
-        raise BadInput(f"size is {config.size}; choose an even number of at least 16 pixels")
-    if config.frames < 2:
-        raise BadInput(f"frames is {config.frames}; choose at least 2")
 
 
 def video_path(out: Path, number: int) -> Path:
@@ -109,7 +99,7 @@ def _render_all(config: SynthConfig, numbers: Sequence[int], progress: Progress)
 
 
 def _leave_interrupts() -> None:
-    """Let the parent alone answer Ctrl-C: it lets the videos at work end, and starts no more."""
+    """Only the parent answers Ctrl-C: it finishes the videos in work and starts no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
