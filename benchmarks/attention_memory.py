@@ -1,4 +1,4 @@
-"""Peak memory of joint attention beside that of the formula, which holds its scores."""
+"""Peak memory of joint attention, compared with the plain formula, which holds its scores."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from .machine import describe, in_new_process, peak_bytes
 
 EXAMPLES = """examples:
   python -m benchmarks.attention_memory
-      20 frames of 16x16 places, 4 heads of 64 channels, as in the paper's network; some seconds
+      20 frames of 16x16 places, 4 heads of 64 channels, as in the paper's network; seconds
   python -m benchmarks.attention_memory --device cuda --precision bfloat16
-      a GPU
+      on a GPU
 """
 
 REFERENCE = "reference"
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes that each backend adds to queries, keys and values; null where it does not work."""
+    """Bytes that each backend adds to queries, keys and values; None if it does not work here."""
     inputs = 3 * options.tokens * options.heads * options.channels
     size = getattr(torch, options.precision).itemsize
     return {
@@ -57,7 +57,7 @@ def peaks(backend: Backend, options: dict[str, Any]) -> dict[str, int] | None:
     def train(given: list[torch.Tensor]) -> None:
         attend(*given, backend).square().mean().backward()
 
-    train(inputs(64))  # finds the kernels
+    train(inputs(64))  # loads the kernels
     given = inputs(options["tokens"])
     with torch.no_grad():
         forward = peak_bytes(device, lambda: attend(*given, backend))
@@ -66,7 +66,7 @@ def peaks(backend: Backend, options: dict[str, Any]) -> dict[str, int] | None:
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        "| backend | forward | forward and backward | of the reference's |",
+        "| backend | forward | forward and backward | share of the reference |",
         "| --- | ---: | ---: | ---: |",
     ]
     reference = found["backends"][REFERENCE]["training"]
@@ -88,8 +88,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     numbers = {
         "tokens": (5120, "places of all frames"),
-        "heads": (4, "that attend by themselves"),
-        "channels": (64, "of a head"),
+        "heads": (4, "attention heads"),
+        "channels": (64, "per head"),
     }
     for name, (default, text) in numbers.items():
         parser.add_argument(
@@ -97,7 +97,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1…; auto (default: cpu)")
     parser.add_argument("--precision", choices=get_args(Precision), default="float32")
-    parser.add_argument("--json", action="store_true", help="print the figures alone")
+    parser.add_argument("--json", action="store_true", help="print only the figures, as JSON")
     options = parser.parse_args(argv)
     for name in numbers:
         if getattr(options, name) < 1:

@@ -1,4 +1,4 @@
-"""The data plane: our stream beside its peers, shuffled well, behind a slow server; and encode."""
+"""Data: our stream compared with other readers, its shuffle, a slow server, and encoding."""
 
 from __future__ import annotations
 
@@ -31,42 +31,42 @@ from webdataset import shuffle
 
 from . import readers, throttled
 from .machine import processor, spread, summarise
-from .readers import FRAMES, LIMIT, LOADED, OURS, PLAIN, READERS, Rates, Work
+from .readers import FRAMES, LIMIT, LOADED, OURS, PLAIN, READERS, Rates, SyntheticShards
 
 EXAMPLES = """examples:
   python -m benchmarks.data
-      everything, about five minutes on two cores
+      everything, in about five minutes on two cores
   python -m benchmarks.data --parts readers --processor-time
-      the readers alone, on a machine that others use too
+      only the readers, on a shared machine
   python -m benchmarks.data --parts readers --latent 32
       latents of 256x256 pixels
   python -m benchmarks.data --json > figures.json
-      the figures alone
+      only the figures
 """
 
 PARTS = ("readers", "shuffle", "server", "encode")
 PRELOADED = ["benchmarks.readers", "benchmarks.throttled"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
-COPIES, LANES = 3, 4  # of the made dataset, behind the server
-LOOKED_AT = 10**6  # the most positions from which a shuffle is judged
+COPIES, LANES = 3, 4  # of the synthetic shards, behind the server
+EXAMINED = 10**6  # the most positions from which a shuffle is judged
 
 
 # The readers
 
 
-def compare_readers(options: argparse.Namespace, work: Work) -> dict[str, Any]:
-    """Rates of all that can be measured here; what was just written is in the page cache."""
+def compare_readers(options: argparse.Namespace, data: SyntheticShards) -> dict[str, Any]:
+    """Rates of all readers that can run here; what was just written is in the page cache."""
     if readers.has_litdata():
-        readers.write_chunks(work)
+        readers.write_chunks(data)
     cores = sorted(os.sched_getaffinity(0))
     names = [name for name in READERS if can_run(name, len(cores))]
     with ExitStack() as stack:
         pools = {
             name: stack.enter_context(new_pool(cores[-READERS[name].cores :])) for name in names
         }
-        check_readers(pools, work)
-        rounds = time_rounds(pools, work, options)
-    return summarise_readers(names, rounds, work)
+        check_readers(pools, data)
+        rounds = time_rounds(pools, data, options)
+    return summarise_readers(names, rounds, data)
 
 
 def can_run(name: str, cores: int) -> bool:
@@ -74,29 +74,31 @@ def can_run(name: str, cores: int) -> bool:
 
 
 def new_pool(cores: Sequence[int]) -> ProcessPoolExecutor:
-    """One new process on `cores`, which has inherited no thread."""
+    """A new process on `cores`, without inherited threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # else each imports everything anew
+    context.set_forkserver_preload(PRELOADED)  # otherwise each imports everything again
     return ProcessPoolExecutor(1, context, initializer=readers.settle, initargs=(cores,))
 
 
-def check_readers(pools: dict[str, ProcessPoolExecutor], work: Work) -> None:
-    """Every reader must deliver the same examples, each once an epoch.
+def check_readers(pools: dict[str, ProcessPoolExecutor], data: SyntheticShards) -> None:
+    """Check that every reader delivers the same examples, each once per epoch.
 
     Raises:
         AssertionError: one does not.
     """
-    found = {name: pool.submit(readers.fingerprint, name, work) for name, pool in pools.items()}
+    found = {name: pool.submit(readers.fingerprint, name, data) for name, pool in pools.items()}
     expected = found[LIMIT].result()
-    assert expected[0] == work.examples
+    assert expected[0] == data.examples
     for name, result in found.items():
-        assert result.result() == expected, f"{name} delivers other examples than were written"
+        assert result.result() == expected, (
+            f"{name} does not deliver the examples that were written"
+        )
 
 
 def time_rounds(
-    pools: dict[str, ProcessPoolExecutor], work: Work, options: argparse.Namespace
+    pools: dict[str, ProcessPoolExecutor], data: SyntheticShards, options: argparse.Namespace
 ) -> list[dict[str, Rates]]:
-    """Each reader in turn, alone; another begins each round."""
+    """Each reader in turn, alone; each round starts with a different one."""
     names, measured = list(pools), []
     for index in range(options.rounds):
         first = index % len(names)
@@ -104,7 +106,7 @@ def time_rounds(
         for name in [*names[first:], *names[:first]]:
             by_processor = options.processor_time and READERS[name].cores == 1
             timed = pools[name].submit(
-                readers.time_epochs, name, work, options.seconds, by_processor
+                readers.time_epochs, name, data, options.seconds, by_processor
             )
             rates[name] = timed.result()
         measured.append(rates)
@@ -112,7 +114,7 @@ def time_rounds(
 
 
 def summarise_readers(
-    names: Sequence[str], rounds: Sequence[dict[str, Rates]], work: Work
+    names: Sequence[str], rounds: Sequence[dict[str, Rates]], data: SyntheticShards
 ) -> dict[str, Any]:
     """Ratios are taken within a round; on two cores they are to webdataset on two cores."""
 
@@ -130,7 +132,7 @@ def summarise_readers(
             "of_limit": summarise(ratios(name, LIMIT)) if alone else None,
         }
     return {
-        "example_bytes": work.example_bytes,
+        "example_bytes": data.example_bytes,
         "readers": found,
         "examples_per_second": {name: found[name]["examples_per_second"][0] for name in names},
         "ratio_to_webdataset": found[OURS]["of_webdataset"][0],
@@ -139,7 +141,8 @@ def summarise_readers(
 
 def readers_table(found: dict[str, Any]) -> str:
     lines = [
-        "| reader | cores | examples/s | MB/s | of webdataset | of the copy limit | first epoch |",
+        "| reader | cores | examples/s | MB/s | relative to webdataset | share of the copy limit "
+        "| first epoch |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in found["readers"].items():
@@ -160,7 +163,7 @@ def readers_table(found: dict[str, Any]) -> str:
 
 
 class Shuffle(NamedTuple):
-    """How the examples of a shard are spread, for neighbours in it and for a batch."""
+    """How far apart neighbours in a shard end up, and how many shards a batch mixes."""
 
     distance: float  # Kolmogorov-Smirnov, from a uniform permutation's: 0 to 1
     median: float  # positions between neighbours
@@ -175,7 +178,7 @@ def judge_shuffles() -> list[dict[str, Any]]:
         rows.append(
             {"order": OURS, **size} | judge(our_order(examples, shards), examples)._asdict()
         )
-        if examples <= LOOKED_AT:
+        if examples <= EXAMINED:
             places = peers_order(examples, shards)
             rows.append({"order": PLAIN, **size} | judge(places, examples)._asdict())
             uniform = divide(np.random.default_rng(0).permutation(examples), examples // shards)
@@ -184,14 +187,14 @@ def judge_shuffles() -> list[dict[str, Any]]:
 
 
 def our_order(examples: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shard and row that each of the first positions reads."""
+    """The shard and row that each of the first positions reads."""
     sizes = [examples // shards] * shards
     order = Order(sizes, *choose_lanes(sizes), seed=0)
-    return order.locate(np.arange(min(examples, LOOKED_AT)))
+    return order.locate(np.arange(min(examples, EXAMINED)))
 
 
 def peers_order(examples: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same of webdataset's shuffle of the shards, then of examples in a buffer."""
+    """The same for webdataset: it shuffles the shards, then the examples in a buffer."""
     size = examples // shards
     numbers = random.Random(0).sample(range(shards), shards)
     streamed = (number * size + row for number in numbers for row in range(size))
@@ -204,12 +207,12 @@ def divide(numbers: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def judge(places: tuple[np.ndarray, np.ndarray], examples: int) -> Shuffle:
-    """Distances between neighbours in a shard, both of which are among the positions given."""
+    """Judge the distances between neighbours in a shard that are both among the given positions."""
     shards, rows = places
     positions = np.lexsort((rows, shards))
     neighbours = (np.diff(shards[positions]) == 0) & (np.diff(rows[positions]) == 1)
     distances = np.sort(np.abs(np.diff(positions))[neighbours])
-    # Of two places of a uniform permutation: density 2 (1 - x) at a distance of x * examples.
+    # Two places of a uniform permutation have density 2 (1 - x) at a distance of x * examples.
     expected = 1 - (1 - distances / examples) ** 2
     steps = np.arange(len(distances) + 1) / len(distances)
     batches = shards[: len(shards) // readers.BATCH * readers.BATCH].reshape(-1, readers.BATCH)
@@ -238,26 +241,26 @@ def shuffle_table(rows: Sequence[dict[str, Any]]) -> str:
 # The slow server
 
 
-def train_from_server(options: argparse.Namespace, work: Work) -> dict[str, Any]:
+def train_from_server(options: argparse.Namespace, data: SyntheticShards) -> dict[str, Any]:
     """Consume at the rate of eight GPUs from a server of twice that rate.
 
-    The served dataset is the made one several times over, and has few lanes: what the order needs
-    of it at a time is about a quarter.
+    The served data set is several copies of the synthetic one, with few lanes: the order needs
+    about a quarter of it at a time.
     """
     served = dataclasses.replace(
-        work,
-        folder=work.folder / "served",
-        examples=COPIES * work.examples,
-        shards=COPIES * work.shards,
+        data,
+        folder=data.folder / "served",
+        examples=COPIES * data.examples,
+        shards=COPIES * data.shards,
     )
-    link_copies(work, served)
+    link_copies(data, served)
     size = sum(Path(tar).stat().st_size for tar in served.tars)
     limit = 2 * options.rate * size / served.examples
     with (
         throttled.serve(served.folder, limit) as url,
         new_pool(sorted(os.sched_getaffinity(0))) as pool,
     ):
-        cache = CacheConfig(str(work.folder / "cache"))
+        cache = CacheConfig(str(data.folder / "cache"))
         seconds = options.minutes * 60
         waits = pool.submit(throttled.consume, url, cache, options.rate, seconds).result()
     return {
@@ -268,15 +271,15 @@ def train_from_server(options: argparse.Namespace, work: Work) -> dict[str, Any]
     }
 
 
-def link_copies(work: Work, served: Work) -> None:
-    """The shards of `work` under further numbers, which for a cache makes them others."""
+def link_copies(data: SyntheticShards, served: SyntheticShards) -> None:
+    """Link the shards of `data` under further numbers, which makes them new shards to a cache."""
     folder = served.folder / readers.SPLIT
     folder.mkdir(parents=True)
     for number in range(served.shards):
         for name in (shard_name, index_name):
-            original = work.folder / readers.SPLIT / name(number % work.shards)
+            original = data.folder / readers.SPLIT / name(number % data.shards)
             (folder / name(number)).symlink_to(original)
-    readers.write_manifest(folder, served, LANES, block=2 * work.examples // work.shards)
+    readers.write_manifest(folder, served, LANES, block=2 * data.examples // data.shards)
 
 
 def server_table(found: dict[str, Any]) -> str:
@@ -296,7 +299,7 @@ def server_table(found: dict[str, Any]) -> str:
 
 
 def time_encode(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """The shipped autoencoder over made videos, in a process of its own for each precision."""
+    """Encode synthetic videos with the shipped autoencoder, one process per precision."""
     videos = folder / "videos"
     synth(SynthConfig(videos, clips=options.clips, validation=0, size=128, frames=FRAMES))
     rows = []
@@ -349,13 +352,13 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="all, or some")
     numbers = {
-        "examples": (4096, "clips of the made dataset, a multiple of 32"),
-        "shards": (32, "of the made dataset"),
-        "latent": (22, "height and width of a clip's latents"),
+        "examples": (4096, "synthetic examples, a multiple of 32"),
+        "shards": (32, "that hold them"),
+        "latent": (22, "height and width of the latents"),
         "rounds": (5, "times that every reader is measured"),
-        "seconds": (1.0, "least time that a reader is measured for, after an epoch"),
-        "rate": (1000.0, "examples a second that are consumed from the server"),
-        "minutes": (0.5, "that they are consumed for"),
+        "seconds": (1.0, "the least time for which a reader is measured, after an epoch"),
+        "rate": (1000.0, "examples per second that are consumed from the server"),
+        "minutes": (0.5, "for which they are consumed"),
         "clips": (12, "videos to encode"),
     }
     for name, (default, text) in numbers.items():
@@ -365,15 +368,15 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="measure readers on one core by their seconds on it, which leave out most of what "
-        "other work on the machine costs, instead of wall seconds",
+        help="measure readers on one core in processor seconds instead of wall seconds: they "
+        "exclude most of the effect of other work on the machine",
     )
     parser.add_argument(
         "--json",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write the figures to FILE too; without one print them instead of the tables",
+        help="also write the figures to FILE; without FILE, print them instead of the tables",
     )
     options = parser.parse_args(argv)
     for name in numbers:
@@ -385,14 +388,14 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The figures of each part that was asked for."""
-    work = Work(folder, options.examples, options.shards, options.latent)
+    """The figures of each part in `options.parts`."""
+    data = SyntheticShards(folder, options.examples, options.shards, options.latent)
     if {"readers", "server"} & set(options.parts):
-        readers.write_dataset(work)
+        readers.write_dataset(data)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "readers": lambda: compare_readers(options, work),
+        "readers": lambda: compare_readers(options, data),
         "shuffle": lambda: {"shuffle": judge_shuffles()},
-        "server": lambda: {"server": train_from_server(options, work)},
+        "server": lambda: {"server": train_from_server(options, data)},
         "encode": lambda: {"encode": time_encode(options, folder)},
     }
     found: dict[str, Any] = {}

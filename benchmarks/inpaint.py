@@ -1,4 +1,4 @@
-"""`vidfill inpaint` on videos of several lengths: its peak memory, and what the network leaves."""
+"""`vidfill inpaint` on videos of several lengths: peak memory, and the network's share of time."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .machine import describe, in_new_process, peak_bytes
 
 EXAMPLES = """examples:
   python -m benchmarks.inpaint
-      100 and 1,000 frames of 64x64 under a network that costs nothing: the memory; minutes
+      100 and 1,000 frames of 64x64 with a network that costs next to nothing: memory; minutes
   python -m benchmarks.inpaint --frames 100 1000 10000
-      as the documentation has it
+      the table of docs/inpaint.md
   python -m benchmarks.inpaint --frames 95 --size 128 --model runs/train --schedule ddim:20
       a real model: the network's share of the time
 """
@@ -38,7 +38,7 @@ RATE = 25
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each length, each in a process of its own."""
+    """One row per length, each measured in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         model = options.model or make_model(root / "model", options.size)
@@ -86,7 +86,7 @@ def make_video(path: Path, frames: int, size: int) -> Path:
 
 
 def run(video: str, model: str, schedule: str, size: int) -> dict[str, float]:
-    """Fill a box in the middle of a video; processor seconds, as other work may run beside."""
+    """Fill a box in the middle of a video; in processor seconds, since other work may run too."""
     spent = count_seconds()
     quarter = size // 4
     config = InpaintConfig(
@@ -114,13 +114,13 @@ def run(video: str, model: str, schedule: str, size: int) -> dict[str, float]:
 
 
 def warm_up(config: InpaintConfig) -> None:
-    """One window, so that what is loaded and cached once is not counted."""
+    """Fill one window, so that what is loaded and cached only once is not counted."""
     out = config.video.with_suffix(".warm.mkv")
     inpaint(InpaintConfig(**{**vars(config), "out": out, "trim": "0-0.5"}))
 
 
 def count_seconds() -> list[float]:
-    """Where the processor seconds of each network call go from now on."""
+    """A list to which every network call from now on adds its processor seconds."""
     spent: list[float] = []
     denoise: Callable[..., torch.Tensor] = Denoiser.denoise
 
@@ -159,9 +159,13 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--frames", type=int, nargs="+", default=[100, 1000], help="lengths")
     parser.add_argument("--size", type=int, default=64, help="height and width (default: 64)")
-    parser.add_argument("--model", type=Path, help="a model's folder (default: one of no cost)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a model's folder (default: a network that costs next to nothing)",
+    )
     parser.add_argument("--schedule", default="ddim:1", help="(default: ddim:1)")
-    parser.add_argument("--json", action="store_true", help="print the figures alone")
+    parser.add_argument("--json", action="store_true", help="print only the figures, as JSON")
     return parser.parse_args(argv)
 
 
@@ -176,7 +180,10 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(rows, indent=1))
         return 0
     print(table(rows), end="\n\n")
-    print("the work adds to what a first window has loaded; the autoencoder is not the network")
+    print(
+        "what the work adds is counted after a first window; the network does not include the "
+        "autoencoder"
+    )
     print(describe(torch.device("cpu")))
     print(shlex.join(["python", "-m", "benchmarks.inpaint", *argv]))
     return 0

@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine that it runs on, its clock and memory, and spreads."""
+"""What every benchmark shares: the machine it runs on, clocks, peak memory, and spreads."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def describe(device: torch.device) -> str:
 
 
 def clock(device: torch.device, processor_time: bool) -> float:
-    """Seconds, on the wall or of this process on the processor, when all work has ended."""
+    """Wall or processor seconds, once all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.process_time() if processor_time else time.perf_counter()
@@ -66,21 +66,21 @@ def spread(values: Spread, style: str) -> str:
 
 
 def in_new_process(function: Callable[..., Result], *given: object) -> Result:
-    """What a function of a module gives in a process of its own, where nothing ran before."""
+    """The result of a module-level function, called in a new process where nothing ran before."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_give_back_what_is_freed) as pool:
+    with ProcessPoolExecutor(1, context, initializer=_return_freed_memory) as pool:
         return pool.submit(function, *given).result()
 
 
-def _give_back_what_is_freed() -> None:
-    """At once, so that a peak is of what is held; as glibc's MALLOC_MMAP_THRESHOLD_ does."""
+def _return_freed_memory() -> None:
+    """At once, so that a peak counts only what is held; like glibc's MALLOC_MMAP_THRESHOLD_."""
     _LIBC.mallopt(M_MMAP_THRESHOLD, 65536)
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
-    """The most bytes that `work` adds at once to what is held before it.
+    """The most bytes that `work` adds to what was held before it.
 
-    On a GPU those of tensors; on the CPU those resident, for which Linux is needed.
+    On a GPU, bytes of tensors; on the CPU, resident bytes, which needs Linux.
     """
     gc.collect()
     if device.type == "cuda":
@@ -88,9 +88,9 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    _LIBC.malloc_trim(0)  # or what lies free would be taken again, and not counted
+    _LIBC.malloc_trim(0)  # otherwise free memory would be reused, and not counted
     before = _resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     work()
     return _resident_bytes("VmHWM") - before
 

@@ -1,11 +1,11 @@
-"""diffusers' two video networks at the size of our preset `small`, called as ours is.
+"""diffusers' two video networks at the size of our preset `small`, called like ours.
 
 Both keep the proportions of diffusers' widths and its kinds of blocks (attention at all levels but
-the coarsest); widths are a tenth of its defaults, with one layer a block, which is about 10 M
-parameters. The condition is joined to the noisy latents on channels, as Stable Video Diffusion's
-first frame is. There is no text and no image to attend to: cross-attention gets one token of zeros,
-of few channels, so that as little as can be is spent on it, and `added_time_ids` (frame rate,
-motion, augmentation) are zeros.
+the coarsest). Widths are a tenth of the defaults, with one layer per block, which makes about 10 M
+parameters. The condition is joined to the noisy latents on channels, like the first frame in Stable
+Video Diffusion. There is no text and no image to attend to: cross-attention gets one token of
+zeros with few channels, to cost as little as possible, and `added_time_ids` (frame rate, motion,
+augmentation) are zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffusers import UNet3DConditionModel, UNetSpatioTemporalConditionModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-CONTEXT = 8  # channels of the token that cross-attention is given
+CONTEXT = 8  # channels of the token that cross-attention gets
 HEAD = 32  # channels of an attention head, as in our preset
 WIDTHS = (32, 64, 128, 128)  # diffusers' 320, 640, 1280, 1280 in tenths; groups of 32 divide them
 TIME_IDS, TIME_ID_CHANNELS = 3, 32

@@ -1,16 +1,16 @@
-"""Held-out loss by training time: our preset `small` beside diffusers' networks of its size.
+"""Held-out loss by training time: our preset `small` and diffusers' networks of its size.
 
-Every network is trained by the same few lines on the same batches with the same noise: v as the
-target, the mask as a channel, AdamW without weight decay, a warm-up, the gradient clipped at 1, and
-an average of the weights with vidfill's decay (1 + step) / (10 + step), which is what is measured.
-Its learning rate is the best of a grid after short runs with the first seed. Then it is trained for
-the whole budget, once a seed; a run that diverges is done again at the next lower rate. In a round
-all networks are trained in turns in one process, so that what else the machine does hits them
+The same few lines train every network on the same batches with the same noise: v as the target,
+the mask as a channel, AdamW without weight decay, a warm-up, the gradient clipped at 1, and an
+average of the weights with vidfill's decay (1 + step) / (10 + step), which is what is measured.
+The learning rate is the best of a grid after short runs with the first seed. Then each network is
+trained for the whole budget, once per seed; a run that diverges is repeated at the next lower rate.
+In a round all networks take turns in one process, so that other work on the machine affects them
 alike. Time is a network's own training time: evaluation and the other networks' turns are not
 counted.
 
-The held-out loss is that of fixed validation clips, each at one fixed timestep, spread evenly over
-all of them, and fixed noise. How the peers are wired stands in `benchmarks/peers.py`.
+The held-out loss is that of fixed validation clips with fixed noise, each at one fixed timestep,
+spread evenly over all timesteps. `benchmarks/peers.py` builds the other networks.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ EXAMPLES = """examples:
   python -m benchmarks.quality_per_compute SHARDS OUT --plan
       say how long it would take here
   OMP_NUM_THREADS=1 python -m benchmarks.quality_per_compute SHARDS OUT --processor-time
-      half an hour of one core, on a machine that others use too; the same command goes on
+      half an hour on one core of a shared machine; the same command continues
   python -m benchmarks.quality_per_compute SHARDS OUT --device cuda --batch 32
-      a GPU
+      on a GPU
 """
 
 OURS = "vidfill small"
@@ -67,12 +67,12 @@ NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     **PEERS,
 }
 COLOURS = dict(zip(NETWORKS, ("#0072B2", "#D55E00", "#009E73"), strict=True))  # Okabe and Ito's
-DIVERGED = 1.25  # of its lowest held-out loss, at which a run ends or above
-GOAL = 1 / 3  # of the budget, at most, in which ours should reach a peer's final loss
+DIVERGED = 1.25  # a run has diverged if it ends at this times its lowest loss, or above
+GOAL = 1 / 3  # the share of the budget in which ours should reach a peer's final loss
 DIFFUSION, LOSS = DiffusionConfig(target="v", mask_channel=True), LossConfig()
 WARMUP = 30  # optimizer steps
 CLIP = 1.0  # the gradient's largest norm
-TUNING_POINTS = 2  # measurements of a short run
+TUNING_POINTS = 2  # measurements in a short run
 HELD_OUT_BATCH = 8
 HELD_OUT_SEED = 0
 
@@ -81,17 +81,17 @@ Point = tuple[float, int, float]  # seconds of training, steps, held-out loss
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the result: a command that goes on is given the same, but for further seeds."""
+    """What determines the result: a command that continues may only add seeds."""
 
     shards: Path
     out: Path
-    budget: float  # seconds of training of each network and seed
+    budget: float  # seconds of training per network and seed
     tuning: float  # seconds of each short run
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     batch: int
     clips: int  # held-out
-    points: int  # measurements of a long run
+    points: int  # measurements in a long run
     precision: Precision
     threads: int
     device: str
@@ -99,8 +99,8 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What every network is given."""
+class Setup:
+    """What is the same for every network."""
 
     settings: Settings
     device: torch.device
@@ -113,7 +113,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Runs of networks side by side, each at a rate of its own."""
+    """Runs of several networks that take turns, each at its own rate."""
 
     name: str
     seed: int
@@ -122,7 +122,7 @@ class Round:
     points: int
 
 
-def prepare(settings: Settings) -> Work:
+def prepare(settings: Settings) -> Setup:
     torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
     held_out = ShardedDataset(settings.shards, "validation")
@@ -130,40 +130,40 @@ def prepare(settings: Settings) -> Work:
     size = math.gcd(clips, HELD_OUT_BATCH)
     stream = Stream(held_out, size, HELD_OUT_SEED)
     batches = [stream.batch(k).to(device) for k in range(clips // size)]
-    return Work(settings, device, ShardedDataset(settings.shards, "train"), batches)
+    return Setup(settings, device, ShardedDataset(settings.shards, "train"), batches)
 
 
 # Training
 
 
 class Run:
-    """One network in training, on a clock of its own."""
+    """One network in training, with its own clock."""
 
-    def __init__(self, name: str, rate: float, seed: int, work: Work) -> None:
-        self.name, self.rate, self.seed, self.work = name, rate, seed, work
-        channels = work.dataset.manifest.latent_shape[1]
+    def __init__(self, name: str, rate: float, seed: int, setup: Setup) -> None:
+        self.name, self.rate, self.seed, self.setup = name, rate, seed, setup
+        channels = setup.dataset.manifest.latent_shape[1]
         torch.manual_seed(seeding.derive_seed(seed, "weights"))
-        self.network = NETWORKS[name](channels, channels + 1).to(work.device)
+        self.network = NETWORKS[name](channels, channels + 1).to(setup.device)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=rate, weight_decay=0.0, fused=True
         )
-        self.denoiser = Denoiser(self.network, DIFFUSION, space_of(work.dataset.manifest))
-        self.stream = Stream(work.dataset, work.settings.batch, seed)
+        self.denoiser = Denoiser(self.network, DIFFUSION, space_of(setup.dataset.manifest))
+        self.stream = Stream(setup.dataset, setup.settings.batch, seed)
         self.steps, self.seconds = 0, 0.0
         self.points: list[Point] = []
 
     def train(self, until: float) -> None:
-        """Step until the run's clock stands at `until` seconds or later."""
+        """Step until the run's clock shows `until` seconds or more."""
         while self.seconds < until:
-            began = self.work.clock()
+            began = self.setup.clock()
             self._step()
-            self.seconds += self.work.clock() - began
+            self.seconds += self.setup.clock() - began
 
     def _step(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, (self.steps + 1) / WARMUP)
-        batch = self.stream.batch(self.steps).to(self.work.device)
+        batch = self.stream.batch(self.steps).to(self.setup.device)
         sources = [seeding.generator(self.seed, each, "timestep") for each in batch.positions]
         timestep = draw_timesteps(sources, self.denoiser.timesteps, LOSS)
         loss = self._losses(self.network, batch, timestep, self.seed).mean()
@@ -180,19 +180,19 @@ class Run:
         follow(self.average, self.network, self.steps)
 
     def _losses(self, network: nn.Module, batch: Batch, timestep: Tensor, seed: int) -> Tensor:
-        noise = draw_noise(batch.positions, seed, batch.latents.shape[1:]).to(self.work.device)
+        noise = draw_noise(batch.positions, seed, batch.latents.shape[1:]).to(self.setup.device)
         latents = draw_latents(batch, seed)
-        with autocast(self.work.device, self.work.settings.precision):
+        with autocast(self.setup.device, self.setup.settings.precision):
             return diffusion_loss(
-                network, self.denoiser, batch, latents, timestep.to(self.work.device), noise, LOSS
+                network, self.denoiser, batch, latents, timestep.to(self.setup.device), noise, LOSS
             )
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Note the held-out loss of the averaged weights."""
-        clips = sum(len(batch.keys) for batch in self.work.held_out)
+        """Record the held-out loss of the averaged weights."""
+        clips = sum(len(batch.keys) for batch in self.setup.held_out)
         losses = []
-        for batch in self.work.held_out:
+        for batch in self.setup.held_out:
             quantile = (torch.tensor(batch.positions) + 0.5) / clips
             timestep = timesteps_at(quantile, self.denoiser.timesteps, LOSS)
             losses.append(self._losses(self.average, batch, timestep, HELD_OUT_SEED))
@@ -210,14 +210,14 @@ class Run:
 
 @torch.no_grad()
 def follow(average: nn.Module, network: nn.Module, steps: int) -> None:
-    """Move the average towards the weights, so that it spans about a tenth of the steps so far."""
+    """Move the average towards the weights; it spans about a tenth of the steps so far."""
     decay = (1 + steps) / (10 + steps)
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
 
 
-def train_round(round_: Round, work: Work) -> list[dict[str, Any]]:
-    """Train the round's networks in turns, from one measurement to the next."""
-    runs = [Run(name, rate, round_.seed, work) for name, rate in round_.rates.items()]
+def train_round(round_: Round, setup: Setup) -> list[dict[str, Any]]:
+    """Train the round's networks in turn, from one measurement to the next."""
+    runs = [Run(name, rate, round_.seed, setup) for name, rate in round_.rates.items()]
     for run in runs:
         run.measure()
     turns = len(runs) * round_.points
@@ -231,17 +231,17 @@ def train_round(round_: Round, work: Work) -> list[dict[str, Any]]:
     return [run.result() for run in runs]
 
 
-def run_all(work: Work) -> dict[str, list[dict[str, Any]]]:
-    """The short runs, the long ones, and the long ones that diverged and were done again."""
-    short = [run for round_ in tuning_rounds(work.settings) for run in keep(round_, work)]
+def run_all(setup: Setup) -> dict[str, list[dict[str, Any]]]:
+    """The short runs, the long runs, and the long runs that diverged and were repeated."""
+    short = [run for round_ in tuning_rounds(setup.settings) for run in keep(round_, setup)]
     rates = {name: best(short, name)["rate"] for name in NETWORKS}
     long: list[dict[str, Any]] = []
     diverged: list[dict[str, Any]] = []
-    for round_ in final_rounds(work.settings, rates):
-        runs = {run["network"]: run for run in keep(round_, work)}
-        while (round_ := lower(round_, runs, work.settings.rates)).rates:
+    for round_ in final_rounds(setup.settings, rates):
+        runs = {run["network"]: run for run in keep(round_, setup)}
+        while (round_ := lower(round_, runs, setup.settings.rates)).rates:
             diverged += [runs[name] for name in round_.rates]
-            runs |= {run["network"]: run for run in keep(round_, work)}
+            runs |= {run["network"]: run for run in keep(round_, setup)}
         long += runs.values()
     return {"tuning_runs": short, "diverged_runs": diverged, "runs": long}
 
@@ -258,7 +258,7 @@ def final_rounds(settings: Settings, rates: dict[str, float]) -> Iterator[Round]
 
 
 def lower(round_: Round, runs: dict[str, dict[str, Any]], grid: Sequence[float]) -> Round:
-    """The networks whose run diverged, each at the next lower rate of the grid if there is one."""
+    """A round of the networks that diverged, at the next lower rate of the grid if there is one."""
     rates = {
         name: max(rate for rate in grid if rate < run["rate"])
         for name, run in runs.items()
@@ -267,11 +267,11 @@ def lower(round_: Round, runs: dict[str, dict[str, Any]], grid: Sequence[float])
     return dataclasses.replace(round_, name=f"{round_.name}-lower", rates=rates)
 
 
-def keep(round_: Round, work: Work) -> list[dict[str, Any]]:
-    """The runs of a round, from its file where there is one: none is trained twice."""
-    file = work.settings.out / "rounds" / f"{round_.name}.json"
+def keep(round_: Round, setup: Setup) -> list[dict[str, Any]]:
+    """The runs of a round, read from its file if it exists: nothing is trained twice."""
+    file = setup.settings.out / "rounds" / f"{round_.name}.json"
     if not file.is_file():
-        runs = train_round(round_, work)
+        runs = train_round(round_, setup)
         write_atomically(file, json.dumps(runs).encode())
     return json.loads(file.read_text())
 
@@ -297,7 +297,7 @@ def has_diverged(run: dict[str, Any]) -> bool:
 
 
 def mean_curve(runs: Sequence[dict[str, Any]]) -> list[Point]:
-    """The seeds' mean at each measurement."""
+    """The mean over seeds at each measurement."""
     together = zip(*(run["points"] for run in runs), strict=True)
     return [
         (statistics.fmean(seconds), round(statistics.fmean(steps)), statistics.fmean(losses))
@@ -306,9 +306,9 @@ def mean_curve(runs: Sequence[dict[str, Any]]) -> list[Point]:
 
 
 def time_to_reach(curve: Sequence[Point], loss: float) -> float | None:
-    """Seconds at which a curve first is at `loss` or below, on lines between its points; or None.
+    """The seconds after which a curve first reaches `loss`, between points by lines; None if never.
 
-    At the time of its first point where that already is.
+    The time of the first point if that is already as low.
     """
     if curve[0][2] <= loss:
         return curve[0][0]
@@ -319,9 +319,9 @@ def time_to_reach(curve: Sequence[Point], loss: float) -> float | None:
 
 
 def compare(curves: dict[str, list[Point]], budget: float) -> dict[str, dict[str, float | None]]:
-    """By peer: its final loss, when ours reaches it, and when it reaches ours.
+    """For each peer: its final loss, when ours reaches it, and when it reaches ours.
 
-    Shares are of the budget; None where that does not happen within it.
+    Shares are of the budget; None if it does not happen within the budget.
     """
     found = {}
     for peer in PEERS:
@@ -337,9 +337,9 @@ def compare(curves: dict[str, list[Point]], budget: float) -> dict[str, dict[str
     return found
 
 
-def summarise(work: Work, done: dict[str, list[dict[str, Any]]], command: str) -> dict[str, Any]:
-    """All that is kept: settings, figures and every curve."""
-    settings = work.settings
+def summarise(setup: Setup, done: dict[str, list[dict[str, Any]]], command: str) -> dict[str, Any]:
+    """Everything that is kept: settings, figures and every curve."""
+    settings = setup.settings
     by_name = {name: [run for run in done["runs"] if run["network"] == name] for name in NETWORKS}
     curves = {name: mean_curve(runs) for name, runs in by_name.items()}
     reached = compare(curves, settings.budget)
@@ -361,7 +361,7 @@ def summarise(work: Work, done: dict[str, list[dict[str, Any]]], command: str) -
     }
     return {
         "command": command,
-        "environment": describe(work.device),
+        "environment": describe(setup.device),
         "settings": json.loads(json.dumps(dataclasses.asdict(settings), default=str)),
         "training": {
             "diffusion": dataclasses.asdict(DIFFUSION),
@@ -400,7 +400,7 @@ def tuning_table(found: dict[str, Any]) -> str:
     """The held-out loss after each short run."""
     rates = found["settings"]["rates"]
     lines = [
-        f"| held-out loss at the rate | {' | '.join(f'{rate:g}' for rate in rates)} |",
+        f"| held-out loss at a rate of | {' | '.join(f'{rate:g}' for rate in rates)} |",
         f"| --- |{' ---: |' * len(rates)}",
     ]
     for name in found["networks"]:
@@ -415,7 +415,7 @@ def diverged_lines(found: dict[str, Any]) -> str:
     return "\n".join(
         f"{run['network']} diverged at the rate {run['rate']:g} with seed {run['seed']} "
         f"(from {lowest_loss(run):.4f} up to {last_loss(run):.4f} at the end), "
-        + ("the lowest of the grid" if run in left else "and was done again at a lower one")
+        + ("the lowest of the grid" if run in left else "and was repeated at a lower one")
         for run in [*found["diverged_runs"], *left]
     )
 
@@ -435,7 +435,7 @@ def reached_lines(found: dict[str, Any]) -> str:
         )
         verdict = "reached" if figures["share"] <= found["goal"] else "not reached"
         lines.append(
-            f"{OURS} is at {peer}'s final loss ({figures['loss']:.4f}) after "
+            f"{OURS} reaches {peer}'s final loss ({figures['loss']:.4f}) after "
             f"{figures['share']:.2f} of the budget (seed by seed {seeds}; "
             f"the goal, at most {found['goal']:.2f}, is {verdict})"
         )
@@ -443,9 +443,9 @@ def reached_lines(found: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], file: Path) -> None:
-    """The curves: faint a seed, strong their mean, and when ours is where a peer ends.
+    """Plot the curves: seeds faint, their mean strong, and when ours reaches a peer's final loss.
 
-    Dotted, up to where it was best, a run that diverged and was done again.
+    A run that diverged and was repeated is dotted, up to its best point.
     """
     with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(7, 3.6), dpi=DPI, layout="constrained")
@@ -470,7 +470,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
 
 
 def plot_curve(axes: Axes, curve: Sequence[Point], **look: Any) -> None:
-    """Without its start, at which there is no time on a logarithmic axis."""
+    """Plot a curve without its start, since a logarithmic axis has no zero."""
     seconds, losses = ([point[index] for point in curve[1:]] for index in (0, 2))
     axes.plot(seconds, losses, solid_capstyle="round", **look)
 
@@ -505,7 +505,7 @@ def style_axes(axes: Axes, found: dict[str, Any]) -> None:
 
 
 def mark_reached(axes: Axes, found: dict[str, Any], ends: dict[str, Point]) -> None:
-    """From a peer's end back to where ours was as good."""
+    """Draw a line from each peer's end back to where ours was as good."""
     for peer, figures in found["reached"].items():
         if figures["seconds"] is None:
             continue
@@ -526,7 +526,7 @@ def mark_reached(axes: Axes, found: dict[str, Any], ends: dict[str, Point]) -> N
 
 
 def label_ends(axes: Axes, found: dict[str, Any], ends: dict[str, Point]) -> None:
-    """Name each curve beyond its end; the names are pushed apart where they would collide."""
+    """Name each curve to the right of its end; names that would collide are pushed apart."""
     low, high = (math.log(limit) for limit in axes.get_ylim())
     lowest = -math.inf
     for name, (_, steps, loss) in sorted(ends.items(), key=lambda item: item[1][2]):
@@ -545,27 +545,27 @@ def label_ends(axes: Axes, found: dict[str, Any], ends: dict[str, Point]) -> Non
         )
 
 
-def say_plan(work: Work) -> None:
-    """Measure a step and a held-out loss of each network, and say how long all would take."""
-    settings = work.settings
+def say_plan(setup: Setup) -> None:
+    """Measure a step and a held-out loss of each network, and say how long everything will take."""
+    settings = setup.settings
     rounds = [*tuning_rounds(settings), *final_rounds(settings, {})]
     total = 0.0
     for name in NETWORKS:
-        run = Run(name, settings.rates[0], settings.seeds[0], work)
-        run.train(until=math.ulp(0))  # one step; the first is slower than those that follow
+        run = Run(name, settings.rates[0], settings.seeds[0], setup)
+        run.train(until=math.ulp(0))  # one step; the first is slower than later ones
         first = run.seconds
         run.train(until=2 * first)
         step = (run.seconds - first) / (run.steps - 1)
-        began = work.clock()
+        began = setup.clock()
         run.measure()
-        held_out = work.clock() - began
+        held_out = setup.clock() - began
         total += sum(round_.seconds + (1 + round_.points) * held_out for round_ in rounds)
         print(
-            f"{name}: {count_parameters(run.network) / 1e6:.2f} M parameters, {step:.2f} s a step, "
-            f"{held_out:.1f} s a held-out loss, {settings.budget / step:,.0f} steps a run"
+            f"{name}: {count_parameters(run.network) / 1e6:.2f} M parameters, {step:.2f} s per "
+            f"step, {held_out:.1f} s per held-out loss, {settings.budget / step:,.0f} steps per run"
         )
     print(
-        f"about {total / 60:.0f} minutes in all, less what is done, and more where a run diverges"
+        f"about {total / 60:.0f} minutes in all, less what is already done, more if a run diverges"
     )
 
 
@@ -581,9 +581,9 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("out", type=Path, help="for results.json, curves.png and finished rounds")
     numbers: dict[str, tuple[Any, str]] = {
-        "budget": (240.0, "seconds of training of each network and seed"),
+        "budget": (240.0, "seconds of training per network and seed"),
         "tuning": (60.0, "seconds of training at each learning rate of the grid"),
-        "batch": (1, "clips a step"),
+        "batch": (1, "examples per step"),
         "clips": (16, "held-out clips"),
         "points": (12, "measurements of the held-out loss in a budget"),
         "threads": (1, "of torch"),
@@ -607,17 +607,17 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="count this process's seconds on the processor, which leave out most of what other "
-        "work on the machine costs, instead of wall seconds; wants one thread and no GPU",
+        help="measure processor seconds of this process instead of wall seconds: they exclude most "
+        "of the effect of other work on the machine; needs one thread and no GPU",
     )
-    parser.add_argument("--plan", action="store_true", help="say how long it would take, and end")
+    parser.add_argument("--plan", action="store_true", help="say how long it would take, and stop")
     options = parser.parse_args(argv)
     for name in (*numbers, "rates"):
         values = getattr(options, name)
         if min(values if isinstance(values, list) else [values]) <= 0:
             parser.error(f"{name} is {values}: give more than 0")
     if options.processor_time and (options.threads > 1 or options.device != "cpu"):
-        parser.error("processor_time wants threads 1 and device cpu: give those, or leave it out")
+        parser.error("processor_time needs threads 1 and device cpu: give those, or leave it out")
     return options
 
 
@@ -625,13 +625,13 @@ def run(options: argparse.Namespace, command: str) -> None:
     fields = {name: value for name, value in vars(options).items() if name != "plan"}
     fields |= {"rates": tuple(options.rates), "seeds": tuple(options.seeds)}
     settings = Settings(**fields)
-    work = prepare(settings)
+    setup = prepare(settings)
     if options.plan:
-        say_plan(work)
+        say_plan(setup)
         return
     jobs.claim(settings.out, "quality_per_compute", settings, may_change={"seeds"})
     with hold(settings.out):
-        found = summarise(work, run_all(work), command)
+        found = summarise(setup, run_all(setup), command)
         write_atomically(settings.out / "results.json", json.dumps(found, indent=1).encode())
         draw(found, settings.out / "curves.png")
     shown = (network_table, tuning_table, diverged_lines, reached_lines)

@@ -1,7 +1,7 @@
-"""What `benchmarks.data` reads with: the same made examples, read by us, our peers and the limit.
+"""The readers that `benchmarks.data` compares, all on the same synthetic examples.
 
-Every reader delivers batches of latents, masked latents and latent masks in float16, shuffled, each
-example once an epoch. Timed are whole epochs: the first with all that opens the dataset, and the
+Every reader delivers shuffled batches of latents, masked latents and latent masks in float16, each
+example once per epoch. Whole epochs are timed: the first, which includes opening the data set, and
 later ones, in which files may stay open.
 """
 
@@ -37,17 +37,17 @@ from vidfill.progress import show_progress
 SPLIT = "train"
 FRAMES, CHANNELS, DOWNSAMPLING = 20, 4, 8
 MEMBERS = ("latents.npy", "masked_latents.npy", "latent_mask.npy")
-THREE, FLAT = "litdata-three", "litdata-flat"  # folders: dicts of tensors; one tensor each
+THREE, FLAT = "litdata-three", "litdata-flat"  # folders: dicts of three tensors; one flat tensor
 BATCH = 32  # examples
-BUFFER = 1_000  # examples that webdataset shuffles among
+BUFFER = 1_000  # examples in webdataset's shuffle buffer
 
 Arrays = Sequence[Any]  # of a batch, in the order of MEMBERS: numpy's or torch's
 Epoch = Callable[[], Iterator[Arrays]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What every reader is given."""
+class SyntheticShards:
+    """The data set that every reader reads."""
 
     folder: Path  # `train` with our shards, `litdata` with litdata's chunks
     examples: int  # a multiple of BATCH
@@ -62,12 +62,12 @@ class Work:
 
     @property
     def sizes(self) -> list[int]:
-        """Values of each array."""
+        """The number of values in each array."""
         return [math.prod(shape) for shape in self.shapes]
 
     @property
     def example_bytes(self) -> int:
-        """Of the three arrays."""
+        """Bytes of the three arrays."""
         return 2 * sum(self.sizes)
 
     @property
@@ -75,25 +75,25 @@ class Work:
         return [str(self.folder / SPLIT / shard_name(n)) for n in range(self.shards)]
 
 
-# The made dataset
+# The synthetic data set
 
 
-def write_dataset(work: Work) -> None:
-    """Write random latents under drawn masks as our shards."""
-    bounds = [work.examples * n // work.shards for n in range(work.shards + 1)]
-    with show_progress("writing", work.shards, "shards") as progress:
+def write_dataset(data: SyntheticShards) -> None:
+    """Write shards of random latents under drawn masks."""
+    bounds = [data.examples * n // data.shards for n in range(data.shards + 1)]
+    with show_progress("writing", data.shards, "shards") as progress:
         for number, (first, last) in enumerate(itertools.pairwise(bounds)):
-            examples = (make_example(index, work) for index in range(first, last))
-            write_shard(work.folder / SPLIT, number, [], examples)
+            examples = (make_example(index, data) for index in range(first, last))
+            write_shard(data.folder / SPLIT, number, [], examples)
             progress.advance()
     sizes = [last - first for first, last in itertools.pairwise(bounds)]
-    write_manifest(work.folder / SPLIT, work, *choose_lanes(sizes))
+    write_manifest(data.folder / SPLIT, data, *choose_lanes(sizes))
 
 
-def make_example(index: int, work: Work) -> Example:
+def make_example(index: int, data: SyntheticShards) -> Example:
     draw = np.random.default_rng(index)
-    latents, masked = draw.standard_normal((2, *work.shapes[0]), np.float32).astype(np.float16)
-    side = work.latent * DOWNSAMPLING
+    latents, masked = draw.standard_normal((2, *data.shapes[0]), np.float32).astype(np.float16)
+    side = data.latent * DOWNSAMPLING
     return Example(
         key=f"video_{index:05}_00000_stationary",
         latents=latents,
@@ -103,10 +103,10 @@ def make_example(index: int, work: Work) -> Example:
     )
 
 
-def write_manifest(folder: Path, work: Work, lanes: int, block: int) -> None:
-    """The manifest of the shards that lie in `folder`."""
-    indexes = [index for n in range(work.shards) if (index := read_index(folder, n))]
-    side = work.latent * DOWNSAMPLING
+def write_manifest(folder: Path, data: SyntheticShards, lanes: int, block: int) -> None:
+    """Write the manifest of the shards in `folder`."""
+    indexes = [index for n in range(data.shards) if (index := read_index(folder, n))]
+    side = data.latent * DOWNSAMPLING
     mean, std = latent_moments(indexes)
     manifest = Manifest(
         split=SPLIT,
@@ -121,12 +121,12 @@ def write_manifest(folder: Path, work: Work, lanes: int, block: int) -> None:
         posterior="mean",
         pixels=False,
         clip={"frames": FRAMES, "height": side, "width": side},
-        latent_shape=work.shapes[0],
+        latent_shape=data.shapes[0],
         masks={"families": {"stationary": 1.0}, "per_clip": 1, "seed": 0},
         fill="median",
         latents_mean=tuple(mean),
         latents_std=tuple(std),
-        examples=work.examples,
+        examples=data.examples,
         shards=ShardTable.of(indexes),
         lanes=lanes,
         block=block,
@@ -139,13 +139,13 @@ def has_litdata() -> bool:
     return importlib.util.find_spec("litdata") is not None
 
 
-def write_chunks(work: Work) -> None:
-    """The same examples in both forms that litdata can hold them in."""
+def write_chunks(data: SyntheticShards) -> None:
+    """Write the same examples in both of litdata's forms."""
     from litdata.streaming.cache import Cache
 
-    three = Cache(str(work.folder / THREE), chunk_bytes="64MB")
-    flat = Cache(str(work.folder / FLAT), chunk_bytes="64MB")
-    with copy_limit(work) as epoch:
+    three = Cache(str(data.folder / THREE), chunk_bytes="64MB")
+    flat = Cache(str(data.folder / FLAT), chunk_bytes="64MB")
+    with copy_limit(data) as epoch:
         examples = (example for batch in epoch() for example in zip(*batch, strict=True))
         for index, arrays in enumerate(examples):
             three[index] = dict(zip(MEMBERS, arrays, strict=True))
@@ -159,54 +159,54 @@ def write_chunks(work: Work) -> None:
 
 
 @contextlib.contextmanager
-def vidfill_stream(work: Work, threads: int = 1) -> Iterator[Epoch]:
-    """Ours, with every check that it makes."""
-    stream = Stream(ShardedDataset(work.folder, SPLIT), BATCH, seed=0)
+def vidfill_stream(data: SyntheticShards, threads: int = 1) -> Iterator[Epoch]:
+    """Ours, including every check."""
+    stream = Stream(ShardedDataset(data.folder, SPLIT), BATCH, seed=0)
     with contextlib.closing(stream.run(0, workers=threads)) as batches:
         arrays = ([each.latents, each.masked_latents, each.latent_mask] for each in batches)
-        yield lambda: itertools.islice(arrays, work.examples // BATCH)
+        yield lambda: itertools.islice(arrays, data.examples // BATCH)
 
 
-def webdataset_pipeline(work: Work) -> webdataset.WebDataset:
-    """Shards shuffled, what training does not need left in the tar, shuffled before decoding."""
+def webdataset_pipeline(data: SyntheticShards) -> webdataset.WebDataset:
+    """Shuffles shards, leaves in the tar what training does not need, shuffles before decoding."""
     return webdataset.WebDataset(
-        work.tars,
-        shardshuffle=work.shards,
+        data.tars,
+        shardshuffle=data.shards,
         select_files=lambda name: name.endswith(MEMBERS),
     ).shuffle(BUFFER)
 
 
-def plain_pipeline(work: Work) -> webdataset.WebDataset:
-    return webdataset_pipeline(work).decode().to_tuple(*MEMBERS).batched(BATCH)
+def plain_pipeline(data: SyntheticShards) -> webdataset.WebDataset:
+    return webdataset_pipeline(data).decode().to_tuple(*MEMBERS).batched(BATCH)
 
 
 @contextlib.contextmanager
-def plain_webdataset(work: Work) -> Iterator[Epoch]:
+def plain_webdataset(data: SyntheticShards) -> Iterator[Epoch]:
     """With webdataset's own parts: decode, to_tuple, batched."""
-    yield plain_pipeline(work).__iter__
+    yield plain_pipeline(data).__iter__
 
 
 @contextlib.contextmanager
-def tuned_webdataset(work: Work) -> Iterator[Epoch]:
-    """Its reading and shuffling alone: decoded and stacked by a few lines that know the shapes."""
+def tuned_webdataset(data: SyntheticShards) -> Iterator[Epoch]:
+    """Only its reading and shuffling; a few lines that know the shapes decode and stack."""
 
     def decode(sample: dict[str, Any]) -> list[np.ndarray]:
         return [
             np.frombuffer(sample[name], np.float16)[-math.prod(shape) :].reshape(shape)
-            for name, shape in zip(MEMBERS, work.shapes, strict=True)
+            for name, shape in zip(MEMBERS, data.shapes, strict=True)
         ]
 
     def stack(samples: list[list[np.ndarray]]) -> Arrays:
         return [np.stack(column) for column in zip(*samples, strict=True)]
 
-    pipeline = webdataset_pipeline(work).map(decode).batched(BATCH, collation_fn=stack)
+    pipeline = webdataset_pipeline(data).map(decode).batched(BATCH, collation_fn=stack)
     yield pipeline.__iter__
 
 
 @contextlib.contextmanager
-def loaded_webdataset(work: Work, workers: int) -> Iterator[Epoch]:
-    """The plain pipeline in processes that stay, whose batches come back in shared memory."""
-    pipeline = plain_pipeline(work).map_tuple(*[torch.from_numpy] * len(MEMBERS))
+def loaded_webdataset(data: SyntheticShards, workers: int) -> Iterator[Epoch]:
+    """The plain pipeline in persistent processes that return batches in shared memory."""
+    pipeline = plain_pipeline(data).map_tuple(*[torch.from_numpy] * len(MEMBERS))
     loader = webdataset.WebLoader(
         pipeline,
         batch_size=None,
@@ -218,11 +218,11 @@ def loaded_webdataset(work: Work, workers: int) -> Iterator[Epoch]:
 
 
 @contextlib.contextmanager
-def litdata_loader(work: Work, chunks: str, workers: int = 0) -> Iterator[Epoch]:
-    """Lightning's loader over either form of its chunks."""
+def litdata_loader(data: SyntheticShards, chunks: str, workers: int = 0) -> Iterator[Epoch]:
+    """litdata's loader over either form of its chunks."""
     from litdata import StreamingDataLoader, StreamingDataset
 
-    dataset = StreamingDataset(str(work.folder / chunks), shuffle=True, drop_last=False)
+    dataset = StreamingDataset(str(data.folder / chunks), shuffle=True, drop_last=False)
     loader = StreamingDataLoader(
         dataset,
         batch_size=BATCH,
@@ -234,24 +234,24 @@ def litdata_loader(work: Work, chunks: str, workers: int = 0) -> Iterator[Epoch]
     def split(batch: Any) -> Arrays:
         if chunks == THREE:
             return [batch[name] for name in MEMBERS]
-        parts = batch.split(work.sizes, dim=1)
-        return [part.unflatten(1, shape) for part, shape in zip(parts, work.shapes, strict=True)]
+        parts = batch.split(data.sizes, dim=1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, data.shapes, strict=True)]
 
     yield lambda: map(split, loader)
 
 
 @contextlib.contextmanager
-def copy_limit(work: Work, map_anew: bool = False) -> Iterator[Epoch]:
+def copy_limit(data: SyntheticShards, remap: bool = False) -> Iterator[Epoch]:
     """The same bytes, in random order, copied out of mapped files into one buffer.
 
     Args:
-        work: What to read.
-        map_anew: In each epoch, as where an epoch is longer than files stay open: then the kernel
-            puts every page into the mapping once an epoch.
+        data: What to read.
+        remap: Map the files again in each epoch, as when an epoch is longer than files stay open:
+            the kernel then has to map every page once per epoch.
     """
-    dataset = ShardedDataset(work.folder, SPLIT)
+    dataset = ShardedDataset(data.folder, SPLIT)
     span = Span.of(dataset.manifest)
-    shards = [dataset.shard(number) for number in range(work.shards)]
+    shards = [dataset.shard(number) for number in range(data.shards)]
     places = [
         (number, first)
         for number, shard in enumerate(shards)
@@ -262,7 +262,7 @@ def copy_limit(work: Work, map_anew: bool = False) -> Iterator[Epoch]:
     contents = [map_file(shard.path) for shard in shards]
 
     def epoch() -> Iterator[Arrays]:
-        mapped = [map_file(shard.path) for shard in shards] if map_anew else contents
+        mapped = [map_file(shard.path) for shard in shards] if remap else contents
         order = np.random.default_rng().permutation(len(places)).reshape(-1, BATCH)
         for rows in order.tolist():
             for slot, row in enumerate(rows):
@@ -280,11 +280,11 @@ def map_file(path: Path) -> np.ndarray:
 
 class Reader(NamedTuple):
     cores: int
-    open: Callable[[Work], AbstractContextManager[Epoch]]
+    open: Callable[[SyntheticShards], AbstractContextManager[Epoch]]
 
 
 OURS, PLAIN, TUNED, LIMIT = "vidfill", "webdataset", "webdataset, our decoder", "copy limit"
-LIMIT_ANEW = "copy limit, mapped anew"
+LIMIT_REMAPPED = "copy limit, remapped"
 LITDATA_THREE, LITDATA_FLAT = "litdata", "litdata, one flat tensor"
 LOADED = "webdataset, 2 workers"
 READERS: Mapping[str, Reader] = {
@@ -294,7 +294,7 @@ READERS: Mapping[str, Reader] = {
     LITDATA_THREE: Reader(1, functools.partial(litdata_loader, chunks=THREE)),
     LITDATA_FLAT: Reader(1, functools.partial(litdata_loader, chunks=FLAT)),
     LIMIT: Reader(1, copy_limit),
-    LIMIT_ANEW: Reader(1, functools.partial(copy_limit, map_anew=True)),
+    LIMIT_REMAPPED: Reader(1, functools.partial(copy_limit, remap=True)),
     "vidfill, 2 threads": Reader(2, functools.partial(vidfill_stream, threads=2)),
     LOADED: Reader(2, functools.partial(loaded_webdataset, workers=2)),
     "litdata, one flat tensor, 2 workers": Reader(
@@ -307,26 +307,26 @@ READERS: Mapping[str, Reader] = {
 
 
 class Rates(NamedTuple):
-    """Examples a second."""
+    """Examples per second."""
 
-    first: float  # epoch, with all that opens the dataset
-    later: float  # epochs
+    first: float  # in the first epoch, including opening the data set
+    later: float  # in later epochs
 
 
 def settle(cores: Sequence[int]) -> None:
-    """Keep this process and its workers to `cores`."""
+    """Restrict this process and its workers to `cores`."""
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
 
 
-def fingerprint(name: str, work: Work) -> tuple[int, int]:
-    """What an epoch delivers, in any order: the number of examples and a sum of hashes.
+def fingerprint(name: str, data: SyntheticShards) -> tuple[int, int]:
+    """What an epoch delivers, whatever the order: the number of examples and a sum of hashes.
 
     Raises:
-        AssertionError: a batch is not of float16.
+        AssertionError: a batch is not float16.
     """
     count = total = 0
-    with READERS[name].open(work) as epoch:
+    with READERS[name].open(data) as epoch:
         for batch in epoch():
             arrays = [np.asarray(array) for array in batch]
             assert [array.dtype for array in arrays] == [np.dtype(np.float16)] * len(MEMBERS)
@@ -337,18 +337,18 @@ def fingerprint(name: str, work: Work) -> tuple[int, int]:
     return count, total % 2**64
 
 
-def time_epochs(name: str, work: Work, seconds: float, processor_time: bool) -> Rates:
-    """One epoch, then as many as take `seconds`."""
+def time_epochs(name: str, data: SyntheticShards, seconds: float, processor_time: bool) -> Rates:
+    """Time one epoch, then whole epochs for at least `seconds`."""
     clock = time.process_time if processor_time else time.perf_counter
     began = clock()
-    with READERS[name].open(work) as epoch:
+    with READERS[name].open(data) as epoch:
         exhaust(epoch())
         first, epochs = clock(), 0
         while clock() - first < seconds or not epochs:
             exhaust(epoch())
             epochs += 1
         later = clock() - first
-    return Rates(work.examples / (first - began), epochs * work.examples / later)
+    return Rates(data.examples / (first - began), epochs * data.examples / later)
 
 
 def exhaust(batches: Iterator[Arrays]) -> None:

@@ -1,4 +1,4 @@
-"""The batched sampler beside its limit, and beside diffusers' schedulers run one by one."""
+"""The batched sampler compared with its limit, and with diffusers' schedulers run one by one."""
 
 from __future__ import annotations
 
@@ -32,50 +32,50 @@ from .machine import clock, describe, spread, summarise
 
 EXAMPLES = """examples:
   python -m benchmarks.sampler --processor-time
-      minutes on one core, on a machine that others use too
+      minutes on one core of a shared machine
   python -m benchmarks.sampler --batch 1 --rounds 1
       diffusers' loops clip by clip
   python -m benchmarks.sampler --device cuda --preset small --latent 16 --clips 64
-      a GPU
+      on a GPU
 """
 
-# The paper's n at 50 steps, then faster ones. Of T = 1000 timesteps each takes a divisor: at other
-# counts diffusers' step, which always goes down by T // steps, misses the level it visits next.
+# The paper's n at 50 steps, then faster ones. The number of steps must divide T = 1000: otherwise
+# diffusers' step, which always goes down by T // steps, misses the level it visits next.
 SCHEDULES = (
     "ddpm:50 ddpm:50+resample(n=4) ddpm:50+resample(n=6) ddpm:50+resample(n=10) "
     "ddpm:20 ddim:20 dpmpp:20 ddim:10"
 )
 IN_PEERS = r"(ddpm|ddim):\d+(\+resample\(n=\d+\))?|dpmpp:\d+"
 CHANNELS = 4
-BETWEEN = 8  # of a way's network calls: then a bare call is timed
+BETWEEN = 8  # network calls of a way, after which one bare call is timed
 OURS, THEIRS = "vidfill, all schedules in one batch", "diffusers, schedule by schedule"
 
 Samples = dict[tuple[str, str], Tensor]  # by schedule and clip
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What both ways are given: a network, clips with their conditions, and the batches' sizes."""
+class Workload:
+    """What both ways get: a network, clips with their conditions, and the sizes of batches."""
 
     denoiser: Denoiser
     conditions: dict[str, Tensor]
     schedules: list[Schedule]
     capacity: int
-    """Clips in a call of ours, at most."""
+    """The most clips in one of our calls."""
     batch: int
-    """Clips in a call of diffusers', at most."""
+    """The most clips in one of diffusers' calls."""
     seed: int
     device: torch.device
     processor_time: bool
 
     @property
     def nfes(self) -> list[int]:
-        """Of all trajectories."""
+        """The network evaluations of each trajectory."""
         return [request.program.nfe for request in make_requests(self.schedules, self.conditions)]
 
     @property
     def calls_at_least(self) -> float:
-        """Full calls, one after another, in which all evaluations can be made."""
+        """The least number of full calls, one after another, that can make all evaluations."""
         return max(sum(self.nfes) / self.capacity, max(self.nfes))
 
     def now(self) -> float:
@@ -88,14 +88,14 @@ class Work:
         return torch.stack([torch.randn(shape, generator=each) for each in sources]).to(self.device)
 
     def given(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the network is given for so many clips."""
+        """The network's input for `count` clips."""
         clips = list(itertools.islice(itertools.cycle(self.conditions), count))
         condition = torch.stack([self.conditions[clip] for clip in clips])
         return self.states(clips), torch.arange(count, device=self.device), condition
 
 
-def make_work(options: argparse.Namespace) -> Work:
-    """What the options ask for.
+def make_workload(options: argparse.Namespace) -> Workload:
+    """The workload that the options ask for.
 
     Raises:
         BadInput: there is no such device or preset, or diffusers has no such schedule.
@@ -104,7 +104,7 @@ def make_work(options: argparse.Namespace) -> Work:
     schedules = choose_schedules(options.schedules)
     device = choose_device(options.device)
     network = build(options.preset, CHANNELS, CHANNELS)
-    for weight in network.parameters():  # some begin at 0: let every input matter to every output
+    for weight in network.parameters():  # some start at 0: make every input matter
         weight.data.add_(torch.randn_like(weight), alpha=0.02)
     config = DiffusionConfig(target="v", normalise=False)
     shape = (options.frames, CHANNELS, options.latent, options.latent)
@@ -113,7 +113,7 @@ def make_work(options: argparse.Namespace) -> Work:
     conditions = {f"clip{index}": torch.randn(shape).to(device) for index in range(options.clips)}
     requests = make_requests(schedules, conditions)
     capacity = options.capacity or find_capacity(denoiser, requests)
-    return Work(
+    return Workload(
         denoiser,
         conditions,
         schedules,
@@ -126,17 +126,17 @@ def make_work(options: argparse.Namespace) -> Work:
 
 
 def choose_schedules(text: str) -> list[Schedule]:
-    """Read schedules that diffusers' schedulers can follow.
+    """Parse schedules that diffusers' schedulers can follow.
 
     Raises:
-        BadInput: one cannot be read, or followed.
+        BadInput: one cannot be parsed, or followed.
     """
     names = read_schedules(text)
     for name in names:
         if not re.fullmatch(IN_PEERS, name) or 1000 % parse(name).steps:
             raise BadInput(
-                f"schedules has {name}; diffusers' loops here follow ddpm and ddim, with resample "
-                "or without, and dpmpp, each at a divisor of 1000 steps: choose of these"
+                f"schedules has {name}; diffusers' loops here follow ddpm and ddim, with or "
+                "without resample, and dpmpp, each at a divisor of 1000 steps: choose among these"
             )
     return [parse(name) for name in names]
 
@@ -157,15 +157,15 @@ def make_requests(schedules: Sequence[Schedule], conditions: dict[str, Tensor]) 
 # The ways
 
 
-def batched(work: Work) -> Samples:
+def batched(work: Workload) -> Samples:
     """Ours: all schedules and clips share the slots of one batch."""
     requests = make_requests(work.schedules, work.conditions)
     results = sample(work.denoiser, requests, capacity=work.capacity, seed=work.seed)
     return {(each.request.name, each.request.key): each.latents for each in results}
 
 
-def one_after_another(work: Work) -> Samples:
-    """The usual way: schedule by schedule, batch by batch, each in a loop of diffusers'."""
+def one_after_another(work: Workload) -> Samples:
+    """The usual way: schedule by schedule, batch by batch, each in a loop around diffusers."""
     samples: Samples = {}
     clips = list(work.conditions)
     for schedule in work.schedules:
@@ -178,8 +178,8 @@ def one_after_another(work: Work) -> Samples:
     return samples
 
 
-def diffusers_loop(work: Work, schedule: Schedule, clips: Sequence[str]) -> Tensor:
-    """Clips that take the same steps together; noise after the first state is the device's own."""
+def diffusers_loop(work: Workload, schedule: Schedule, clips: Sequence[str]) -> Tensor:
+    """Sample a batch of clips that take the same steps; later noise is drawn on the device."""
     scheduler = make_scheduler(work.denoiser.config, schedule.solver.name)
     scheduler.set_timesteps(schedule.steps)
     repeats = sum(int(move["n"]) for move in schedule.moves)
@@ -211,13 +211,13 @@ def make_scheduler(config: DiffusionConfig, solver: str) -> Any:
 def renoise(
     latents: Tensor, alpha_bars: Tensor, low: int, high: int, source: torch.Generator
 ) -> Tensor:
-    """The way up, from the scheduler's ᾱ: its own `add_noise` starts from clean latents only."""
+    """The way up, from the scheduler's ᾱ: its own `add_noise` only starts from clean latents."""
     alpha = alpha_bars[high] if low == CLEAN else alpha_bars[high] / alpha_bars[low]
     noise = torch.randn(latents.shape, generator=source, device=latents.device)
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
-WAYS: dict[str, Callable[[Work], Samples]] = {OURS: batched, THEIRS: one_after_another}
+WAYS: dict[str, Callable[[Workload], Samples]] = {OURS: batched, THEIRS: one_after_another}
 
 
 # What is measured
@@ -225,25 +225,25 @@ WAYS: dict[str, Callable[[Work], Samples]] = {OURS: batched, THEIRS: one_after_a
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A way's run."""
+    """One run of a way."""
 
     seconds: float
     in_network: float
-    """Of those, in the network's calls."""
+    """The part of `seconds` spent in network calls."""
     calls: int
     limit: float
-    """The least that full calls, of the length measured beside this run, would take."""
+    """The least seconds that full calls would take, as timed during this run."""
 
 
-def measure(work: Work, way: Callable[[Work], Samples]) -> tuple[Samples, Measured]:
-    """Run a way, and time the network in it and bare calls of a full batch beside it.
+def measure(work: Workload, way: Callable[[Workload], Samples]) -> tuple[Samples, Measured]:
+    """Run a way, timing its network calls, and bare calls of a full batch in between.
 
-    The bare calls come after every few calls of the way, whose clock stands still meanwhile: both
-    see the same load of the machine. On a GPU each call is waited for, which keeps diffusers' loops
-    from preparing the next meanwhile.
+    A bare call follows every few calls of the way, whose clock is stopped meanwhile, so that both
+    see the same load on the machine. On a GPU each call is waited for, which keeps diffusers' loops
+    from preparing the next one in the meantime.
 
     Raises:
-        AssertionError: it does not make the evaluations that its schedules take.
+        AssertionError: it does not make as many evaluations as its schedules take.
     """
     network, given = work.denoiser.network, work.given(work.capacity)
     began: list[float] = []
@@ -274,11 +274,11 @@ def measure(work: Work, way: Callable[[Work], Samples]) -> tuple[Samples, Measur
     return samples, Measured(seconds, sum(calls), len(calls), limit)
 
 
-def measure_round(work: Work, names: Sequence[str]) -> tuple[dict[str, Measured], float]:
-    """Each way, in this order; and by how much deterministic results differ at most.
+def measure_round(work: Workload, names: Sequence[str]) -> tuple[dict[str, Measured], float]:
+    """Measure each way, in this order; also the largest difference of deterministic results.
 
     Raises:
-        AssertionError: they differ beyond float32 rounding.
+        AssertionError: they differ by more than float32 rounding.
     """
     runs = {name: measure(work, WAYS[name]) for name in names}
     ours, theirs = runs[OURS][0], runs[THEIRS][0]
@@ -289,8 +289,8 @@ def measure_round(work: Work, names: Sequence[str]) -> tuple[dict[str, Measured]
     return {name: measured for name, (_, measured) in runs.items()}, difference
 
 
-def time_calls(work: Work) -> dict[int, float]:
-    """Seconds a clip in one call of 1, 2, 4 … clips, and of as many as there are slots."""
+def time_calls(work: Workload) -> dict[int, float]:
+    """Seconds per clip in one call of 1, 2, 4 … clips, and of as many as there are slots."""
     sizes = {2**power for power in range(work.capacity.bit_length())} | {work.capacity}
     seconds: dict[int, float] = {}
     for size in sorted(sizes):
@@ -305,10 +305,10 @@ def time_calls(work: Work) -> dict[int, float]:
 # What is printed
 
 
-def way_table(work: Work, rounds: Sequence[dict[str, Measured]]) -> str:
+def way_table(work: Workload, rounds: Sequence[dict[str, Measured]]) -> str:
     lines = [
-        "| way | evaluations | calls | clips a call | seconds | of the limit | "
-        "its calls, of the limit | beside its calls |",
+        "| way | evaluations | calls | clips per call | seconds | time / limit | calls / limit | "
+        "outside calls |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     evaluations = sum(work.nfes)
@@ -325,7 +325,7 @@ def way_table(work: Work, rounds: Sequence[dict[str, Measured]]) -> str:
 
 
 def ratio_table(rounds: Sequence[dict[str, Measured]]) -> str:
-    """Theirs over ours, each first brought to the speed of the machine beside it."""
+    """Their time over ours, each relative to the machine's speed during that run."""
     packing, overhead, whole = [], [], []
     for each in rounds:
         ours, theirs = each[OURS], each[THEIRS]
@@ -334,18 +334,18 @@ def ratio_table(rounds: Sequence[dict[str, Measured]]) -> str:
         whole.append(packing[-1] * overhead[-1])
     cells = (spread(summarise(ratios), "{:.3f}") for ratios in (whole, packing, overhead))
     return (
-        "| diffusers' time, of ours | by its calls | by what is beside them |\n"
+        "| diffusers' time / ours | in calls | outside calls |\n"
         f"| ---: | ---: | ---: |\n| {' | '.join(cells)} |"
     )
 
 
-def call_table(work: Work, calls: Sequence[dict[int, float]]) -> str:
+def call_table(work: Workload, calls: Sequence[dict[int, float]]) -> str:
     sizes = list(calls[0])
     ratios = [[each[size] / each[work.capacity] for each in calls] for size in sizes]
     return (
-        f"| clips in a call | {' | '.join(map(str, sizes))} |\n"
+        f"| clips per call | {' | '.join(map(str, sizes))} |\n"
         f"| --- |{' ---: |' * len(sizes)}\n"
-        "| a clip's time, of that in a full call | "
+        "| time per clip / in a full call | "
         f"{' | '.join(spread(summarise(each), '{:.2f}') for each in ratios)} |"
     )
 
@@ -359,12 +359,12 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     )
     numbers = {
         "clips": (8, "clips, each sampled under every schedule"),
-        "capacity": (0, "the most clips in one call of ours; 0 finds it, as a sweep does"),
-        "batch": (0, "the most clips in one call of diffusers'; 0 is all, up to the capacity"),
+        "capacity": (0, "the most clips in one of our calls; 0 finds it, as a sweep does"),
+        "batch": (0, "the most clips in one of diffusers' calls; 0: all, up to the capacity"),
         "rounds": (3, "times that both ways are measured"),
         "seed": (0, "of weights, conditions and noise"),
-        "frames": (20, "of a clip"),
-        "latent": (8, "height and width of a clip's latents"),
+        "frames": (20, "per clip"),
+        "latent": (8, "height and width of the latents"),
     }
     for name, (default, text) in numbers.items():
         parser.add_argument(
@@ -380,8 +380,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="measure this process's seconds on the processor, which leave out most of what other "
-        "work on the machine costs, instead of wall seconds; wants one thread and no GPU",
+        help="measure processor seconds of this process instead of wall seconds: they exclude most "
+        "of the effect of other work on the machine; needs one thread and no GPU",
     )
     options = parser.parse_args(argv)
     for name in numbers:
@@ -393,7 +393,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     options = parse_options(argv)
     try:
-        work = make_work(options)
+        work = make_workload(options)
     except BadInput as error:
         print(f"python -m benchmarks.sampler: error: {error}", file=sys.stderr)
         return 2
@@ -408,7 +408,7 @@ def main(argv: Sequence[str]) -> int:
     print(way_table(work, rounds), ratio_table(rounds), call_table(work, calls), sep="\n\n")
     kind = "processor" if options.processor_time else "wall"
     print(
-        f"\n{options.preset}, at most {work.capacity} clips a call, {work.batch} in diffusers'; "
+        f"\n{options.preset}, at most {work.capacity} clips per call, {work.batch} in diffusers'; "
         f"the limit is {work.calls_at_least:.1f} full calls, the longest trajectory "
         f"{max(work.nfes)}\n"
         f"{kind} seconds, median (least–most) of {options.rounds} round(s), ratios within a run\n"

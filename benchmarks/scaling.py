@@ -1,7 +1,7 @@
-"""What a run needs of storage, network and memory at several sizes of a cluster, by `make_plan`.
+"""The storage, network and memory that a run needs on clusters of several sizes, by `make_plan`.
 
-Counted for a data set that exists in numbers alone; nothing is measured, and no GPU is needed. The
-time of a step is what its operations take at `--rate`, communication not counted.
+Calculated for a data set that exists only on paper; nothing is measured, and no GPU is needed. The
+time of a step is that of its operations at `--rate`, without communication.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vidfill.data.shards.reading import Span
 from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from vidfill.train.preflight.plan import GPUS_A_NODE, in_bytes, make_plan, state_memory
 
-GRADIENTS = 0.1  # share of a step that averaging the gradients may take, were it not overlapped
+GRADIENTS = 0.1  # share of a step that averaging gradients may take if nothing of it is overlapped
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,11 +26,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--preset", default="base")
     parser.add_argument("--side", type=int, default=32, help="height and width of the latents")
-    parser.add_argument("--clips", type=int, default=10_000_000, help="in the data set")
+    parser.add_argument("--clips", type=int, default=10_000_000, help="clips in the data set")
     parser.add_argument("--shard_megabytes", type=float, default=256.0)
-    parser.add_argument("--clips_per_gpu", type=int, default=8, help="of a step")
-    parser.add_argument("--examples_seen", type=float, default=1e8, help="by the whole run")
-    parser.add_argument("--rate", type=float, default=100.0, help="TFLOP/s that a GPU is to reach")
+    parser.add_argument("--clips_per_gpu", type=int, default=8, help="clips per GPU and step")
+    parser.add_argument(
+        "--examples_seen", type=float, default=1e8, help="examples that the whole run sees"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=100.0, help="TFLOP/s that a GPU is assumed to reach"
+    )
     given = parser.parse_args(argv)
     manifest = imagine(given.clips, given.side, given.shard_megabytes)
     columns = [column(given, manifest, nodes) for nodes in given.nodes]
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def imagine(clips: int, side: int, shard_megabytes: float) -> Manifest:
-    """The manifest of shards of `clips` clips of 20 frames, which nobody has written."""
+    """The manifest of an imaginary data set of `clips` clips of 20 frames."""
     empty = Manifest(
         split="train",
         autoencoder={},
@@ -68,7 +72,7 @@ def imagine(clips: int, side: int, shard_megabytes: float) -> Manifest:
 
 
 def column(given: argparse.Namespace, manifest: Manifest, nodes: int) -> dict[str, str]:
-    """What so many nodes need, by name."""
+    """What `nodes` nodes need, by the name of the row."""
     gpus = nodes * GPUS_A_NODE
     batch = gpus * given.clips_per_gpu
     config = TrainConfig(

@@ -1,6 +1,6 @@
-"""Kills a training run again and again, and compares its end with that of a run left alone.
+"""Kill a training run again and again, and compare its result with that of an undisturbed run.
 
-Each life of the run is ended by `kill -9` of all its processes at a drawn moment: while it starts,
+Each life of the run ends with `kill -9` of all its processes at a random moment: while it starts,
 while it trains, or while it writes a checkpoint. The next life is the same command.
 """
 
@@ -45,29 +45,29 @@ TINY = [
     *("--model.norm_groups", "8", "--optimizer.warmup", "2"),
     *("--preview.every", "0", "--evaluation.every", "0"),
 ]
-PATIENCE = 300.0  # seconds that a life may take to come to a moment
-WRITE = 0.05  # seconds that a checkpoint takes, about
+PATIENCE = 300.0  # seconds that a life may take to reach a moment
+WRITE = 0.05  # seconds that writing a checkpoint takes, roughly
 MOMENTS = ("writing", "training", "writing", "starting")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """A life's end, and the beginning of the next."""
+    """The end of a life, and the start of the next."""
 
     moment: str
-    """What it was drawn for."""
+    """The kind of moment: one of MOMENTS."""
     seconds: float
-    """Of the life."""
+    """How long the life lasted."""
     written: int
-    """The step whose checkpoint was being written; 0: none was."""
+    """The step whose checkpoint was being written; 0 if none was."""
     whole: int
-    """The step of the newest checkpoint that was whole; 0: none was."""
+    """The step of the newest whole checkpoint; 0 if there was none."""
     continued: int
-    """The step that the next life began with."""
+    """The step at which the next life started."""
 
     @property
     def kept(self) -> bool:
-        """Whether all was kept but the steps since the last checkpoint."""
+        """Whether no more was lost than the steps since the last checkpoint."""
         return self.continued == self.whole and self.written - self.whole <= EVERY
 
 
@@ -78,7 +78,7 @@ class Life:
         self.out = out
         self._log = out.with_suffix(".log")
         with self._log.open("wb") as log:
-            # A group of its own, so that a kill reaches the launcher and all that it started.
+            # A process group of its own, so that a kill reaches the launcher and all its children.
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, env=_environment()
             )
@@ -92,12 +92,12 @@ class Life:
         return self._log.read_text(errors="replace")
 
     def first_step(self) -> int | None:
-        """The step that it began with, once it trains."""
+        """The step at which it started, once it trains."""
         found = re.search(r"step (\d+) of \d+; watch it", self.said())
         return int(found[1]) if found else None
 
     def wait_until(self, happened: Callable[[], object]) -> bool:
-        """Whether it happened before the life ended by itself."""
+        """Wait; whether it happened before the life ended by itself."""
         while not happened():
             if self._process.poll() is not None:
                 self.end()
@@ -109,7 +109,7 @@ class Life:
         return True
 
     def wait(self, seconds: float) -> bool:
-        """Whether that time passed before the life ended by itself."""
+        """Wait; whether that time passed before the life ended by itself."""
         until = self.seconds + seconds
         return self.wait_until(lambda: self.seconds > until)
 
@@ -118,7 +118,7 @@ class Life:
         self._process.wait()
 
     def end(self) -> None:
-        """Wait for the run's own end."""
+        """Wait until the run ends by itself."""
         if self._process.wait(PATIENCE):
             raise RuntimeError(self.said())
 
@@ -128,7 +128,7 @@ def _environment() -> dict[str, str]:
 
 
 def soak(options: argparse.Namespace, folder: Path) -> tuple[list[Kill], bool]:
-    """The kills, and whether the run ended with the same bits as the one left alone."""
+    """The kills, and whether the run ended bit-identical to the undisturbed one."""
     shards = options.shards or str(_make_shards(folder))
     alone = Life(_command(options, shards, folder / "alone"), folder / "alone")
     alone.wait_until(lambda: alone.first_step() is not None)
@@ -141,8 +141,8 @@ def soak(options: argparse.Namespace, folder: Path) -> tuple[list[Kill], bool]:
     life = Life(_command(options, shards, killed), killed)
     while len(ends) < options.kills:
         moment = MOMENTS[len(ends) % len(MOMENTS)]
-        if not _come_to(life, moment, draw, starting, options.steps // (options.kills + 1)):
-            break  # it came to its end before
+        if not _wait_for(life, moment, draw, starting, options.steps // (options.kills + 1)):
+            break  # the run finished first
         seconds = life.seconds
         life.kill()
         written, whole = _being_written(killed), _newest_whole(killed)
@@ -154,15 +154,15 @@ def soak(options: argparse.Namespace, folder: Path) -> tuple[list[Kill], bool]:
     return ends, _weights(killed, options.steps) == _weights(folder / "alone", options.steps)
 
 
-def _come_to(life: Life, moment: str, draw: random.Random, starting: float, steps: int) -> bool:
-    """Wait for a moment of that kind; False where the life ended by itself before it.
+def _wait_for(life: Life, moment: str, draw: random.Random, starting: float, steps: int) -> bool:
+    """Wait for a moment of that kind; False if the life ended by itself before it.
 
     Args:
-        life: The present one.
+        life: The current life.
         moment: One of MOMENTS.
-        draw: Draws when.
+        draw: Decides when.
         starting: Seconds that a start takes.
-        steps: That the life may take at most, and then some until the moment has come.
+        steps: The most steps to wait before looking for the moment.
     """
     if moment == "starting":
         return life.wait(draw.uniform(0, starting))
@@ -179,7 +179,7 @@ def _come_to(life: Life, moment: str, draw: random.Random, starting: float, step
 
 
 def _begun(out: Path) -> int:
-    """The step of the newest checkpoint, whole or not; 0: there is none."""
+    """The step of the newest checkpoint, whole or not; 0 if there is none."""
     newest = newest_first(out / "checkpoints")[:1]
     return max(_being_written(out), *(_step_of(path) for path in newest), 0)
 
@@ -189,7 +189,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _being_written(out: Path) -> int:
-    """The step of the checkpoint that lies aside, not whole yet; 0: none does."""
+    """The step of the checkpoint that is being written; 0 if none is."""
     aside = (out / "checkpoints").glob(f"{PARTIAL}step-*")
     return max((_step_of(path) for path in aside), default=0)
 
@@ -241,7 +241,7 @@ def _row(kill: Kill) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; the status is 1 where a run lost more than it may, or ended elsewhere."""
+    """Print the table; the status is 1 if a run lost more than allowed, or ended differently."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.soak",
         description=__doc__,
@@ -249,11 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=400, help="of the run in all")
+    parser.add_argument("--steps", type=int, default=400, help="of the whole run")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--zero_stage", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--shards", help="train on these; else on a few that are made")
+    parser.add_argument("--shards", help="train on these (default: a few synthetic ones)")
     options = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     print(f"`python -m benchmarks.soak {shlex.join(words)}`".replace(" `", "`"))

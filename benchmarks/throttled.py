@@ -1,4 +1,4 @@
-"""What `benchmarks.data` trains from: an HTTP server that shares out so many bytes a second."""
+"""The server that `benchmarks.data` reads from: HTTP, at a fixed number of bytes per second."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from vidfill.data.storage.store import CacheConfig
 
 from .readers import BATCH, SPLIT
 
-PIECE = 256 << 10  # bytes that are sent at a time
-BURST = 0.02  # seconds' worth of bytes that may come at once after a pause
+PIECE = 256 << 10  # bytes sent at a time
+BURST = 0.02  # seconds' worth of bytes that may be sent at once after a pause
 
 
 class Budget:
-    """Bytes a second for all connections together."""
+    """A limit in bytes per second for all connections together."""
 
     def __init__(self, rate: float) -> None:
-        self._rate, self._spent = rate, 0.0  # bytes a second; time until which all is given out
+        self._rate, self._spent = rate, 0.0  # bytes per second; time until which all is spent
         self._lock = threading.Lock()
 
     def take(self, count: int) -> None:
@@ -79,7 +79,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """One that says nothing of a client that leaves."""
+    """A server that does not report clients that disconnect."""
 
     def handle_error(self, request: object, client_address: object) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):
@@ -87,7 +87,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def run_server(folder: Path, rate: float, port: Connection) -> None:
-    """Serve `folder` at `rate` bytes a second until the process is ended; tell where."""
+    """Serve `folder` at `rate` bytes per second until the process is ended; send the port."""
     handler = type("Handler", (Handler,), {"folder": folder, "budget": Budget(rate)})
     with Server(("127.0.0.1", 0), handler) as server:
         port.send(server.server_port)
@@ -96,7 +96,7 @@ def run_server(folder: Path, rate: float, port: Connection) -> None:
 
 @contextlib.contextmanager
 def serve(folder: Path, rate: float) -> Iterator[str]:
-    """The URL of `folder` behind a server of its own process."""
+    """The URL of `folder`, served by a process of its own."""
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
     server = context.Process(target=run_server, args=(folder, rate, there), daemon=True)
@@ -109,22 +109,22 @@ def serve(folder: Path, rate: float) -> Iterator[str]:
 
 
 class Waits(NamedTuple):
-    """What a loop over batches from the server saw; seconds."""
+    """How long a loop over batches from the server waited; seconds."""
 
     first_batch: float  # from opening the dataset
     elapsed: float  # after the first batch
-    waited: float  # of it
-    examples: int  # in it
-    processor: float  # of this process, in it
+    waited: float  # part of elapsed
+    examples: int  # delivered in it
+    processor: float  # processor seconds of this process in it
 
 
 def consume(url: str, cache: CacheConfig, rate: float, seconds: float) -> Waits:
-    """Take batches for `seconds`, each of them worked on for as long as `rate` allows.
+    """Take batches for `seconds`, and work on each for as long as `rate` allows.
 
     Args:
         url: Of the dataset.
         cache: Where its shards are kept.
-        rate: Examples a second.
+        rate: Examples per second.
         seconds: From the first batch on.
     """
     began = time.perf_counter()

@@ -1,8 +1,8 @@
-"""What a training step costs beyond forward, backward and optimizer, beside a bare loop.
+"""The cost of a training step beyond forward, backward and optimizer, compared with a bare loop.
 
-Every process trains by `vidfill.train.loop.train` itself, with all that a run does. In turn with
-blocks of its steps it trains the same network by a bare loop: one batch held in memory, forward,
-backward, clip, AdamW and nothing else; on several processes in plain DistributedDataParallel.
+Every process trains with `vidfill.train.loop.train` itself. Between blocks of its steps, it trains
+the same network in a bare loop: one batch held in memory, forward, backward, clip, AdamW and
+nothing else; on several processes in plain DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ from .machine import describe, in_new_process, spread, summarise
 
 EXAMPLES = """examples:
   python -m benchmarks.train_overhead
-      preset `tiny`, 8 clips a process, on one process and on two: about ten minutes on two cores
+      preset `tiny`, 8 clips per process, on one process and on two; ten minutes on two cores
   python -m benchmarks.train_overhead --processor-time
-      the same on a machine that others use too
+      the same on a shared machine
   python -m benchmarks.train_overhead --shards shards --processes 1 -- --config collisions
-      a recipe of one's own data; what follows -- is what `vidfill train` takes
+      a recipe, on your own data; after -- come options of `vidfill train`
   python -m benchmarks.train_overhead --latent 32 --processes 8 -- --config base --batch_size 16
-      GPUs, where there are any: then memory stands beside the plan's
+      on GPUs; memory is then compared with the plan
 """
 
-SMALLEST = ("--model.preset", "tiny")  # where nothing else is asked for
-BLOCK = 10  # steps of either loop in turn, and from one logged step to the next
+SMALLEST = ("--model.preset", "tiny")  # the default
+BLOCK = 10  # steps of one loop before the other's turn, and between logged steps
 FIRST = BLOCK // 2  # steps before the first block, so that no block begins or ends with a log
 EXAMPLES_MADE, SHARDS_MADE = 256, 8
 
-# What of a step is neither forward, backward nor optimizer.
+# The parts of a step that are neither forward, backward nor optimizer.
 PARTS = {
     "transfer": [(Batch, "to")],
     "draws": [(step, "draw_timesteps"), (step, "draw_noise"), (step, "draw_latents")],
@@ -85,15 +85,15 @@ class Seconds(NamedTuple):
     """A time, or how long something took."""
 
     wall: float
-    process: float  # on the processor, all threads of this process
-    thread: float  # on the processor, this thread
+    process: float  # processor time of all threads of this process
+    thread: float  # processor time of this thread
 
     def since(self, before: Seconds) -> Seconds:
         return Seconds(*(a - b for a, b in zip(self, before, strict=True)))
 
 
 class Times(NamedTuple):
-    """What one process measured, of all blocks together."""
+    """What one process measured, summed over all blocks."""
 
     ours: Seconds
     bare: Seconds
@@ -118,7 +118,7 @@ def total(times: Sequence[Seconds]) -> Seconds:
 
 
 class Tally:
-    """The time spent in functions, by part; of nested ones the outermost counts."""
+    """The time spent in functions, by part; of nested calls only the outermost counts."""
 
     def __init__(self) -> None:
         self.spent: dict[str, list[Seconds]] = defaultdict(list)
@@ -162,7 +162,7 @@ def timing(tally: Tally) -> Iterator[None]:
 def start_bare(
     config: TrainConfig, manifest: Manifest, clips: int, device: torch.device
 ) -> Callable[[int], None]:
-    """The same network and optimizer in a loop of only what must be; takes a number of steps."""
+    """The same network and optimizer in a minimal loop; the result takes a number of steps."""
     network = make_denoiser(config, manifest).network.to(device).train()
     if config.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -197,7 +197,7 @@ def start_bare(
 
 
 class Turns:
-    """Stands where the loop calls `train_step`, and lets the bare loop train between blocks."""
+    """Replaces `train_step` in the loop, and lets the bare loop train between blocks."""
 
     def __init__(self, manifest: Manifest, tally: Tally) -> None:
         self.ours: list[Seconds] = []
@@ -221,7 +221,7 @@ class Turns:
         return step.train_step(state, batch, denoiser, accelerator, config)
 
     def _change(self, clips: int, device: torch.device, config: TrainConfig) -> None:
-        """What passed since the bare loop's last block was a block of ours; then comes the next."""
+        """Record the block of ours that has just ended, then run a block of the bare loop."""
         began = when_done(device)
         if self._calls == FIRST:
             self._train_bare = start_bare(config, self._manifest, clips, device)
@@ -239,7 +239,7 @@ class Turns:
 
 
 def train_in_turns(config: TrainConfig, threads: int) -> Times:
-    """This process's part of a run, and of the bare loop's steps in between."""
+    """Train this process's part of a run, with the bare loop's steps in between."""
     torch.set_num_threads(threads)
     tally = Tally()
     turns = Turns(ShardedDataset(config.shards, "train").manifest, tally)
@@ -256,7 +256,7 @@ def train_in_turns(config: TrainConfig, threads: int) -> Times:
 
 
 def run_on(processes: int, config: TrainConfig, threads: int) -> list[Times]:
-    """What each of so many new processes measured; several are started as torchrun does."""
+    """What each of `processes` new processes measured; several are started as by torchrun."""
     if processes == 1:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             return [pool.submit(train_in_turns, config, threads).result()]
@@ -274,13 +274,13 @@ def run_on(processes: int, config: TrainConfig, threads: int) -> list[Times]:
 
 
 class Run(NamedTuple):
-    """Seconds a step, on the wall or the processor; of several processes their mean."""
+    """Wall or processor seconds per step, averaged over processes."""
 
     ours: float
     bare: float
     parts: dict[str, float]  # of ours, on the first process
-    waited: float  # for data: share of the time on the wall
-    stalls: list[float]  # for a checkpoint: steps' times on the wall
+    waited: float  # share of wall time spent waiting for data
+    stalls: list[float]  # waits for a checkpoint, in steps of wall time
 
 
 def summarise_run(times: Sequence[Times], out: Path, options: argparse.Namespace) -> Run:
@@ -294,8 +294,8 @@ def summarise_run(times: Sequence[Times], out: Path, options: argparse.Namespace
     parts = {part: getattr(spent, alone) / options.steps for part, spent in first.parts.items()}
     if options.processor_time:
         parts["other threads"] = (first.ours.process - first.ours.thread) / options.steps
-    parts["these together"] = sum(parts.values())
-    parts["what else there is beyond the bare loop"] = ours - bare - parts["these together"]
+    parts["the above together"] = sum(parts.values())
+    parts["unexplained overhead"] = ours - bare - parts["the above together"]
     step_on_wall = first.ours.wall / options.steps
     return Run(
         ours=ours,
@@ -313,7 +313,7 @@ def checkpoint_stalls(out: Path) -> list[float]:
 
 
 def measure(config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
-    """One process and several in turn, each run in a folder of its own."""
+    """Measure one process and several in turn, each run in a folder of its own."""
     shape = ShardedDataset(config.shards, "train").manifest.latent_shape
     counts = sorted({1, options.processes})
     rounds: list[dict[int, Run]] = []
@@ -361,7 +361,7 @@ def summarise_parts(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def summarise_efficiency(rounds: Sequence[Mapping[int, Run]], count: int) -> dict[str, Any]:
-    """A step's time on one process over that on several, which each have as many clips as it."""
+    """A step's time on one process over that on several, with the same clips per process."""
     ours = [runs[1].ours / runs[count].ours for runs in rounds]
     bare = [runs[1].bare / runs[count].bare for runs in rounds]
     ratios = [a / b for a, b in zip(ours, bare, strict=True)]
@@ -369,7 +369,7 @@ def summarise_efficiency(rounds: Sequence[Mapping[int, Run]], count: int) -> dic
 
 
 def measure_gpu(config: TrainConfig, seconds: float) -> dict[str, float]:
-    """Share of the peak rate (MFU) at `seconds` a step, and memory beside the plan's."""
+    """Share of the peak rate (MFU) at `seconds` per step; measured and planned memory."""
     plan = make_plan(config, ShardedDataset(config.shards, "train").manifest, 1)
     rate = peak_rate(torch.device("cuda"), config.precision)
     return {
@@ -402,7 +402,7 @@ def print_tables(found: dict[str, Any], options: argparse.Namespace) -> None:
     shape = "×".join(map(str, found["latents"]))
     print(
         f"{kind} seconds, median (least–most) of {options.rounds} run(s) of {options.steps} steps "
-        f"of each loop in turn, ratios within a run\n{found['clips']} clip(s) a process, latents "
+        f"of each loop in turn, ratios within a run\n{found['clips']} clip(s) per process, latents "
         f"of {shape}, {found['precision']}, a checkpoint every {found['checkpoint_every']} steps"
     )
     print(found["environment"], found["command"], sep="\n")
@@ -410,7 +410,7 @@ def print_tables(found: dict[str, Any], options: argparse.Namespace) -> None:
 
 def loops_table(found: dict[str, Any]) -> str:
     lines = [
-        "| processes | vidfill, s a step | bare loop, s a step | overhead | waited for data "
+        "| processes | vidfill, s per step | bare loop, s per step | overhead | waited for data "
         "| waited for a checkpoint, steps |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -429,7 +429,7 @@ def loops_table(found: dict[str, Any]) -> str:
 
 def parts_table(found: dict[str, Any]) -> str:
     lines = [
-        "| part, on one process | ms a step | of the bare step |",
+        "| part, on one process | ms per step | share of the bare step |",
         "| --- | ---: | ---: |",
     ]
     for part, row in found["parts"].items():
@@ -445,7 +445,7 @@ def efficiency_table(found: dict[str, Any], processes: int) -> str:
         [
             f"| efficiency of {processes} processes | vidfill | bare loop, plain DDP | ratio |",
             "| --- | ---: | ---: | ---: |",
-            f"| beside one with as many clips each | {' | '.join(cells)} |",
+            f"| compared with one, same clips per process | {' | '.join(cells)} |",
         ]
     )
 
@@ -460,34 +460,34 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     numbers = {
         "rounds": (5, "runs on each number of processes"),
         "steps": (50, f"of each loop in a run, a multiple of {BLOCK}"),
-        "processes": (2, "beside one; 1 leaves them out"),
-        "threads": (1, "of torch, of each process"),
-        "latent": (16, "height and width of the latents, where shards are made"),
+        "processes": (2, "to compare with one; 1 skips the comparison"),
+        "threads": (1, "of torch, per process"),
+        "latent": (16, "height and width of the latents of synthetic shards"),
     }
     for name, (default, text) in numbers.items():
         parser.add_argument(
             f"--{name}", type=int, default=default, help=f"{text} (default: {default})"
         )
-    parser.add_argument("--shards", help="train on these; else on some that are made")
+    parser.add_argument("--shards", help="train on these (default: synthetic ones)")
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="measure seconds on the processor, which leave out most of what other work on the "
-        "machine costs, but count what is done beside the steps too and not what is waited for, "
-        "instead of wall seconds; wants no GPU",
+        help="measure processor seconds instead of wall seconds: they exclude most of the effect "
+        "of other work on the machine, but also waiting, and include other threads of the "
+        "process; needs no GPU",
     )
     parser.add_argument(
         "--json",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write the figures to FILE too; without one print them instead of the tables",
+        help="also write the figures to FILE; without FILE, print them instead of the tables",
     )
     parser.add_argument(
         "train",
         nargs="*",
         default=SMALLEST,
-        help="after --: options of `vidfill train`, whose batch_size is that of each process "
+        help="after --: options of `vidfill train`; batch_size is per process "
         f"(default: {' '.join(SMALLEST)})",
     )
     options = parser.parse_args(argv)
@@ -500,7 +500,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def make_config(options: argparse.Namespace, folder: Path) -> TrainConfig:
-    """What is asked for, with one checkpoint amid the blocks and one at the end."""
+    """The configuration of a run, with one checkpoint in the middle and one at the end."""
     shards = options.shards or str(make_shards(folder / "shards", options.latent))
     words = find_recipe([shards, str(folder / "runs"), *options.train])
     config = jobs.parse(TrainConfig, words, verb="train", examples="")
@@ -515,7 +515,7 @@ def make_config(options: argparse.Namespace, folder: Path) -> TrainConfig:
 
 
 def make_shards(folder: Path, latent: int) -> Path:
-    readers.write_dataset(readers.Work(folder, EXAMPLES_MADE, SHARDS_MADE, latent))
+    readers.write_dataset(readers.SyntheticShards(folder, EXAMPLES_MADE, SHARDS_MADE, latent))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""One training step of our networks beside diffusers', on equal input, and beside the limit."""
+"""One training step of our networks compared with diffusers', on equal input, and the limit."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from .machine import clock, describe, in_new_process, peak_bytes, spread, summar
 
 EXAMPLES = """examples:
   python -m benchmarks.train_step
-      `small` beside its peers, a minute or two on two cores
+      `small` and its peers, a minute or two on two cores
   python -m benchmarks.train_step --threads 1 --processor-time
-      the same on one core of a machine that others use too
+      the same on one core of a shared machine
   python -m benchmarks.train_step --device cuda --precision bfloat16 --compile
-      a GPU: latents of 32x32, and as many clips as fit
+      on a GPU: latents of 32x32, and as many clips as fit
   python -m benchmarks.train_step --device cuda --precision bfloat16 --networks ramvid-32 base
       two networks of ours
   python -m benchmarks.train_step --json > figures.json
-      the figures alone
+      only the figures
 """
 
-# As many levels as `small` has, the finest as wide. Of diffusers' own proportions the coarse levels
-# hold most, where a parameter costs least and, in latents as small as these, sees least.
+# As many levels as `small` has. In diffusers' own proportions most parameters are at the coarse
+# levels, where a parameter costs least and, in latents as small as these, sees least.
 LEVELS = (64, 96, 160)
 PEERS: dict[str, Callable[[int, int], nn.Module]] = {
     **peers.PEERS,
@@ -58,7 +58,7 @@ PARTS = ("forward", "backward", "optimizer")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all networks are given alike."""
+    """What is the same for all networks."""
 
     device: torch.device
     precision: Precision
@@ -75,10 +75,10 @@ class Setting:
 
 
 class Training(NamedTuple):
-    """A network that is trained, and what it is trained on."""
+    """A network in training, and its data."""
 
     network: nn.Module
-    predict: Any  # the network, or what was compiled from it
+    predict: Any  # the network, compiled if asked for
     optimizer: torch.optim.Optimizer
     latents: Tensor
     timestep: Tensor
@@ -87,10 +87,10 @@ class Training(NamedTuple):
 
 
 class Products(NamedTuple):
-    """The matrix products, convolutions and attentions of a step, each of them an entry."""
+    """The matrix products, convolutions and attentions of a step, one entry each."""
 
     operations: list[int]  # floating-point, as torch's FlopCounterMode counts them
-    moved: list[int]  # bytes of what goes in and comes out
+    moved: list[int]  # bytes of inputs and outputs
 
 
 def start_training(name: str, setting: Setting) -> Training:
@@ -112,7 +112,7 @@ def forward(training: Training, setting: Setting, network: Any) -> Tensor:
 
 
 def step(training: Training, setting: Setting) -> dict[str, float]:
-    """Train once, and give the seconds of each part."""
+    """Train for one step; the seconds of each part."""
     times = [clock(setting.device, setting.processor_time)]
     loss = forward(training, setting, training.predict)
     times.append(clock(setting.device, setting.processor_time))
@@ -129,7 +129,7 @@ def step(training: Training, setting: Setting) -> dict[str, float]:
 
 
 class Counter(TorchDispatchMode):
-    """Notes the products of what runs inside."""
+    """Records the products of everything that runs inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         output = func(*args, **kwargs or {})
-        # The CPU's attention is the one that torch has no formula for: it is that of the others.
+        # Torch has no formula for the CPU's attention; that of the other backends applies.
         name = str(func.overloadpacket).removesuffix("_for_cpu").replace("_for_cpu_", "_")
         formula = FORMULAS.get(name)
         if formula is not None:
@@ -154,8 +154,8 @@ def count_products(training: Training, setting: Setting) -> Products:
     """The products of a forward and a backward pass."""
     network = training.network
     if isinstance(network, VideoUNet):
-        network.set_attention_backend("sdpa")  # which has formulas
-    forward(training, setting, network)  # attention tries its backend when it first runs
+        network.set_attention_backend("sdpa")  # the one with formulas
+    forward(training, setting, network)  # attention tests its backend when it first runs
     with Counter() as counter:
         forward(training, setting, network).backward()
     training.optimizer.zero_grad()
@@ -165,7 +165,7 @@ def count_products(training: Training, setting: Setting) -> Products:
 
 
 def matrix_rate(setting: Setting) -> float:
-    """Operations a second of the fastest of three large matrix products."""
+    """Operations per second of the fastest of three large matrix products."""
     size = 2048 if setting.device.type == "cpu" else 8192
     dtype = getattr(torch, setting.precision)
     a, b = torch.randn(2, size, size, device=setting.device, dtype=dtype)
@@ -173,7 +173,7 @@ def matrix_rate(setting: Setting) -> float:
 
 
 def bandwidth(setting: Setting) -> float:
-    """Bytes a second, read and written, of the fastest of three large copies."""
+    """Bytes per second, read and written, of the fastest of three large copies."""
     source = torch.zeros(2**28, device=setting.device, dtype=torch.uint8)
     copy = torch.empty_like(source)
     return 2 * source.nbytes / least_seconds(setting, lambda: copy.copy_(source))
@@ -181,7 +181,7 @@ def bandwidth(setting: Setting) -> float:
 
 def least_seconds(setting: Setting, work: Any) -> float:
     seconds = []
-    for _ in range(4):  # the first finds its memory
+    for _ in range(4):  # the first also allocates memory
         began = clock(setting.device, setting.processor_time)
         work()
         seconds.append(clock(setting.device, setting.processor_time) - began)
@@ -194,7 +194,7 @@ def least_seconds(setting: Setting, work: Any) -> float:
 def measure(names: Sequence[str], setting: Setting, rounds: int) -> dict[str, Any]:
     trainings = {name: start_training(name, setting) for name in names}
     products = {name: count_products(each, setting) for name, each in trainings.items()}
-    for each in trainings.values():  # finds kernels and memory, makes moments, compiles
+    for each in trainings.values():  # loads kernels, allocates memory and moments, compiles
         step(each, setting)
     measured = time_rounds(trainings, setting, rounds)
     found: dict[str, Any] = {
@@ -212,7 +212,7 @@ def measure(names: Sequence[str], setting: Setting, rounds: int) -> dict[str, An
         },
     }
     trainings.clear()
-    torch.cuda.empty_cache()  # the process below needs it
+    torch.cuda.empty_cache()  # the process below needs the memory
     peaks = in_new_process(peaks_of_steps, names, setting)
     for name, peak in peaks.items():
         found["networks"][name]["peak_bytes"] = peak
@@ -222,7 +222,7 @@ def measure(names: Sequence[str], setting: Setting, rounds: int) -> dict[str, An
 def time_rounds(
     trainings: dict[str, Training], setting: Setting, rounds: int
 ) -> list[dict[str, Any]]:
-    """Each network's step in turn and the machine's rates; another network begins each round."""
+    """The machine's rates and each network's step; each round starts with a different network."""
     names, measured = list(trainings), []
     for index in range(rounds):
         first = index % len(names)
@@ -255,16 +255,16 @@ def summarise_network(
 
 
 def roofline(products: Products, rate: float, bytes_per_second: float) -> float:
-    """The least seconds of the products, each bound by its operations or by its bytes.
+    """The least seconds for the products, each limited by its operations or by its bytes.
 
-    What lies between them, and the optimizer, costs nothing here.
+    Everything between the products, and the optimizer, is counted as free.
     """
     pairs = zip(products.operations, products.moved, strict=True)
     return sum(max(count / rate, size / bytes_per_second) for count, size in pairs)
 
 
 def peaks_of_steps(names: Sequence[str], setting: Setting) -> dict[str, int]:
-    """The most that each network, its gradients, its moments and two steps hold at once."""
+    """Peak bytes of each network with its gradients and moments, over two steps."""
     torch.set_num_threads(setting.threads)
 
     def train(name: str) -> None:
@@ -272,19 +272,19 @@ def peaks_of_steps(names: Sequence[str], setting: Setting) -> dict[str, int]:
         for _ in range(2):
             step(training, setting)
 
-    train(names[0])  # loads what torch keeps for all
+    train(names[0])  # loads what torch then keeps for all
     return {name: peak_bytes(setting.device, functools.partial(train, name)) for name in names}
 
 
 def largest_batch(names: Sequence[str], setting: Setting) -> int:
-    """The largest power of two of clips with which every network trains on this GPU."""
+    """The largest power of two of clips with which every network can train on this GPU."""
     while all(fits(name, dataclasses.replace(setting, batch=2 * setting.batch)) for name in names):
         setting = dataclasses.replace(setting, batch=2 * setting.batch)
     return setting.batch
 
 
 def fits(name: str, setting: Setting) -> bool:
-    """Tried as in `measure`, so uncompiled too."""
+    """Whether it can train uncompiled, which `measure` does too."""
     try:
         training = start_training(name, dataclasses.replace(setting, compiled=False))
         for _ in range(2):
@@ -322,7 +322,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def ratio_table(found: dict[str, Any]) -> str:
-    lines = ["| network | its step's time, of that of | ratio |", "| --- | --- | ---: |"]
+    lines = ["| network | compared with | time of a step / theirs |", "| --- | --- | ---: |"]
     lines += [
         f"| {name} | {peer} | {spread(ratio, '{:.2f}')} |"
         for name, row in found["ratios"].items()
@@ -364,8 +364,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     numbers = {
         "rounds": (7, "times that every network is measured, after an untimed one"),
         "threads": (cores, "of torch, on the CPU"),
-        "frames": (20, "of a clip"),
-        "latent": (None, "height and width of a clip's latents (default: 16, on a GPU 32)"),
+        "frames": (20, "per clip"),
+        "latent": (None, "height and width of the latents (default: 16, on a GPU 32)"),
         "batch": (None, "clips (default: 1, on a GPU the largest power of two that fits)"),
     }
     for name, (default, text) in numbers.items():
@@ -382,15 +382,15 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="measure this process's seconds on the processor, which leave out most of what other "
-        "work on the machine costs, instead of wall seconds; wants one thread and no GPU",
+        help="measure processor seconds of this process instead of wall seconds: they exclude most "
+        "of the effect of other work on the machine; needs one thread and no GPU",
     )
     parser.add_argument(
         "--json",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="write the figures to FILE too; without one print them instead of the tables",
+        help="also write the figures to FILE; without FILE, print them instead of the tables",
     )
     options = parser.parse_args(argv)
     for name in numbers:

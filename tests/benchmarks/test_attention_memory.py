@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux to read a peak of memory")
 def test_the_reference_holds_its_scores_and_the_fused_backend_does_not() -> None:
     """2048 tokens of 4 heads: scores of 64 MiB, held at least twice on the way back."""

@@ -1,4 +1,4 @@
-"""The quality benchmark at its smallest, and what it reads off curves made by hand."""
+"""The quality benchmark at its smallest, and what it reads off hand-made curves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
+from benchmarks import quality_per_compute
+from benchmarks.quality_per_compute import PEERS, compare, mean_curve, time_to_reach
 
 ROOT = Path(__file__).parents[2]
 OURS = "vidfill small"
@@ -54,6 +57,7 @@ def read(out: Path) -> dict[str, Any]:
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_network_has_a_curve_over_its_own_training_time(measured: Measured) -> None:
     found = read(measured.out)
     assert [each["network"] for each in found["runs"]] == NETWORKS
@@ -66,6 +70,7 @@ def test_every_network_has_a_curve_over_its_own_training_time(measured: Measured
         assert len(losses) == 4 and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_networks_are_of_one_size_and_train_at_the_best_rate_of_the_grid(
     measured: Measured,
 ) -> None:
@@ -88,7 +93,8 @@ def test_networks_are_of_one_size_and_train_at_the_best_rate_of_the_grid(
     assert (measured.out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_diverged_is_done_again_at_the_next_lower_rate_and_kept(
+@pytest.mark.slow
+def test_a_run_that_diverged_is_repeated_at_the_next_lower_rate_and_kept(
     measured: Measured,
 ) -> None:
     file = measured.out / "rounds" / "seed-0.json"
@@ -109,12 +115,13 @@ def test_a_run_that_diverged_is_done_again_at_the_next_lower_rate_and_kept(
     assert again["points"][0] == diverged["points"][0] and again["points"][-1][0] >= 0.6
     assert found["networks"][NETWORKS[1]]["losses"] == [again["points"][-1][2]]
     assert re.findall(r"(\w+) diverged at the rate (\S+) with seed 0.*, (.*)", done.stdout) == [
-        (NETWORKS[1], "0.0003", "and was done again at a lower one"),
+        (NETWORKS[1], "0.0003", "and was repeated at a lower one"),
         (NETWORKS[2], "0.0001", "the lowest of the grid"),
     ]
 
 
-def test_a_further_seed_runs_alone_and_what_is_done_stays(measured: Measured) -> None:
+@pytest.mark.slow
+def test_a_further_seed_runs_alone_and_finished_runs_stay(measured: Measured) -> None:
     before = read(measured.out)
     done = run(*measured.arguments, "--seeds", "0", "1")
     assert done.returncode == 0, done.stderr
@@ -126,6 +133,7 @@ def test_a_further_seed_runs_alone_and_what_is_done_stays(measured: Measured) ->
     assert [len(after["networks"][name]["losses"]) for name in NETWORKS] == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_another_setting_in_the_same_folder_is_refused_in_one_line(measured: Measured) -> None:
     done = run(*measured.arguments, "--seeds", "0", "--budget", "0.7")
     assert done.returncode == 2
@@ -133,32 +141,25 @@ def test_another_setting_in_the_same_folder_is_refused_in_one_line(measured: Mea
 
 
 def test_times_are_read_off_the_lines_between_points() -> None:
-    done = subprocess.run([sys.executable, "-c", CURVES], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    curve = [(0.0, 0, 1.0), (10.0, 5, 0.6), (20.0, 10, 0.7), (30.0, 15, 0.4)]
+    times = [time_to_reach(curve, loss) for loss in (1.0, 0.8, 0.6, 0.5, 0.4)]
+    # At 0.6 the first time counts, though the loss is higher again later.
+    assert times == pytest.approx([0, 5, 10, 20 + 10 * 2 / 3, 30])
+    assert time_to_reach(curve, 0.39) is None
+    better = {"points": [(0.0, 0, 0.5), (12.0, 7, 0.35)]}
+    assert mean_curve([{"points": curve[:2]}, better]) == [(0.0, 0, 0.75), (11.0, 6, 0.475)]
 
 
-CURVES = """
-from benchmarks.quality_per_compute import OURS, PEERS, compare, mean_curve, time_to_reach
-curve = [(0.0, 0, 1.0), (10.0, 5, 0.6), (20.0, 10, 0.7), (30.0, 15, 0.4)]
-assert time_to_reach(curve, 1.0) == 0
-assert abs(time_to_reach(curve, 0.8) - 5) < 1e-9
-assert time_to_reach(curve, 0.6) == 10  # though it is worse again later
-assert abs(time_to_reach(curve, 0.5) - (20 + 10 * 2 / 3)) < 1e-9
-assert time_to_reach(curve, 0.4) == 30
-assert time_to_reach(curve, 0.39) is None
-better = {"points": [(0.0, 0, 0.5), (12.0, 7, 0.35)]}
-assert mean_curve([{"points": curve[:2]}, better]) == [(0.0, 0, 0.75), (11.0, 6, 0.475)]
-slow = [(0.0, 0, 1.0), (30.0, 3, 0.75)]
-fast = [(0.0, 0, 1.0), (32.0, 9, 0.5)]
-found = compare({OURS: fast, **dict.fromkeys(PEERS, slow)}, 30.0)
-for peer in PEERS:
-    assert found[peer] == {"loss": 0.75, "seconds": 16, "share": 16 / 30, "share_of_peer": None}
-found = compare({OURS: slow, **dict.fromkeys(PEERS, fast)}, 30.0)
-for peer in PEERS:
-    assert found[peer] == {"loss": 0.5, "seconds": None, "share": None, "share_of_peer": 16 / 30}
-"""
+def test_the_network_that_learns_faster_reaches_the_others_final_loss() -> None:
+    slow = [(0.0, 0, 1.0), (30.0, 3, 0.75)]
+    fast = [(0.0, 0, 1.0), (32.0, 9, 0.5)]
+    for found in compare({OURS: fast, **dict.fromkeys(PEERS, slow)}, 30.0).values():
+        assert found == {"loss": 0.75, "seconds": 16, "share": 16 / 30, "share_of_peer": None}
+    for found in compare({OURS: slow, **dict.fromkeys(PEERS, fast)}, 30.0).values():
+        assert found == {"loss": 0.5, "seconds": None, "share": None, "share_of_peer": 16 / 30}
 
 
+@pytest.mark.slow
 def test_the_plan_trains_and_writes_nothing(shards: Path, tmp_path: Path) -> None:
     done = run(str(shards), str(tmp_path / "out"), *SMALLEST, "--plan")
     assert done.returncode == 0, done.stderr
@@ -166,6 +167,8 @@ def test_the_plan_trains_and_writes_nothing(shards: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_processor_time_of_many_threads_is_refused(shards: Path, tmp_path: Path) -> None:
-    done = run(str(shards), str(tmp_path), "--processor-time", "--threads", "2")
-    assert done.returncode == 2 and "give those, or leave it out" in done.stderr
+def test_processor_time_of_many_threads_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        quality_per_compute.main(["shards", "out", "--processor-time", "--threads", "2"])
+    assert end.value.code == 2
+    assert "give those, or leave it out" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sampler
+
 ROOT = Path(__file__).parents[2]
 SMALLEST = shlex.split(
     "--rounds 1 --clips 2 --capacity 3 --batch 2 --frames 2 --latent 2 "
@@ -28,6 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", DOCUMENTED)
 def test_both_ways_do_the_same_evaluations_and_their_ratios_add_up(options: str) -> None:
     done = run(*shlex.split(options), *SMALLEST)
@@ -44,12 +47,12 @@ def test_both_ways_do_the_same_evaluations_and_their_ratios_add_up(options: str)
         beside = median(rows[way][6]) / 100
         assert of_limit[way] == pytest.approx(of_calls[way] * (1 + beside), rel=0.005)
     heads = [cells[0] for cells in lines]
-    whole, calls, beside = map(median, lines[heads.index("diffusers' time, of ours") + 2])
+    whole, calls, beside = map(median, lines[heads.index("diffusers' time / ours") + 2])
     assert whole == pytest.approx(of_limit[THEIRS] / of_limit[OURS], rel=0.005)
     assert calls == pytest.approx(of_calls[THEIRS] / of_calls[OURS], rel=0.005)
     assert whole == pytest.approx(calls * beside, rel=0.005)
-    assert rows["clips in a call"] == ["1", "2", "3"]
-    assert rows["a clip's time, of that in a full call"][-1] == "1.00 (1.00–1.00)"
+    assert rows["clips per call"] == ["1", "2", "3"]
+    assert rows["time per clip / in a full call"][-1] == "1.00 (1.00–1.00)"
     for said in ("diffusers 0.", "torch 2.", "thread(s)", shlex.join(SMALLEST)):
         assert said in done.stdout
 
@@ -59,14 +62,15 @@ def median(cell: str) -> float:
 
 
 def test_one_long_trajectory_is_a_limit_that_more_slots_do_not_lower() -> None:
-    options = shlex.split("--clips 1 --capacity 4 --schedules 'ddim:5 ddim:2 dpmpp:4'")
-    done = run(*SMALLEST, *options)
-    assert done.returncode == 0, done.stderr
-    assert "the limit is 5.0 full calls, the longest trajectory 5" in done.stdout
+    words = shlex.split("--clips 1 --capacity 4 --schedules 'ddim:5 ddim:2 dpmpp:4'")
+    workload = sampler.make_workload(sampler.parse_options([*SMALLEST, *words]))
+    assert max(workload.nfes) == workload.calls_at_least == 5
 
 
-def test_a_schedule_that_diffusers_cannot_follow_is_refused_in_one_line() -> None:
-    done = run("--schedules", "ddim:50 ddim:30")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "schedules has ddim:30;" in done.stderr
+def test_a_schedule_that_diffusers_cannot_follow_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sampler.main(["--schedules", "ddim:50 ddim:30"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "schedules has ddim:30;" in said
