@@ -12,6 +12,7 @@ from vidfill import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LAYERS = ("data", "launch", "modeling", "sampling", "train")
 MODULES = [module for module, _ in cli.VERBS.values()] + ["train.autoencoder"]
 MODULE_VERBS = {
     "vidfill.data.encode": "data.encode.run",
@@ -30,7 +31,8 @@ def commands_in(text: str) -> list[list[str]]:
 
 def ours(words: list[str]) -> list[str]:
     """[module, argument…] of a command that runs one of our jobs, else nothing."""
-    if words[:1] == ["vidfill"] and len(words) > 1 and words[1] in cli.VERBS:
+    runs = words[:1] in (["vidfill"], [".venv/bin/vidfill"])
+    if runs and len(words) > 1 and words[1] in cli.VERBS:
         return [cli.VERBS[words[1]][0], *words[2:]]
     for index, word in enumerate(words):
         if word in MODULE_VERBS and words[index - 1] == "-m":
@@ -41,7 +43,8 @@ def ours(words: list[str]) -> list[str]:
 def documented() -> list[list[str]]:
     texts = [page.read_text() for page in PAGES]
     texts += [importlib.import_module(f"vidfill.{module}").EXAMPLES for module in MODULES]
-    return [command for text in texts for command in commands_in(text)]
+    commands = (tuple(command) for text in texts for command in commands_in(text))
+    return [list(command) for command in dict.fromkeys(commands)]
 
 
 @pytest.mark.parametrize("command", documented(), ids=" ".join)
@@ -69,6 +72,46 @@ def headings_of(page: Path) -> list[str]:
     """The anchors of a page's headings."""
     found = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return [heading.lower().replace(" ", "-") for heading in found]
+
+
+def paths_in(text: str) -> set[str]:
+    """The files and folders of the repository that a page names: in `ticks`, or in its tree."""
+    ticked = re.findall(r"`([\w./-]+\.(?:py|md|sh|sbatch|toml)|(?:tests|docs)/[\w./-]*)`", text)
+    folder, tree = "", []
+    for indent, entries in re.findall(r"^( {4}| {6})(\S.*?)(?:  .*)?$", text, flags=re.MULTILINE):
+        names = entries.split(", ")
+        if all(re.fullmatch(r"\w+(/|\.py)", name) for name in names):
+            tree += [folder + name if len(indent) == 6 else name for name in names]
+            folder = names[0] if len(indent) == 4 else folder
+    return {path for path in (*ticked, *tree) if "NAME" not in path}
+
+
+def modules_in(text: str) -> set[str]:
+    """The modules, functions and classes of ours that a page names, without `vidfill.`."""
+    ticked = re.findall(rf"`(?:vidfill\.)?((?:{'|'.join(LAYERS)})(?:\.\w+)+)(?:\(\))?`", text)
+    imported = re.findall(r"^ {4}from vidfill\.([\w.]+) import ([\w, ]+)$", text, re.MULTILINE)
+    listed = [f"{module}.{name}" for module, names in imported for name in names.split(", ")]
+    return {name for name in (*ticked, *listed) if not name.endswith((".yaml", ".txt"))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_of_the_repository_exists(page: Path) -> None:
+    text = page.read_text()
+    for path in paths_in(text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for name in modules_in(text):
+        *module, last = name.split(".")
+        beside = ROOT.joinpath(*module)
+        if not (beside / last).is_dir() and not (beside / f"{last}.py").is_file():
+            found = importlib.import_module(f"vidfill.{'.'.join(module)}")
+            assert hasattr(found, last), f"{page.name} names {name}"
+
+
+def test_the_tree_of_the_readme_is_read() -> None:
+    tree = (
+        "    cli.py    a\n    errors.py, jobs.py\n    data/   b\n      shards/   c\n    docs/  d\n"
+    )
+    assert paths_in(tree) == {"cli.py", "errors.py", "jobs.py", "data/", "data/shards/", "docs/"}
 
 
 def test_every_verb_shows_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -112,6 +113,14 @@ PACKAGES = [name for name, file in sources().items() if file.name == "__init__.p
 def test_imports_point_towards_the_lower_floors_only(module: str) -> None:
     for name in imported_by(module, sources()[module].read_text()) - {"__version__"}:
         assert floor_of(name) <= floor_of(module), f"{module} imports {name}"
+
+
+def test_contributing_lists_the_floors() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text().partition("| floor |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", page, flags=re.MULTILINE)
+    assert [tuple(re.findall("`(.*?)`", row)) for row in rows] == [
+        tuple(name for name in floor if name != "train.__main__") for floor in FLOORS
+    ]
 
 
 def test_launch_imports_configuration_only() -> None:
