@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     manifest = imagine(given.clips, given.side, given.shard_megabytes)
     columns = [column(given, manifest, nodes) for nodes in given.nodes]
-    print(f"| | {' | '.join(f'{nodes} node(s)' for nodes in given.nodes)} |")
+    names = ["1 node" if nodes == 1 else f"{nodes} nodes" for nodes in given.nodes]
+    print(f"| | {' | '.join(names)} |")
     print(f"| --- |{' ---: |' * len(columns)}")
     for name in columns[0]:
         print(f"| {name} | {' | '.join(column[name] for column in columns)} |")
@@ -90,25 +91,25 @@ def column(given: argparse.Namespace, manifest: Manifest, nodes: int) -> dict[st
     activations = plan.memory["activations"]
     seconds = plan.operations / (given.rate * 1e12)
     return {
-        "GPUs, clips a step": f"{gpus}, {batch}",
+        "GPUs, clips per step": f"{gpus}, {batch}",
         "steps": f"{config.steps:,}",
-        f"a step at {given.rate:g} TFLOP/s": f"{seconds:.3g} s",
-        "hours in all": f"{config.steps * seconds / 3600:.3g}",
-        "activations of a GPU": in_bytes(activations),
+        f"time of a step at {given.rate:g} TFLOP/s": f"{seconds:.3g} s",
+        "hours in total": f"{config.steps * seconds / 3600:.3g}",
+        "activations per GPU": in_bytes(activations),
         **{
-            f"memory of a GPU, ZeRO {stage}": in_bytes(sum(parts.values()) + activations)
+            f"memory per GPU, ZeRO {stage}": in_bytes(sum(parts.values()) + activations)
             for stage, parts in states.items()
         },
-        "gradients out of a GPU, a step": in_bytes(plan.traffic),
-        f"so its network, for {GRADIENTS:.0%} of a step": (
+        "gradients sent per GPU and step": in_bytes(plan.traffic),
+        f"network per GPU, to take {GRADIENTS:.0%} of a step": (
             f"{in_bytes(round(plan.traffic / (GRADIENTS * seconds)))}/s"
         ),
         "shards": f"{plan.shards:,}, {in_bytes(plan.shard_bytes)}",
-        "cache of a node": in_bytes(plan.cache),
-        "storage gives, all nodes": f"{in_bytes(round(plan.fetched / seconds))}/s",
-        "a node fetches": f"{in_bytes(round(plan.fetched / seconds / nodes))}/s",
+        "cache per node": in_bytes(plan.cache),
+        "read from storage, all nodes": f"{in_bytes(round(plan.fetched / seconds))}/s",
+        "read from storage per node": f"{in_bytes(round(plan.fetched / seconds / nodes))}/s",
         "checkpoint": in_bytes(plan.checkpoint),
-        "written in 1000 steps by one node": (
+        "checkpoint every 1000 steps, one node": (
             f"{in_bytes(round(plan.checkpoint / (1000 * seconds)))}/s"
         ),
     }

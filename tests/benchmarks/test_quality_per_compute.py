@@ -163,7 +163,7 @@ def test_the_network_that_learns_faster_reaches_the_others_final_loss() -> None:
 def test_the_plan_trains_and_writes_nothing(shards: Path, tmp_path: Path) -> None:
     done = run(str(shards), str(tmp_path / "out"), *SMALLEST, "--plan")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("s a step") == 3 and "minutes in all" in done.stdout
+    assert done.stdout.count("s per step") == 3 and "minutes in all" in done.stdout
     assert not (tmp_path / "out").exists()
 
 
