@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+from annotated_types import Interval
 from jaxtyping import Float16, UInt8
+from pydantic import (
+    AllowInfNan,
+    ConfigDict,
+    GetPydanticSchema,
+    InstanceOf,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+    with_config,
+)
+from pydantic.dataclasses import dataclass as record
+from typing_extensions import TypedDict
 
 from ...errors import BadInput
 
 FORMAT = 2
 TRAINING = ("latents", "masked_latents", "latent_mask", "log_variance")  # arrays, in their order
 
-_KEY = re.compile(r"[\w-]+", re.ASCII)  # a dot would end the key, a slash would leave the folder
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError)  # of reading JSON that is not ours
+# A dot would end the key, a slash would leave the folder.
+KEY_PATTERN = "^[A-Za-z0-9_-]+$"
+
+Key = Annotated[StrictStr, StringConstraints(pattern=KEY_PATTERN)]
+Name = InstanceOf[str]  # of a file: its bytes may be no UTF-8, which StrictStr refuses
+Digest = Annotated[StrictStr, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[StrictInt, Interval(ge=0, le=2**53)]
+Finite = Annotated[StrictFloat, AllowInfNan(False)]
+PositiveCount = Annotated[StrictInt, Interval(ge=1, le=2**53)]
+EXACT, OPEN = ConfigDict(extra="forbid"), ConfigDict(extra="allow")
+Record = TypeVar("Record")
 
 Text = str | bytes
 Latents = Float16[np.ndarray, "frames channels h w"]
@@ -56,84 +81,78 @@ class Example:
     log_variance: Latents | None = None
 
 
-@dataclass(frozen=True)
+@record(frozen=True, config=EXACT)
 class Skipped:
     """A video that gave no clip, and why."""
 
-    source: str
-    reason: str
+    source: Name
+    reason: StrictStr
 
 
-@dataclass(frozen=True)
-class Column:
-    """One member of every example of a shard, by row: where it lies, and XXH3's 64 bits in hex."""
+@record(frozen=True)
+class MemberPlaces:
+    """Where one member of every example lies in a shard, by row, and XXH3's 64 bits in hex."""
 
-    offsets: tuple[int, ...]  # bytes from the tar's start
-    sizes: tuple[int, ...]  # bytes
-    checksums: tuple[str, ...]
+    offsets: tuple[Count, ...]  # bytes from the tar's start
+    sizes: tuple[Count, ...]  # bytes
+    checksums: tuple[StrictStr, ...]
 
 
-@dataclass(frozen=True)
+@record(frozen=True, config=EXACT)
 class ShardIndex:
     """What is known of one shard: its sources, where its members lie, and its latents' moments."""
 
-    sources: tuple[str, ...]
-    keys: tuple[str, ...]
-    members: dict[str, Column]  # by the name behind the key: "latents.npy"
-    spans: tuple[str, ...]  # XXH3 of what training reads at a time, by row
+    sources: tuple[Name, ...]
+    keys: tuple[Key, ...]
+    members: dict[str, MemberPlaces]  # by the name behind the key: "latents.npy"
+    spans: tuple[StrictStr, ...]  # XXH3 of what training reads at a time, by row
     skipped: tuple[Skipped, ...]
-    bytes: int
-    sha256: str
-    values: int  # latent values per channel
-    sums: tuple[float, ...]  # per channel, float64
-    squares: tuple[float, ...]  # per channel, float64; of draws where there is a log-variance
+    bytes: Count
+    sha256: StrictStr
+    values: Count  # latent values per channel
+    sums: tuple[StrictFloat, ...]  # per channel, float64
+    squares: tuple[StrictFloat, ...]  # per channel, float64; of draws where there is a log-variance
+
+    @model_validator(mode="after")
+    def _check(self) -> ShardIndex:
+        rows = len(self.keys)
+        columns = {"spans": self.spans}
+        for name, places in self.members.items():
+            columns |= {f"{name} {field}": column for field, column in vars(places).items()}
+            if rows and max(*places.offsets, *places.sizes) > self.bytes:
+                raise ValueError(f"members.{name} lies outside the shard's {self.bytes} bytes")
+        for name, column in columns.items():
+            if len(column) != rows:
+                raise ValueError(f"{name} has {len(column)} entries for {rows} keys")
+        return self
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: Text) -> ShardIndex:
-        """Read an index; one of `_MALFORMED` is raised where it is none, or its parts disagree."""
-        fields: dict[str, Any] = json.loads(text)
-        for name in ("sources", "keys", "spans", "sums", "squares"):
-            fields[name] = tuple(fields[name])
-        fields["skipped"] = tuple(Skipped(**skip) for skip in fields["skipped"])
-        fields["members"] = {
-            name: Column(*(tuple(column[part]) for part in ("offsets", "sizes", "checksums")))
-            for name, column in fields["members"].items()
-        }
-        index = cls(**fields)
-        index._check()
-        return index
+        """Read an index.
 
-    def _check(self) -> None:
-        if bad := [key for key in self.keys if not _KEY.fullmatch(key)]:
-            raise ValueError(f"the key {bad[0]!r} is no name of a member")
-        rows = len(self.keys)
-        for name, column in self.members.items():
-            if {len(column.offsets), len(column.sizes), len(column.checksums)} != {rows}:
-                raise ValueError(f"{name} has not one place for each of {rows} examples")
-            if rows and not _are_places(column, self.bytes):
-                raise ValueError(f"{name} has places that are not in the shard")
-        if len(self.spans) != rows:
-            raise ValueError(f"spans has not one checksum for each of {rows} examples")
+        Raises:
+            ValueError: one line, naming the field that is missing or wrong.
+        """
+        return parse_record(cls, load_json(text))
 
 
-def _are_places(column: Column, size: int) -> bool:
-    """Whether all offsets and sizes are numbers within a file of `size` bytes."""
-    offsets, sizes = np.array(column.offsets), np.array(column.sizes)
-    if offsets.dtype != np.int64 or sizes.dtype != np.int64:
-        return False
-    return bool(min(offsets.min(), sizes.min()) >= 0 and max(offsets.max(), sizes.max()) <= size)
-
-
-@dataclass(frozen=True)
+@record(frozen=True, config=EXACT)
 class ShardTable:
     """What a manifest says of its shards, by their numbers."""
 
-    examples: tuple[int, ...]
-    bytes: tuple[int, ...]
-    sha256: tuple[str, ...]
+    examples: tuple[Count, ...]
+    bytes: tuple[Count, ...]
+    sha256: tuple[Digest, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> ShardTable:
+        lengths = {name: len(column) for name, column in vars(self).items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"lists of different lengths: {lengths}")
+        return self
 
     @classmethod
     def of(cls, indexes: Sequence[ShardIndex]) -> ShardTable:
@@ -144,26 +163,65 @@ class ShardTable:
         )
 
 
-@dataclass(frozen=True)
+@with_config(OPEN)
+class _Autoencoder(TypedDict):
+    name: Name
+    kind: StrictStr
+    sha256: StrictStr
+    scaling_factor: Finite
+    downsampling: PositiveCount
+    channels: PositiveCount
+
+
+@with_config(OPEN)
+class _Clip(TypedDict):
+    frames: PositiveCount
+    height: PositiveCount
+    width: PositiveCount
+
+
+@with_config(OPEN)
+class _Masks(TypedDict):
+    families: dict[str, Any]
+    per_clip: PositiveCount
+    seed: StrictInt
+
+
+def _checked_as(kind: Any) -> GetPydanticSchema:
+    """Check a plain dictionary as a `kind` of dictionary."""
+    return GetPydanticSchema(lambda _, handler: handler.generate_schema(kind))
+
+
+@record(frozen=True, config=EXACT)
 class Manifest:
     """What a split's shards hold."""
 
-    split: str
-    autoencoder: dict[str, Any]  # Autoencoder.identity()
-    posterior: str  # "mean", or "moments": shards hold the log-variance too
-    pixels: bool  # shards hold the clips' pixels too
-    clip: dict[str, int]  # frames, height, width
-    latent_shape: tuple[int, int, int, int]  # frames, channels, h, w
-    masks: dict[str, Any]  # families with their weights, per_clip, seed
-    fill: str | list[int]  # "median", or one colour for all clips
-    latents_mean: tuple[float, ...]  # per channel, over `latents`
-    latents_std: tuple[float, ...]
-    examples: int
+    split: StrictStr
+    autoencoder: Annotated[dict[str, Any], _checked_as(_Autoencoder)]  # Autoencoder.identity()
+    posterior: Literal["mean", "moments"]  # with "moments" shards hold the log-variance too
+    pixels: StrictBool  # shards hold the clips' pixels too
+    clip: Annotated[dict[str, int], _checked_as(_Clip)]  # frames, height, width
+    latent_shape: tuple[PositiveCount, PositiveCount, PositiveCount, PositiveCount]  # f c h w
+    masks: Annotated[dict[str, Any], _checked_as(_Masks)]
+    fill: StrictStr | list[StrictInt]  # "median", or one colour for all clips
+    latents_mean: tuple[StrictFloat, ...]  # per channel, over `latents`
+    latents_std: tuple[StrictFloat, ...]
+    examples: PositiveCount
     shards: ShardTable
-    lanes: int  # of the stream's order
-    block: int  # examples that a lane permutes at a time
-    skipped: int  # videos
+    lanes: PositiveCount  # of the stream's order
+    block: PositiveCount  # examples that a lane permutes at a time
+    skipped: Count  # videos
     format: int = FORMAT
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        channels = self.latent_shape[1]
+        for name in ("latents_mean", "latents_std"):
+            if len(values := getattr(self, name)) != channels:
+                raise ValueError(f"{name} has {len(values)} values for {channels} channels")
+        if self.examples != (total := sum(self.shards.examples)):
+            raise ValueError(f"examples is {self.examples}, and its shards hold {total}")
+        return self
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -176,97 +234,43 @@ class Manifest:
             BadInput: naming the field of `where` that is missing or wrong.
         """
         try:
-            fields = json.loads(text)
+            fields = load_json(text)
+            if not isinstance(fields, dict) or "format" not in fields:
+                raise ValueError("no field format: this is no manifest")
+            if fields["format"] != FORMAT:
+                raise ValueError(f"format is {fields['format']!r:.80}, this version reads {FORMAT}")
+            return parse_record(cls, fields)
         except ValueError as error:
-            raise BadInput(f"{where} is no JSON ({error}): encode again") from None
-        _check_manifest(fields, where)
-        for name in ("latent_shape", "latents_mean", "latents_std"):
-            fields[name] = tuple(fields[name])
-        fields["shards"] = ShardTable(
-            **{name: tuple(column) for name, column in fields["shards"].items()}
-        )
-        return cls(**fields)
+            raise BadInput(f"{where}: {error}; encode again") from None
 
 
-_MANIFEST_TYPES: dict[str, type | tuple[type, ...]] = {
-    "format": int,
-    "split": str,
-    "autoencoder": dict,
-    "posterior": str,
-    "pixels": bool,
-    "clip": dict,
-    "latent_shape": list,
-    "masks": dict,
-    "fill": (str, list),
-    "latents_mean": list,
-    "latents_std": list,
-    "examples": int,
-    "shards": dict,
-    "lanes": int,
-    "block": int,
-    "skipped": int,
-}
-_MANIFEST_KEYS = {
-    "autoencoder": {"name", "kind", "sha256", "scaling_factor", "downsampling", "channels"},
-    "clip": {"frames", "height", "width"},
-    "masks": {"families", "per_clip", "seed"},
-    "shards": {"examples", "bytes", "sha256"},
-}
+def load_json(text: Text) -> Any:
+    """What a JSON text holds; ValueError, one line, where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is no JSON ({error})") from None
 
 
-def _check_manifest(fields: Any, where: str | Path) -> None:
-    def refuse(what: str) -> BadInput:
-        return BadInput(f"{where}: {what}; encode again")
+def parse_record(kind: type[Record], fields: Any) -> Record:
+    """Make a record of what a JSON file holds.
 
-    if not isinstance(fields, dict) or "format" not in fields:
-        raise refuse("no field format: this is no manifest")
-    if fields["format"] != FORMAT:
-        raise refuse(f"format is {fields['format']!r}, this version reads {FORMAT}")
-    if unknown := sorted(fields.keys() ^ _MANIFEST_TYPES.keys()):
-        raise refuse(f"field {unknown[0]} is {'unknown' if unknown[0] in fields else 'missing'}")
-    for name, types in _MANIFEST_TYPES.items():
-        if not isinstance(fields[name], types):
-            raise refuse(f"{name} is {fields[name]!r:.80}, which is of the wrong type")
-    for name, keys in _MANIFEST_KEYS.items():
-        if missing := sorted(keys - fields[name].keys()):
-            raise refuse(f"{name}.{missing[0]} is missing")
-    if fields["posterior"] not in ("mean", "moments"):
-        raise refuse(f"posterior is {fields['posterior']!r}")
-    shape = fields["latent_shape"]
-    if len(shape) != 4 or not all(_is_count(length) and length for length in shape):
-        raise refuse(f"latent_shape is {shape!r}, not four numbers")
-    for name in ("latents_mean", "latents_std"):
-        if len(fields[name]) != shape[1]:
-            raise refuse(f"{name} has {len(fields[name])} values for {shape[1]} channels")
-        if not all(isinstance(value, int | float) for value in fields[name]):
-            raise refuse(f"{name} is {fields[name]!r:.80}, which are not numbers")
-    if wrong := _find_wrong_table(fields["shards"]):
-        raise refuse(wrong)
-    for name in ("examples", "lanes", "block"):
-        if fields[name] < 1:
-            raise refuse(f"{name} is {fields[name]}: it must be 1 or more")
-    if fields["examples"] != sum(fields["shards"]["examples"]):
-        raise refuse(f"examples is {fields['examples']}, not the sum of its shards'")
-
-
-def _find_wrong_table(table: dict[str, Any]) -> str | None:
-    if unknown := sorted(table.keys() - _MANIFEST_KEYS["shards"]):
-        return f"shards.{unknown[0]} is unknown"
-    if not all(isinstance(column, list) for column in table.values()):
-        return "shards has something else than lists"
-    if len({len(column) for column in table.values()}) != 1:
-        return "shards has lists of different lengths"
-    for name in ("examples", "bytes"):
-        if bad := [value for value in table[name] if not _is_count(value)]:
-            return f"shards.{name} has {bad[0]!r}, which is no count"
-    for value in table["sha256"]:
-        if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-            return f"shards.sha256 has {value!r}, which is no SHA-256"
-    return None
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    Raises:
+        ValueError: one line, naming the first field that is missing or wrong.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(fields)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+    name = ".".join(map(str, fault["loc"]))
+    if "missing" in fault["type"]:
+        raise ValueError(f"field {name} is missing")
+    if "unexpected" in fault["type"]:
+        raise ValueError(f"field {name} is unknown")
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        raise ValueError(f"{name}: {message}" if name else message)
+    raise ValueError(f"{name or 'it'} is {fault['input']!r:.80}: {message}")
 
 
 def family_of(key: str) -> str:
@@ -274,6 +278,6 @@ def family_of(key: str) -> str:
     return key.rpartition("_")[2].partition("-")[0]
 
 
-def _in_blocks(size: int) -> int:
+def in_blocks(size: int) -> int:
     """Bytes that a member's content takes in a tar, which is written in blocks."""
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -48,7 +48,7 @@ from ..storage.cache import NodeCache
 from ..storage.names import MANIFEST, index_name, shard_name
 from ..storage.store import CacheConfig, LocalStore, open_store
 from ..storage.transfer import WrongFile
-from .format import _MALFORMED, TRAINING, DamagedShard, Example, Manifest, ShardIndex, _in_blocks
+from .format import TRAINING, DamagedShard, Example, Manifest, ShardIndex, in_blocks
 
 OPEN_SHARDS = 512  # that a dataset holds open at a time; each takes a file descriptor
 
@@ -83,7 +83,7 @@ class Span:
             shape = (frames, 1 if name == "latent_mask" else channels, h, w)
             data = offset + _npy_header_size(shape)
             fields[name] = Field(offset, data, data + math.prod(shape) * 2, shape)
-            span = offset + _in_blocks(fields[name].size)
+            span = offset + in_blocks(fields[name].size)
             offset = span + tarfile.BLOCKSIZE  # the next member's own header
         return cls(span, fields)
 
@@ -121,7 +121,7 @@ class Shard:
             self._check_index(index)
         except FileNotFoundError:
             raise DamagedShard(path, "its index is missing", number) from None
-        except _MALFORMED as error:
+        except ValueError as error:
             reason = f"its index is damaged: {error}"
             raise DamagedShard(path, reason, number) from error
         self.index = index
@@ -343,7 +343,7 @@ class ShardedDataset:
         name = index_name(number)
         try:
             return ShardIndex.from_json(self.store.read(name))
-        except (FileNotFoundError, *_MALFORMED) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise DamagedShard(self.store.describe(name), str(error), number) from error
 
 

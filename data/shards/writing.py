@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import xxhash
 from ...files import aside, hash_file, write_atomically
 from ..masks import latent_mask
 from ..storage.names import index_name, shard_name
-from .format import _KEY, _MALFORMED, TRAINING, Column, Example, ShardIndex, Skipped, _in_blocks
+from .format import KEY_PATTERN, TRAINING, Example, MemberPlaces, ShardIndex, Skipped, in_blocks
 
 
 def write_shard(
@@ -45,7 +46,9 @@ def write_shard(
     index = ShardIndex(
         sources=tuple(sources),
         keys=tuple(keys),
-        members={name: Column(*zip(*places, strict=True)) for name, places in members.items()},
+        members={
+            name: MemberPlaces(*zip(*places, strict=True)) for name, places in members.items()
+        },
         spans=spans,
         skipped=tuple(skipped),
         bytes=size,
@@ -64,7 +67,7 @@ def read_index(folder: Path, number: int) -> ShardIndex | None:
     try:
         index = ShardIndex.from_json((folder / index_name(number)).read_bytes())
         return index if shard.stat().st_size == index.bytes else None
-    except (FileNotFoundError, *_MALFORMED):
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -103,7 +106,7 @@ class Moments:
 
 
 def _add_example(tar: tarfile.TarFile, example: Example) -> dict[str, tuple[int, int, str]]:
-    if not _KEY.fullmatch(example.key):
+    if not re.fullmatch(KEY_PATTERN, example.key):
         raise ValueError(f"key {example.key!r} has more than letters, digits, _ and -")
     shrunk = latent_mask(example.mask, *example.latents.shape[-2:]).numpy().astype(np.float16)
     members = {
@@ -125,7 +128,7 @@ def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> tuple[int, i
     info = tarfile.TarInfo(name)
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
-    offset = tar.offset - _in_blocks(len(content))
+    offset = tar.offset - in_blocks(len(content))
     return offset, len(content), xxhash.xxh3_64_hexdigest(content)
 
 
@@ -136,7 +139,7 @@ def _hash_spans(shard: Path, members: dict[str, list[tuple[int, int, str]]]) -> 
         return ()
     with shard.open("rb") as file:
         return tuple(
-            xxhash.xxh3_64_hexdigest(os.pread(file.fileno(), end + _in_blocks(size) - start, start))
+            xxhash.xxh3_64_hexdigest(os.pread(file.fileno(), end + in_blocks(size) - start, start))
             for (start, _, _), (end, size, _) in zip(columns[0], columns[-1], strict=True)
         )
 
