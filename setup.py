@@ -58,6 +58,7 @@ setup(
         "torch>=2.7",
         "torchmetrics>=1.6",
         "transformers>=4.56",
+        "typing-extensions>=4.12",
         "webdataset>=1.0",
         "xxhash>=3.4",
     ],

@@ -28,7 +28,7 @@ import xxhash
 from vidfill.data.masks import draw_mask
 from vidfill.data.shards.format import Example, Manifest, ShardTable
 from vidfill.data.shards.order import choose_lanes
-from vidfill.data.shards.reading import ShardedDataset, Span
+from vidfill.data.shards.reading import ExampleLayout, ShardedDataset
 from vidfill.data.shards.stream import Stream
 from vidfill.data.shards.writing import latent_moments, read_index, write_shard
 from vidfill.data.storage.names import MANIFEST, shard_name
@@ -250,7 +250,7 @@ def copy_limit(data: SyntheticShards, remap: bool = False) -> Iterator[Epoch]:
             the kernel then has to map every page once per epoch.
     """
     dataset = ShardedDataset(data.folder, SPLIT)
-    span = Span.of(dataset.manifest)
+    span = ExampleLayout.of(dataset.manifest)
     shards = [dataset.shard(number) for number in range(data.shards)]
     places = [
         (number, first)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vidfill.data.shards.format import Manifest, ShardTable
 from vidfill.data.shards.order import choose_lanes
-from vidfill.data.shards.reading import Span
+from vidfill.data.shards.reading import ExampleLayout
 from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from vidfill.train.preflight.plan import GPUS_A_NODE, in_bytes, make_plan, state_memory
 
@@ -64,7 +64,7 @@ def imagine(clips: int, side: int, shard_megabytes: float) -> Manifest:
         block=1,
         skipped=0,
     )
-    example = Span.of(empty).bytes
+    example = ExampleLayout.of(empty).bytes
     count = math.ceil(clips * example / (shard_megabytes * 1e6))
     examples = [clips // count + (number < clips % count) for number in range(count)]
     lanes, block = choose_lanes(examples)

@@ -62,7 +62,7 @@ def hash_numbers(key: int, numbers: Int64[np.ndarray, " n"]) -> UInt64[np.ndarra
     return z ^ (z >> np.uint64(31))
 
 
-class _Table(NamedTuple):
+class _EpochShards(NamedTuple):
     """The shards of an epoch that hold examples, in its order, laid end to end."""
 
     shards: Int64[np.ndarray, " filled"]
@@ -245,8 +245,8 @@ def _cut(batch_size: int, process: int, count: int, processes: int) -> slice:
     return slice(*ends)
 
 
-def _lay_shards(counts: Int64[np.ndarray, " shards"], seed: int, epoch: int) -> _Table:
+def _lay_shards(counts: Int64[np.ndarray, " shards"], seed: int, epoch: int) -> _EpochShards:
     filled = np.flatnonzero(counts)
     key = derive_seed(seed, epoch, "shards")
     shards = filled[np.argsort(hash_numbers(key, filled), kind="stable")]
-    return _Table(shards, np.cumsum(counts[shards]))
+    return _EpochShards(shards, np.cumsum(counts[shards]))

@@ -53,7 +53,7 @@ from .format import TRAINING, DamagedShard, Example, Manifest, ShardIndex, in_bl
 OPEN_SHARDS = 512  # that a dataset holds open at a time; each takes a file descriptor
 
 
-class Field(NamedTuple):
+class ArrayPlace(NamedTuple):
     """One array of a span; its .npy begins with a header."""
 
     offset: int  # bytes from the span's start to the .npy
@@ -68,24 +68,24 @@ class Field(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Span:
+class ExampleLayout:
     """The training arrays of one example as they lie in a shard: the same for all examples."""
 
     bytes: int
-    fields: dict[str, Field]  # by the array's name: "latents"
+    arrays: dict[str, ArrayPlace]  # by the array's name: "latents"
 
     @classmethod
-    def of(cls, manifest: Manifest) -> Span:
+    def of(cls, manifest: Manifest) -> ExampleLayout:
         frames, channels, h, w = manifest.latent_shape
         names = TRAINING if manifest.posterior == "moments" else TRAINING[:-1]
-        fields, offset = {}, 0
+        arrays, offset = {}, 0
         for name in names:
             shape = (frames, 1 if name == "latent_mask" else channels, h, w)
             data = offset + _npy_header_size(shape)
-            fields[name] = Field(offset, data, data + math.prod(shape) * 2, shape)
-            span = offset + in_blocks(fields[name].size)
+            arrays[name] = ArrayPlace(offset, data, data + math.prod(shape) * 2, shape)
+            span = offset + in_blocks(arrays[name].size)
             offset = span + tarfile.BLOCKSIZE  # the next member's own header
-        return cls(span, fields)
+        return cls(span, arrays)
 
     def views(
         self, raw: UInt8[Tensor, "batch span"]
@@ -93,8 +93,8 @@ class Span:
         """The arrays inside a batch of spans, by their names: float16, not copied."""
         values = raw.view(torch.float16)
         return {
-            name: values[:, field.data // 2 : field.end // 2].unflatten(1, field.shape)
-            for name, field in self.fields.items()
+            name: values[:, place.data // 2 : place.end // 2].unflatten(1, place.shape)
+            for name, place in self.arrays.items()
         }
 
 
@@ -115,7 +115,7 @@ class Shard:
             DamagedShard: it is missing, of another size, or its index is not of the manifest.
         """
         self.path, self.number = path, number
-        self._manifest, self._span = manifest, Span.of(manifest)
+        self._manifest, self._layout = manifest, ExampleLayout.of(manifest)
         try:
             index = ShardIndex.from_json(path.with_name(index_name(number)).read_bytes())
             self._check_index(index)
@@ -139,7 +139,7 @@ class Shard:
         return os.fstat(self._descriptor).st_nlink == 0
 
     def read_span(self, row: int, into: memoryview) -> None:
-        """Copy the training arrays of example `row` into a buffer of `Span.bytes` bytes.
+        """Copy the training arrays of example `row` into a buffer of `ExampleLayout.bytes` bytes.
 
         Raises:
             DamagedShard: the bytes are not those that were written.
@@ -187,7 +187,7 @@ class Shard:
             len(index.keys) != table.examples[self.number]
         ):
             raise ValueError("it is of another shard than the manifest's")
-        wanted = {f"{name}.npy" for name in self._span.fields} | {"mask.npz", "json"}
+        wanted = {f"{name}.npy" for name in self._layout.arrays} | {"mask.npz", "json"}
         if index.keys and not wanted <= index.members.keys():
             raise ValueError(f"it lacks {sorted(wanted - index.members.keys())[0]}")
         if index.keys:
@@ -195,11 +195,11 @@ class Shard:
 
     def _check_places(self, index: ShardIndex) -> None:
         starts = np.array(index.members["latents.npy"].offsets, dtype=np.int64)
-        for name, field in self._span.fields.items():
+        for name, place in self._layout.arrays.items():
             column = index.members[f"{name}.npy"]
             if not (
-                np.array_equal(column.offsets, starts + field.offset)
-                and set(column.sizes) == {field.size}
+                np.array_equal(column.offsets, starts + place.offset)
+                and set(column.sizes) == {place.size}
             ):
                 raise ValueError(f"{name} does not lie where the manifest's shapes put it")
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from ...errors import BadInput
 from .format import DamagedShard
 from .order import Order
-from .reading import ShardedDataset, Span
+from .reading import ExampleLayout, ShardedDataset
 
 TOGETHER = 32  # batches whose places are worked out at a time
 
 
-class Places(NamedTuple):
+class SlotPlaces(NamedTuple):
     """What one process's slots of a batch hold; -1 in a pad."""
 
     positions: Int64[np.ndarray, " slots"]
@@ -68,11 +68,11 @@ class Node:
 class _Buffer:
     """Room for one batch: the examples' spans as they lie in the shards."""
 
-    def __init__(self, slots: int, span: Span, pinned: bool) -> None:
-        self.raw = torch.empty((slots, span.bytes), dtype=torch.uint8, pin_memory=pinned)
+    def __init__(self, slots: int, layout: ExampleLayout, pinned: bool) -> None:
+        self.raw = torch.empty((slots, layout.bytes), dtype=torch.uint8, pin_memory=pinned)
         self.slots = [slot.data for slot in self.raw.numpy()]
-        self.views = span.views(self.raw)
-        self._span = span
+        self.views = layout.views(self.raw)
+        self._layout = layout
         self._copies: list[torch.cuda.Event] = []
 
     def arrays(self, device: torch.device) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ class _Buffer:
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(device))
             self._copies.append(copied)
-        return self._span.views(raw)
+        return self._layout.views(raw)
 
     def wait(self) -> None:
         """Return when no copy to a device reads the buffer any more."""
@@ -174,7 +174,7 @@ class Stream:
         self.order = Order(manifest.shards.examples, manifest.lanes, manifest.block, seed)
         self.skipped: list[SkippedExample] = []
         self.waited = 0.0  # seconds that `run` made its caller wait
-        self._span = Span.of(manifest)
+        self._layout = ExampleLayout.of(manifest)
         # Threads prepare batches of two stretches at most.
         self._located = functools.lru_cache(2)(self._locate)
         self._lost: dict[int, DamagedShard] = {}  # whole shards, not to be fetched again and again
@@ -248,7 +248,7 @@ class Stream:
         )
 
     def _make_buffer(self, pinned: bool) -> _Buffer:
-        return _Buffer(-(-self.batch_size // self.processes), self._span, pinned)
+        return _Buffer(-(-self.batch_size // self.processes), self._layout, pinned)
 
     def _read(
         self, k: int, buffer: _Buffer, ended: threading.Event
@@ -278,7 +278,7 @@ class Stream:
         batch = Batch(keys, positions.tolist(), weighed, **buffer.views, _buffer=buffer)
         return batch, skipped
 
-    def _locate(self, first: int) -> list[Places]:
+    def _locate(self, first: int) -> list[SlotPlaces]:
         """What batches `first` to `first` + TOGETHER - 1 hold, which takes as long as one alone."""
         shares = [
             self.order.share(k, self.batch_size, self.process, self.processes)
@@ -289,7 +289,9 @@ class Stream:
         shards[held >= 0], rows[held >= 0] = self.order.locate(held[held >= 0])
         slots = len(shares[0])
         return [
-            Places(share, shards[n * slots : (n + 1) * slots], rows[n * slots : (n + 1) * slots])
+            SlotPlaces(
+                share, shards[n * slots : (n + 1) * slots], rows[n * slots : (n + 1) * slots]
+            )
             for n, share in enumerate(shares)
         ]
 

@@ -40,7 +40,7 @@ from ..encode.run import encode
 from ..encode.settings import EncodeConfig
 from ..encode.sources import SPLITS
 from ..shards.format import DamagedShard, Example, Manifest, Skipped, family_of
-from ..shards.reading import Shard, Span, has_split
+from ..shards.reading import ExampleLayout, Shard, has_split
 from ..shards.writing import read_index
 from ..storage.cache import NodeCache
 from ..storage.names import INDEX_SUFFIX, MANIFEST, SKIPPED, index_name, shard_name
@@ -372,7 +372,7 @@ def _check_examples(
     shard: Shard, manifest: Manifest, samples: set[int], look: Look, seen: _Seen
 ) -> None:
     """Whether every example can be read, and its numbers are such as encode gives."""
-    span = Span.of(manifest)
+    span = ExampleLayout.of(manifest)
     raw = np.empty(span.bytes, np.uint8)
     latent_mask = span.views(torch.from_numpy(raw)[None])["latent_mask"][0].numpy()
     for row, key in enumerate(shard.keys):
@@ -395,9 +395,9 @@ def _check_examples(
     seen.skipped = {skip.source for skip in shard.index.skipped}
 
 
-def _find_wrong_header(raw: UInt8[np.ndarray, " span"], span: Span) -> str:
+def _find_wrong_header(raw: UInt8[np.ndarray, " span"], span: ExampleLayout) -> str:
     """Whether other readers find the arrays that training takes, which looks at no header."""
-    for name, place in span.fields.items():
+    for name, place in span.arrays.items():
         whole = io.BytesIO()
         np.save(whole, np.empty(place.shape, np.float16))
         header = whole.getvalue()[: place.data - place.offset]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from vidfill.data.masks import latent_mask
 from vidfill.data.shards import writing
 from vidfill.data.shards.format import TRAINING, DamagedShard, Example, ShardIndex, Skipped
-from vidfill.data.shards.reading import ShardedDataset, Span
+from vidfill.data.shards.reading import ExampleLayout, ShardedDataset
 from vidfill.data.shards.writing import write_shard
 from vidfill.data.storage.names import MANIFEST, index_name, shard_name
 from vidfill.errors import BadInput
@@ -64,7 +64,7 @@ def test_a_span_holds_the_training_arrays(
 ) -> None:
     examples = write_dataset(tmp_path, moments=moments)
     dataset = ShardedDataset(tmp_path, "train")
-    span = Span.of(dataset.manifest)
+    span = ExampleLayout.of(dataset.manifest)
     raw = np.zeros((3, span.bytes), np.uint8)
     for row in range(3):
         dataset.shard(1).read_span(row, raw[row].data)
@@ -180,7 +180,7 @@ def test_a_shard_truncated_while_it_is_read_is_named(
     dataset = ShardedDataset(tmp_path, "train")
     shard = dataset.shard(0)
     os.truncate(tmp_path / "train" / TAR, 700)
-    raw = np.zeros(Span.of(dataset.manifest).bytes, np.uint8)
+    raw = np.zeros(ExampleLayout.of(dataset.manifest).bytes, np.uint8)
     with pytest.raises(DamagedShard, match="it ends too early"):
         shard.read_span(0, raw.data)
     with pytest.raises(DamagedShard, match="checksum"):
@@ -238,7 +238,7 @@ def test_an_index_that_disagrees_is_refused(
         ShardedDataset(tmp_path, "train").shard(0)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_flipped_bit_is_never_read_as_if_it_were_whole(
     tmp_path_factory: pytest.TempPathFactory, write_dataset: WriteDataset, data: st.DataObject
@@ -258,7 +258,7 @@ def test_a_flipped_bit_is_never_read_as_if_it_were_whole(
     with pytest.raises(DamagedShard, match=rf"{TAR} is damaged .*{examples[1].key}.*{name}"):
         dataset[1]
     if name.removesuffix(".npy") in TRAINING:
-        raw = np.zeros(Span.of(dataset.manifest).bytes, np.uint8)
+        raw = np.zeros(ExampleLayout.of(dataset.manifest).bytes, np.uint8)
         with pytest.raises(DamagedShard, match="it has another checksum"):
             dataset.shard(0).read_span(1, raw.data)
 
@@ -281,7 +281,7 @@ def test_pickles_in_a_shard_are_never_loaded(tmp_path: Path, write_dataset: Writ
     dataset = ShardedDataset(tmp_path, "train")
     with pytest.raises(DamagedShard, match=rf"{examples[0].key}.*allow_pickle"):
         dataset[0]
-    raw = np.zeros(Span.of(dataset.manifest).bytes, np.uint8)
+    raw = np.zeros(ExampleLayout.of(dataset.manifest).bytes, np.uint8)
     with pytest.raises(DamagedShard, match="it has another checksum"):
         dataset.shard(0).read_span(0, raw.data)
 

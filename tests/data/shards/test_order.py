@@ -80,7 +80,7 @@ def test_the_order_never_changes() -> None:
         assert " ".join(f"{shard}.{row}" for shard, row in found) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(sizes, st.integers(1, 9), st.integers(1, 12), st.integers(0, 9), st.integers(0, 5))
 def test_the_order_is_what_the_design_says(
     examples: list[int], lanes: int, block: int, seed: int, epoch: int
@@ -91,7 +91,7 @@ def test_the_order_is_what_the_design_says(
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(examples=sizes, lanes=st.integers(1, 99), block=st.integers(1, 99), seed=st.integers(0, 9))
 def test_every_example_comes_exactly_once_an_epoch(
     examples: list[int], lanes: int, block: int, seed: int
@@ -102,7 +102,7 @@ def test_every_example_comes_exactly_once_an_epoch(
         assert sorted(read(order, epoch * count, count)) == everything
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(fields=orders, positions=st.lists(st.integers(0, 200), min_size=1, max_size=40))
 def test_a_position_is_read_alike_alone_and_among_others(
     fields: Fields, positions: list[int]
@@ -113,7 +113,7 @@ def test_a_position_is_read_alike_alone_and_among_others(
     assert together == [read(order, position, 1)[0] for position in positions]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(fields=orders, k=st.integers(0, 50), batch_size=st.integers(1, 40))
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 8, 64])
 def test_processes_share_a_batch_evenly_without_loss(
@@ -227,7 +227,7 @@ def uses_until(order: Order, position: int, end: int, lanes: set[int]) -> list[S
     return list(itertools.takewhile(lambda use: use.first < end, uses))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(fields=orders, position=st.integers(0, 60))
 def test_uses_are_the_first_and_last_read_of_each_block_s_shards(
     fields: Fields, position: int
@@ -243,7 +243,7 @@ def test_uses_are_the_first_and_last_read_of_each_block_s_shards(
         assert any(v.shard == shard and v.first <= at <= v.last for v in uses)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     fields=orders,
     batch_size=st.integers(1, 30),
@@ -277,7 +277,7 @@ def test_a_node_s_uses_cover_what_its_processes_read(
         first_process += count
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(fields=orders, position=st.integers(0, 60))
 def test_a_resumed_reader_visits_what_an_undisturbed_one_still_has_to(
     fields: Fields, position: int

@@ -89,6 +89,7 @@ def billion(tmp_path_factory: pytest.TempPathFactory, make_example: Callable[...
     return root
 
 
+@pytest.mark.slow
 def test_a_billion_examples_open_in_seconds_and_the_first_batch_comes_in_one(
     billion: Path,
 ) -> None:

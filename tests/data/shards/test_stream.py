@@ -260,6 +260,7 @@ def test_a_run_that_ends_leaves_no_threads(dataset: ShardedDataset, end: str) ->
     assert not reading_threads()
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_many_epochs(dataset: ShardedDataset) -> None:
     batches = Stream(dataset, 4, 0).run(0, workers=2)
 

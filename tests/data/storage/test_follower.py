@@ -257,11 +257,12 @@ def test_memory_does_not_grow_with_what_was_read(server: Server, tmp_path: Path)
 
     tracemalloc.start()
     try:
-        before, after = read(0, 100), read(100, 400)
+        sizes = [read(first, first + 300) for first in range(0, 1500, 300)]
     finally:
         tracemalloc.stop()
         cache.close()
-    assert after - before < 40_000  # bytes; 300 uses that were kept would be more
+    # Bytes; 300 uses that were kept would be more. Python's tables grow once in a while.
+    assert sorted(np.diff(sizes))[1] < 40_000
 
 
 numbers = st.integers(0, 9)

@@ -222,6 +222,7 @@ def refuse(url: str, to: Path, kind: type[BadInput]) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_file_comes_whole_in_pieces_of_any_size(port: int, tmp_path: Path) -> None:
     for chunk in (SIZE // 7, SIZE, 2 * SIZE):
         to = tmp_path / f"{chunk}"
@@ -230,6 +231,7 @@ def test_a_file_comes_whole_in_pieces_of_any_size(port: int, tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_a_small_file_is_read_at_once_and_a_large_one_in_pieces(port: int, folder: Path) -> None:
     remote = Remote(url_of(port), **QUICK)
     for size in (0, 1, QUICK["chunk"] - 1, QUICK["chunk"], QUICK["chunk"] + 1, SIZE):
@@ -237,6 +239,7 @@ def test_a_small_file_is_read_at_once_and_a_large_one_in_pieces(port: int, folde
         assert remote.read("manifest.json") == CONTENT[:size]
 
 
+@pytest.mark.slow
 def test_a_cut_connection_costs_less_than_a_second_transfer(
     proxy: Callable[..., Proxy], tmp_path: Path
 ) -> None:
@@ -247,6 +250,7 @@ def test_a_cut_connection_costs_less_than_a_second_transfer(
     assert between.sent < 2 * SIZE
 
 
+@pytest.mark.slow
 def test_connections_that_always_break_still_bring_a_file_as_long_as_something_comes(
     proxy: Callable[..., Proxy], tmp_path: Path
 ) -> None:
@@ -255,12 +259,14 @@ def test_connections_that_always_break_still_bring_a_file_as_long_as_something_c
     assert (tmp_path / "a").read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_what_passes_is_waited_for(proxy: Callable[..., Proxy], tmp_path: Path) -> None:
     for name, fault in {"503": answer_503, "stall": stall_after(1000)}.items():
         fetch(url_of(proxy(fault, fault).port), tmp_path / name)
         assert (tmp_path / name).read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_what_does_not_pass_is_given_up_in_one_line_that_says_what_it_was(
     proxy: Callable[..., Proxy], port: int, tmp_path: Path
 ) -> None:
@@ -279,6 +285,7 @@ def test_what_does_not_pass_is_given_up_in_one_line_that_says_what_it_was(
     assert "4 attempts" in refuse("http://no-such-host.invalid", to, GaveUp)
 
 
+@pytest.mark.slow
 def test_what_is_refused_or_missing_is_not_asked_for_again(
     proxy: Callable[..., Proxy], tmp_path: Path
 ) -> None:
@@ -291,6 +298,7 @@ def test_what_is_refused_or_missing_is_not_asked_for_again(
         remote.read("none/manifest.json")
 
 
+@pytest.mark.slow
 def test_a_byte_that_was_changed_on_its_way_is_fetched_again(
     proxy: Callable[..., Proxy], tmp_path: Path
 ) -> None:
@@ -298,6 +306,7 @@ def test_a_byte_that_was_changed_on_its_way_is_fetched_again(
     assert (tmp_path / "a").read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -339,6 +348,7 @@ def test_a_server_that_knows_no_ranges_is_no_harm(folder: Path, tmp_path: Path) 
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_fetched_is_not_fetched_again(
     port: int, proxy: Callable[..., Proxy], tmp_path: Path
 ) -> None:
@@ -364,6 +374,7 @@ remote.fetch({NAME!r}, pathlib.Path({str(to)!r}), {SIZE}, {SHA256!r})
     assert between.sent < SIZE - came + 10_000
 
 
+@pytest.mark.slow
 def test_a_partial_file_of_something_else_is_begun_anew(port: int, tmp_path: Path) -> None:
     for other in (b"other" * 100, b"x" * SIZE, b"y" * (2 * SIZE)):
         (tmp_path / f"{PARTIAL}a").write_bytes(other)
@@ -371,6 +382,7 @@ def test_a_partial_file_of_something_else_is_begun_anew(port: int, tmp_path: Pat
         assert (tmp_path / "a").read_bytes() == CONTENT
 
 
+@pytest.mark.slow
 def test_a_transfer_can_be_stopped(proxy: Callable[..., Proxy], port: int, tmp_path: Path) -> None:
     stop = threading.Event()
     threading.Timer(0.1, stop.set).start()
@@ -381,6 +393,7 @@ def test_a_transfer_can_be_stopped(proxy: Callable[..., Proxy], port: int, tmp_p
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_that_is_no_fault_of_the_server(port: int, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
@@ -395,6 +408,7 @@ def test_a_full_disk_is_one_error_that_is_no_fault_of_the_server(port: int, tmp_
         subprocess.run(["umount", str(small)], check=True)
 
 
+@pytest.mark.slow
 def test_memory_is_a_few_chunks_however_large_the_file(
     port: int, file: Path, tmp_path: Path
 ) -> None:
@@ -409,6 +423,7 @@ def test_memory_is_a_few_chunks_however_large_the_file(
     assert peak < 4_000_000
 
 
+@pytest.mark.slow
 def test_no_message_repeats_credentials(port: int, tmp_path: Path) -> None:
     for url in (
         f"http://user:hunter2@127.0.0.1:{port}/busy?signature=hunter2",
@@ -423,6 +438,7 @@ def test_no_message_repeats_credentials(port: int, tmp_path: Path) -> None:
     assert hide_secrets("(GET 's3://k:s@b/x?y=1') failed") == "(GET 's3://b/x') failed"
 
 
+@pytest.mark.slow
 def test_the_query_of_a_signed_url_goes_to_every_file(port: int, tmp_path: Path) -> None:
     fetch(url_of(port) + "/?signature=abc", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == CONTENT
@@ -488,6 +504,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_s3_gives_the_same_bytes_and_the_same_errors(bucket: str, tmp_path: Path) -> None:
     settings = {**QUICK, "stall": 10.0}
     remote = Remote(f"{bucket}/train", **settings)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from vidfill.data.encode.run import encode
 from vidfill.data.encode.settings import EncodeConfig
 from vidfill.data.shards.format import Example, Manifest, ShardTable
-from vidfill.data.shards.reading import Shard, ShardedDataset, Span
+from vidfill.data.shards.reading import ExampleLayout, Shard, ShardedDataset
 from vidfill.data.shards.writing import latent_moments, read_index, write_shard
 from vidfill.data.storage.names import MANIFEST, shard_name
 from vidfill.data.synth.run import SynthConfig, synth
@@ -140,7 +140,7 @@ def plant(root: Path, at: int, content: bytes, member: str = "") -> None:
     """Overwrite bytes of the first shard, with all checksums made consistent."""
     path = root / "train" / TAR
     manifest = Manifest.from_json((root / "train" / MANIFEST).read_bytes(), "manifest")
-    span = Span.of(manifest).bytes
+    span = ExampleLayout.of(manifest).bytes
     tar = bytearray(path.read_bytes())
     tar[at : at + len(content)] = content
     path.write_bytes(tar)
