@@ -15,7 +15,7 @@ class BadInputEverywhere(BadInput):
 
 
 def describe(error: Exception) -> str:
-    """What is said of an error that ends a job: the text of a BadInput, a line of any other."""
+    """How an error that ends a job is reported: a BadInput's text, one line of any other."""
     if isinstance(error, BadInput):
         return str(error)
     # A full disk comes without the file's name, and a library's own OSError without either.

@@ -25,6 +25,7 @@ from pydantic import (
     StringConstraints,
     TypeAdapter,
     ValidationError,
+    WrapValidator,
     model_validator,
     with_config,
 )
@@ -192,17 +193,21 @@ def _checked_as(kind: Any) -> GetPydanticSchema:
     return GetPydanticSchema(lambda _, handler: handler.generate_schema(kind))
 
 
+# A checked dictionary would have its fields in another order, and a manifest other bytes.
+_UNCHANGED = WrapValidator(lambda fields, check: check(fields) and fields)
+
+
 @record(frozen=True, config=EXACT)
 class Manifest:
     """What a split's shards hold."""
 
     split: StrictStr
-    autoencoder: Annotated[dict[str, Any], _checked_as(_Autoencoder)]  # Autoencoder.identity()
+    autoencoder: Annotated[dict[str, Any], _checked_as(_Autoencoder), _UNCHANGED]
     posterior: Literal["mean", "moments"]  # with "moments" shards hold the log-variance too
     pixels: StrictBool  # shards hold the clips' pixels too
-    clip: Annotated[dict[str, int], _checked_as(_Clip)]  # frames, height, width
+    clip: Annotated[dict[str, int], _checked_as(_Clip), _UNCHANGED]  # frames, height, width
     latent_shape: tuple[PositiveCount, PositiveCount, PositiveCount, PositiveCount]  # f c h w
-    masks: Annotated[dict[str, Any], _checked_as(_Masks)]
+    masks: Annotated[dict[str, Any], _checked_as(_Masks), _UNCHANGED]
     fill: StrictStr | list[StrictInt]  # "median", or one colour for all clips
     latents_mean: tuple[StrictFloat, ...]  # per channel, over `latents`
     latents_std: tuple[StrictFloat, ...]

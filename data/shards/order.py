@@ -222,7 +222,7 @@ class Order:
     def _block_uses(self, epoch: int, lane: int, number: int, position: int) -> list[ShardUse]:
         """Uses of a block's shards from `position` on."""
         block, table = self._block(lane, number), self._table(epoch)
-        # Not from the cache: who looks ahead would push out what the readers are using.
+        # Not from the cache: looking ahead would push out what the readers are using.
         places = self._places(epoch, lane, number)
         turns = block.turn + block.step * np.arange(block.size, dtype=np.int64)
         read = np.empty(block.size, dtype=np.int64)  # the position that reads each place

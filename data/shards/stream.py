@@ -23,7 +23,7 @@ from .format import DamagedShard
 from .order import Order
 from .reading import ExampleLayout, ShardedDataset
 
-TOGETHER = 32  # batches whose places are worked out at a time
+TOGETHER = 32  # batches whose examples are located at a time
 
 
 class SlotPlaces(NamedTuple):
@@ -253,7 +253,7 @@ class Stream:
     def _read(
         self, k: int, buffer: _Buffer, ended: threading.Event
     ) -> tuple[Batch, list[SkippedExample]]:
-        """Batch `k` in `buffer`, and what of it was damaged; gives up when nobody waits for it."""
+        """Batch `k` in `buffer`, and its damaged examples; gives up once `ended` is set."""
         buffer.wait()
         positions, shards, rows = self._located(k - k % TOGETHER)[k % TOGETHER]
         held = positions >= 0
@@ -279,7 +279,7 @@ class Stream:
         return batch, skipped
 
     def _locate(self, first: int) -> list[SlotPlaces]:
-        """What batches `first` to `first` + TOGETHER - 1 hold, which takes as long as one alone."""
+        """What batches `first` to `first` + TOGETHER - 1 hold; one alone would take as long."""
         shares = [
             self.order.share(k, self.batch_size, self.process, self.processes)
             for k in range(first, first + TOGETHER)

@@ -98,7 +98,7 @@ class NodeCache:
         Raises:
             WrongFile: the server has no such file, or another than the manifest says.
             BadInput: it cannot be fetched, or the cache cannot hold it.
-            Stopped: the cache was closed meanwhile.
+            Stopped: the cache was closed in the meantime.
         """
         stop, folder = self._stop, self.folder
         while not folder.is_whole(number):

@@ -3,8 +3,8 @@
     000012-0123456789abcdef/           shard 12 and its index; the digits begin its SHA-256
     .partial-000012-0123456789abcdef/  the same while it is fetched; its room is taken
     .lock-000012-0123456789abcdef      held by the thread that fetches it, or waits for room
-    .room                              held for a moment by who takes room
-    .evict                             held by who may remove shards
+    .room                              held for a moment by a thread that takes room
+    .evict                             held by the process that may remove shards
 
 A shard's folder appears by a rename, so it is whole, and its name says which content it holds: a
 dataset that was encoded again never mixes with the one before it.
@@ -128,7 +128,7 @@ class CacheFolder:
         return True
 
     def remove(self, number: int) -> None:
-        """Remove a shard; who has it open may read on."""
+        """Remove a shard; a process that has it open may read on."""
         _remove(self.entry(number))
 
     def evict(self, number: int) -> bool:
@@ -296,7 +296,7 @@ def _hold(path: Path, blocking: bool = True, stop: threading.Event | None = None
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder: for who looks for it at once."""
+    """Remove a folder, which disappears under its name at once."""
     gone = folder.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(gone)

@@ -17,7 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vidfill.data.masks import latent_mask
 from vidfill.data.shards import writing
-from vidfill.data.shards.format import TRAINING, DamagedShard, Example, ShardIndex, Skipped
+from vidfill.data.shards.format import (
+    TRAINING,
+    DamagedShard,
+    Example,
+    Manifest,
+    ShardIndex,
+    Skipped,
+)
 from vidfill.data.shards.reading import ExampleLayout, ShardedDataset
 from vidfill.data.shards.writing import write_shard
 from vidfill.data.storage.names import MANIFEST, index_name, shard_name
@@ -294,6 +301,16 @@ def test_tar_members_carry_no_clock_and_no_owner(
         members = tar.getmembers()
     assert len(members) == 10
     assert {(m.mtime, m.uid, m.gid, m.mode) for m in members} == {(0, 0, 0, 0o644)}
+
+
+def test_a_manifest_that_is_read_and_written_keeps_its_bytes(
+    tmp_path: Path, write_dataset: WriteDataset
+) -> None:
+    write_dataset(tmp_path)
+    fields = json.loads((tmp_path / "train" / MANIFEST).read_text())
+    fields["autoencoder"] = {"precision": "bf16"} | fields["autoencoder"]
+    text = json.dumps(fields, indent=1) + "\n"
+    assert Manifest.from_json(text, "here").to_json() == text
 
 
 def test_a_missing_split_says_which_there_are(tmp_path: Path, write_dataset: WriteDataset) -> None:
