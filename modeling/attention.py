@@ -1,7 +1,7 @@
 """Attention over frames, places or both, without ever holding its scores.
 
-Tokens are "batch tokens heads channels", of which "batch frames height width channels" activations
-are views whatever is attended over: over time, the heads of every place are heads of their own.
+Tokens are "batch tokens heads channels": views of "batch frames height width channels" activations,
+whatever is attended over. Over time, the heads of each place count as heads of their own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 Backend = Literal["xformers", "sdpa", "reference"]
 Choice = Literal["auto", "xformers", "sdpa", "reference"]
 
-HEADS_PER_CALL = 65_535  # the most blocks of a CUDA grid's second and third axis
+HEADS_PER_CALL = 65_535  # the most blocks along a CUDA grid's second and third axis
+# What "auto" tries, in this order; on other devices sdpa.
+AUTOMATIC: dict[str, tuple[Backend, ...]] = {"cuda": ("xformers", "sdpa")}
 
 
 def attend(
@@ -47,7 +49,7 @@ def attend(
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's: it takes flash, memory-efficient or cuDNN attention, whichever fits."""
+    """torch's own: flash, memory-efficient or cuDNN attention, whichever fits."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
@@ -59,13 +61,13 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    from xformers.ops import memory_efficient_attention  # heavy, and warns where it cannot work
+    from xformers.ops import memory_efficient_attention  # slow, and warns where it cannot work
 
     return memory_efficient_attention(query, key, value)
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The formula as it is written: it holds all scores."""
+    """The formula as written; it holds all scores in memory."""
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = (_at_least_float32(x) for x in (query, key, value))
         scores = torch.einsum("b q n d, b k n d -> b n q k", q, k) * q.shape[-1] ** -0.5
@@ -85,11 +87,7 @@ _KERNELS: dict[Backend, Kernel] = {
 
 
 def check_word(name: str, value: str, words: Any) -> None:
-    """Refuse a value that is none of a Literal's words.
-
-    Raises:
-        BadInput: Naming those that are.
-    """
+    """Raise BadInput unless `value` is one of a Literal's words."""
     if value not in get_args(words):
         raise BadInput(f"{name} is {value!r}: give one of {', '.join(get_args(words))}")
 
@@ -99,11 +97,11 @@ def check_word(name: str, value: str, words: Any) -> None:
 
 @torch.compiler.assume_constant_result  # so that a compiled network never traces the probe
 def attention_backend(device: str, dtype: torch.dtype, choice: Choice = "auto") -> Backend:
-    """The backend that attention takes, found by a real forward and backward; said once.
+    """The backend that attention uses, found by a real forward and backward pass; printed once.
 
     Args:
-        device: Its type: "cpu", "cuda".
-        dtype: Of query, key and value.
+        device: A device type: "cpu", "cuda".
+        dtype: The type of query, key and value.
         choice: "auto" takes the first that works.
 
     Raises:
@@ -115,37 +113,34 @@ def attention_backend(device: str, dtype: torch.dtype, choice: Choice = "auto") 
 @functools.cache
 def _find_backend(device: str, dtype: torch.dtype, choice: Choice) -> Backend:
     check_word("the attention backend", choice, Choice)
+    candidates = AUTOMATIC.get(device, ("sdpa",)) if choice == "auto" else (choice,)
     faults: list[str] = []
-    for backend in _candidates(device, choice):
+    for backend in candidates:
         fault = None if device == "meta" else _fault(backend, device, dtype)
         if fault is None:
-            _say(backend, device, dtype, faults)
+            if len(candidates) > 1:
+                because = f" ({'; '.join(faults)})" if faults else ""
+                print(f"vidfill: attention in {dtype} by {backend}{because}", file=sys.stderr)
             return backend
         faults.append(f"{backend} does not work: {fault}")
     raise BadInput(f"attention on {device} in {dtype}: {'; '.join(faults)}: give another, or auto")
 
 
-def _candidates(device: str, choice: Choice) -> Sequence[Backend]:
-    if choice != "auto":
-        return (choice,)
-    return ("xformers", "sdpa") if device == "cuda" else ("sdpa",)
-
-
 def _fault(backend: Backend, device: str, dtype: torch.dtype) -> str | None:
     try:
         found = _forward_and_backward(_KERNELS[backend], device, dtype)
-    except Exception as error:  # what a kernel raises where it cannot run is its own
+    except Exception as error:  # each kernel raises its own kind where it cannot run
         return (str(error).splitlines() or [type(error).__name__])[0]
     expected = _forward_and_backward(_reference, device, dtype)
-    # Values are near 1: a wrong layout is far off, a rounding in bfloat16 is not.
+    # Values are near 1: a wrong layout is far off, rounding in bfloat16 is not.
     near = [torch.allclose(a, b, atol=0.05) for a, b in zip(found, expected, strict=True)]
-    return None if all(near) else "its results are not the reference's"
+    return None if all(near) else "its results differ from the reference's"
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _forward_and_backward(kernel: Kernel, device: str, dtype: torch.dtype) -> list[Tensor]:
-    # Sines, since a probe must not draw from anyone's random numbers.
+    # Sines: a probe must not advance anyone's random numbers.
     waves = torch.arange(3 * 2 * 48 * 2 * 32, device=device).sin().to(dtype)
     inputs = list(rearrange(waves, "(x b t n d) -> x b t n d", x=3, b=2, t=48, n=2).unbind())
     inputs = [x.requires_grad_() for x in inputs]
@@ -153,12 +148,6 @@ def _forward_and_backward(kernel: Kernel, device: str, dtype: torch.dtype) -> li
         attended = kernel(*inputs)
         gradients = torch.autograd.grad(attended.float().square().sum(), inputs)
     return [x.detach().float() for x in (attended, *gradients)]
-
-
-def _say(backend: Backend, device: str, dtype: torch.dtype, faults: Sequence[str]) -> None:
-    if device == "cuda":  # elsewhere there is nothing to choose
-        because = f" ({'; '.join(faults)})" if faults else ""
-        print(f"vidfill: attention in {dtype} by {backend}{because}", file=sys.stderr)
 
 
 # Positions
@@ -169,13 +158,13 @@ def angles(
 ) -> Float[Tensor, "*grid 1 half"]:
     """Rotary angles of every point of a grid, for heads of `channels`.
 
-    Each axis turns a share of the channels, the first also what does not divide (Su et al. 2021,
-    Eq. 15, with a base for the lengths of clips).
+    Each axis rotates an equal share of the channels, the first also the remainder (Su et al. 2021,
+    Eq. 15, with a base that suits the lengths of clips).
 
     Args:
         positions: Of the grid's points along each of its axes.
         channels: Of a head; even.
-        base: The ratio of the fastest frequency and the slowest.
+        base: The ratio of the fastest frequency to the slowest.
     """
     share, rest = divmod(channels // 2, len(positions))
     grid = [len(position) for position in positions]
@@ -191,12 +180,12 @@ def angles(
 def rotate(
     x: Float[Tensor, "*batch heads channels"], angle: Float[Tensor, "*grid 1 half"]
 ) -> Float[Tensor, "*batch heads channels"]:
-    """Rotary position embedding (Su et al. 2021, Eq. 34): scores then depend on distances alone.
+    """Rotary position embedding (Su et al. 2021, Eq. 34): scores depend on distances alone.
 
-    A clip of a length not seen in training therefore still works.
+    So clips of lengths not seen in training still work.
     """
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # halves written apart and joined take longer
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # faster than joining the two halves
     return torch.addcmul(x * torch.cat([cos, cos], dim=-1), swapped, torch.cat([-sin, sin], dim=-1))
 
 
@@ -219,7 +208,7 @@ _AXES: dict[Over, slice] = {"time": slice(1, 2), "space": slice(2, 4), "joint": 
 class Projections(nn.Linear):
     """Several projections of one input with one weight, each a tensor of its own.
 
-    Cut out of one product they would have gaps between places, and tokens over time be no views.
+    Slices of a single product would have gaps between places, so tokens over time would be copies.
     """
 
     def __init__(self, channels_in: int, channels_out: int, count: int, bias: bool) -> None:
@@ -237,14 +226,14 @@ class Projections(nn.Linear):
 class SelfAttention(nn.Module):
     """Pre-normalised self-attention over some axes of a clip, added to its input.
 
-    The output layer starts at zero, so that a fresh one is the identity.
+    The output layer starts at zero, so that a new layer is the identity.
 
     Args:
-        norm: Goes before; it belongs to this layer.
-        heads: Of how many parts of the channels each attends by itself.
+        norm: Applied first; it belongs to this layer.
+        heads: Parts of the channels, each of which attends separately.
         over: The frames at each place, the places of each frame, or all places of all frames.
         positions: Of the tokens along each axis ("axial"), in their sequence ("flat"), or none.
-        bias: Of query, key and value.
+        bias: Whether query, key and value have one.
     """
 
     def __init__(
@@ -283,7 +272,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of every place of every frame to the condition's tokens, added to its input.
 
-    Positions are those of the tokens' grid, whatever the level: a hole has a place.
+    Positions refer to the tokens' grid at every level, so that places keep their meaning.
     """
 
     def __init__(self, channels: int, norm: nn.Module, heads: int, condition: int) -> None:
@@ -312,7 +301,7 @@ def attend_over(
     value: Float[Tensor, "batch key_frames rows columns heads head_channels"],
     choice: Choice,
 ) -> Activations:
-    """Attention of a clip's places over some of its axes; all but attention itself are views."""
+    """Attention of a clip's places over some of its axes; the tokens are views."""
     tokens = _TOKENS[over]
     q, k, v = (rearrange(x, f"b f h w n d -> {tokens}") for x in (query, key, value))
     attended = attend(q, k, v, choice)
@@ -321,7 +310,7 @@ def attend_over(
 
 
 def rotate_on(x: Heads, grid: Sequence[int]) -> Heads:
-    """Rotate by the places of `x` on a grid that covers the same clip with other steps."""
+    """Rotate by the places of `x` on a coarser or finer grid over the same clip."""
     positions = [
         (torch.arange(own, device=x.device, dtype=torch.float32) + 0.5) * (other / own)
         for own, other in zip(x.shape[1:4], grid, strict=True)
@@ -330,12 +319,12 @@ def rotate_on(x: Heads, grid: Sequence[int]) -> Heads:
 
 
 def split_heads(x: Activations, heads: int) -> Heads:
-    """Channels as heads of equal width; a view."""
+    """Channels split into heads of equal width; a view."""
     return rearrange(x, "b f h w (n d) -> b f h w n d", n=heads)
 
 
 def zero(layer: Layer) -> Layer:
-    """The same layer with all parameters at zero."""
+    """The same layer, all its parameters set to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

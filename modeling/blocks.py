@@ -1,13 +1,14 @@
 """The parts of the video UNet.
 
-Activations are "batch frames height width channels", contiguous: spatial convolution sees them as
-a channels-last batch of images, temporal convolution as images of frames by places, attention as
-token sequences, all as views.
+Activations are "batch frames height width channels", contiguous. Spatial convolution sees them as a
+channels-last batch of images, temporal convolution as images of frames by places, and attention as
+token sequences; all of these are views.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ from .attention import Activations, CrossAttention, Over, Positions, SelfAttenti
 
 Widened = Float[Tensor, "batch frames height width channels_out"]
 Resized = Float[Tensor, "batch frames height_out width_out channels"]
+Convolved = Float[Tensor, "batch frames height_out width_out channels_out"]
 Embedding = Float[Tensor, "batch frames_or_1 embedding"]
 
 Attention = Literal["none", "time", "space", "both", "joint"]
@@ -31,10 +33,10 @@ Normalisation = Literal["frame", "clip"]
 
 @dataclass(frozen=True)
 class Design:
-    """What all levels of a network share; `VideoUNet` says what each means."""
+    """What all levels of a network share; see `VideoUNet`."""
 
     embedding: int  # channels of the timestep's embedding
-    condition: int  # channels of the condition's features, where levels are given any
+    condition: int  # channels of the condition's features, if levels get any
     norm_groups: int
     head_channels: int
     heads: int | None
@@ -53,7 +55,7 @@ class Design:
 
     @property
     def rotates_axes(self) -> bool:
-        """Whether heads are turned by the positions along each of three axes."""
+        """Whether heads are rotated by the positions along each of three axes."""
         return self.positions == "axial" or self.conditioning == "cross_attention"
 
 
@@ -71,21 +73,20 @@ def timestep_embedding(
 
 
 class FrameNorm(nn.GroupNorm):
-    """GroupNorm over each frame alone: a frame's result is not tied to the clip's length."""
+    """GroupNorm over each frame alone: its result does not depend on the clip's length."""
+
+    images = "(b f) h w c"
 
     def forward(self, x: Activations) -> Activations:
-        images = rearrange(x, "b f h w c -> (b f) h w c")
+        images = rearrange(x, f"b f h w c -> {self.images}")
         normed = group_norm(images, self.num_groups, self.weight, self.bias, self.eps)
         return normed.view(x.shape)
 
 
-class ClipNorm(nn.GroupNorm):
-    """GroupNorm over all frames of a clip together, as the paper's network has it."""
+class ClipNorm(FrameNorm):
+    """GroupNorm over all frames of a clip together, as in the paper's network."""
 
-    def forward(self, x: Activations) -> Activations:
-        images = rearrange(x, "b f h w c -> b f (h w) c")
-        normed = group_norm(images, self.num_groups, self.weight, self.bias, self.eps)
-        return normed.view(x.shape)
+    images = "b f (h w) c"
 
 
 def group_norm(
@@ -96,8 +97,8 @@ def group_norm(
     eps: float,
 ) -> Float[Tensor, "batch rows columns channels"]:
     """Group normalisation of channels-last images (Wu & He 2018, Eq. 1 and 7)."""
-    # torch's own kernel copies to channels-first and back on CUDA; on the CPU its backward pass
-    # crashes where the weight needs a gradient and the input none, as after frozen layers.
+    # On CUDA torch's own kernel copies to channels-first and back. On the CPU its backward pass
+    # crashes if the weight needs a gradient and the input does not, as after frozen layers.
     after_frozen = torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad
     if x.is_cuda or after_frozen:
         return group_norm_by_moments(x, groups, weight, bias, eps)
@@ -112,7 +113,7 @@ def group_norm_by_moments(
     bias: Float[Tensor, " channels"],
     eps: float,
 ) -> Float[Tensor, "batch rows columns channels"]:
-    """The same from mean and variance in float32: one reduction and one map when compiled."""
+    """The same from mean and variance in float32: compiled, one reduction and one map."""
     grouped = rearrange(x.float(), "b h w (g c) -> b h w g c", g=groups)
     variance, mean = torch.var_mean(grouped, dim=(1, 2, 4), correction=0, keepdim=True)
     normed = ((grouped - mean) * torch.rsqrt(variance + eps)).view(x.shape)
@@ -128,29 +129,31 @@ def make_norm(design: Design, channels: int) -> nn.GroupNorm:
 # Convolution
 
 
+def framewise(function: Callable[[Tensor], Tensor], x: Activations) -> Convolved:
+    """Apply a function of channels-last images to every frame."""
+    images = function(rearrange(x, "b f h w c -> (b f) c h w"))
+    return rearrange(images, "(b f) c h w -> b f h w c", b=x.shape[0])
+
+
 class SpatialConv(nn.Conv2d):
     """A 3×3 convolution of every frame."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
         super().__init__(channels_in, channels_out, kernel_size=3, stride=stride, padding=1)
 
-    def forward(
-        self, x: Activations
-    ) -> Float[Tensor, "batch frames height_out width_out channels_out"]:
-        batch = x.shape[0]
-        images = super().forward(rearrange(x, "b f h w c -> (b f) c h w"))
-        return rearrange(images, "(b f) c h w -> b f h w c", b=batch)
+    def forward(self, x: Activations) -> Convolved:
+        return framewise(super().forward, x)
 
 
 class TemporalConv(nn.Linear):
-    """A convolution over three frames at each place; its weight is that of one matrix product."""
+    """A convolution over three frames at each place, with the weight of one matrix product."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(3 * channels_in, channels_out)
 
     def forward(self, x: Activations) -> Widened:
         height = x.shape[2]
-        # Two dimensions, frames by places, have faster kernels than three.
+        # Kernels for two dimensions, frames by places, are faster than those for three.
         image = rearrange(x, "b f h w c -> b c f (h w)")
         kernel = rearrange(self.weight, "o (k i) -> o i k 1", k=3)
         image = F.conv2d(image, kernel, self.bias, padding=(1, 0))
@@ -164,9 +167,7 @@ class JointConv(nn.Conv3d):
         strides = (1, stride, stride)
         super().__init__(channels_in, channels_out, kernel_size=3, stride=strides, padding=1)
 
-    def forward(
-        self, x: Activations
-    ) -> Float[Tensor, "batch frames height_out width_out channels_out"]:
+    def forward(self, x: Activations) -> Convolved:
         clip = super().forward(rearrange(x, "b f h w c -> b c f h w"))
         return rearrange(clip, "b c f h w -> b f h w c")
 
@@ -174,7 +175,7 @@ class JointConv(nn.Conv3d):
 def make_conv(
     design: Design, channels_in: int, channels_out: int, stride: int = 1
 ) -> SpatialConv | JointConv:
-    """A convolution that stands alone: over space, or over all three axes."""
+    """A convolution over space, or over all three axes."""
     kind = JointConv if design.convolution == "joint" else SpatialConv
     return kind(channels_in, channels_out, stride)
 
@@ -185,9 +186,9 @@ def make_conv(
 class ResidualBlock(nn.Module):
     """Two convolutions, modulated by the timestep between them, added to the input.
 
-    The first is over space and the second over time, or both over all three axes. Where the
-    condition is adaptive, its features modulate as well, each place by itself: a spatially adaptive
-    normalisation (Park et al. 2019, Eq. 1).
+    The first is over space and the second over time, or both over all three axes. An adaptive
+    condition's features modulate each place too: spatially adaptive normalisation (Park et al.
+    2019, Eq. 1).
     """
 
     def __init__(self, design: Design, channels_in: int, channels_out: int) -> None:
@@ -196,15 +197,13 @@ class ResidualBlock(nn.Module):
         self.spatial = make_conv(design, channels_in, channels_out)
         self.modulation = nn.Linear(design.embedding, 2 * channels_out)
         self.norm_mid = make_norm(design, channels_out)
-        split = design.convolution == "split"
-        kind = TemporalConv if split else JointConv
+        kind = TemporalConv if design.convolution == "split" else JointConv
         self.temporal: nn.Module = zero(kind(channels_out, channels_out))
         same = channels_in == channels_out
         self.shortcut = nn.Identity() if same else nn.Linear(channels_in, channels_out)
-        adaptive = design.conditioning == "adaptive"
-        self.place_modulation = (
-            zero(nn.Linear(design.condition, 2 * channels_out)) if adaptive else None
-        )
+        self.place_modulation = None
+        if design.conditioning == "adaptive":
+            self.place_modulation = zero(nn.Linear(design.condition, 2 * channels_out))
 
     def forward(
         self,
@@ -222,33 +221,23 @@ class ResidualBlock(nn.Module):
 
 
 class SpaceTimeAttention(nn.Module):
-    """Attention over time, over space or over both, then to the condition where it is tokens."""
+    """Attention over time, space or both, and then to the condition's tokens if it has any."""
 
     def __init__(self, design: Design, channels: int, over: Attention) -> None:
         super().__init__()
+        heads, clip = design.heads_of(channels), design.normalisation == "clip"
 
         def attention(axes: Over) -> SelfAttention:
-            clip = design.normalisation == "clip"
-            return SelfAttention(
-                channels,
-                ClipNorm(design.norm_groups, channels) if clip else nn.LayerNorm(channels),
-                design.heads_of(channels),
-                axes,
-                design.positions,
-                bias=clip,
-            )
+            norm = ClipNorm(design.norm_groups, channels) if clip else nn.LayerNorm(channels)
+            return SelfAttention(channels, norm, heads, axes, design.positions, bias=clip)
 
         self.over_time = attention("time") if over in ("time", "both") else None
         self.over_space = attention("space") if over in ("space", "both") else None
         self.over_all = attention("joint") if over == "joint" else None
-        tokens = design.conditioning == "cross_attention" and over != "none"
-        self.over_condition = (
-            CrossAttention(
-                channels, nn.LayerNorm(channels), design.heads_of(channels), design.condition
-            )
-            if tokens
-            else None
-        )
+        self.over_condition = None
+        if design.conditioning == "cross_attention" and over != "none":
+            norm = nn.LayerNorm(channels)
+            self.over_condition = CrossAttention(channels, norm, heads, design.condition)
 
     def forward(
         self, x: Activations, condition: Float[Tensor, "batch frames _ _ condition"] | None = None
@@ -260,7 +249,7 @@ class SpaceTimeAttention(nn.Module):
 
 
 class Level(nn.Module):
-    """One residual block followed by attention: the unit from which the UNet is made."""
+    """One residual block followed by attention: the unit that the UNet is made of."""
 
     def __init__(
         self, design: Design, channels_in: int, channels_out: int, attention: Attention
@@ -279,11 +268,8 @@ class Level(nn.Module):
 
 
 def upsample_to(x: Activations, height: int, width: int) -> Resized:
-    """Nearest-neighbour upsampling of every frame to a given size, odd ones included."""
-    batch = x.shape[0]
-    frames = rearrange(x, "b f h w c -> (b f) c h w")
-    frames = F.interpolate(frames, size=(height, width), mode="nearest")
-    return rearrange(frames, "(b f) c h w -> b f h w c", b=batch)
+    """Nearest-neighbour upsampling of every frame to a given size, which may be odd."""
+    return framewise(lambda images: F.interpolate(images, size=(height, width)), x)
 
 
 # The condition
@@ -298,13 +284,10 @@ class ConditionTokens(nn.Module):
         self.embed = nn.Conv2d(channels_in, channels_out, kernel_size=patch, stride=patch)
         self.norm = nn.LayerNorm(channels_out)
 
-    def forward(
-        self, x: Activations
-    ) -> Float[Tensor, "batch frames height_out width_out channels_out"]:
-        batch, _, height, width, _ = x.shape
+    def forward(self, x: Activations) -> Convolved:
+        _, _, height, width, _ = x.shape
         whole = F.pad(x, (0, 0, 0, -width % self.patch, 0, -height % self.patch))
-        images = self.embed(rearrange(whole, "b f h w c -> (b f) c h w"))
-        return self.norm(rearrange(images, "(b f) c h w -> b f h w c", b=batch))
+        return self.norm(framewise(self.embed, whole))
 
 
 class ConditionMaps(nn.Module):
@@ -323,8 +306,6 @@ class ConditionMaps(nn.Module):
 
 
 def halve(x: Activations) -> Resized:
-    """Means of 2×2 places; an odd height or width is rounded up, as by the UNet's own steps."""
-    batch = x.shape[0]
-    images = rearrange(x, "b f h w c -> (b f) c h w")
-    images = F.avg_pool2d(images, kernel_size=2, ceil_mode=True, count_include_pad=False)
-    return rearrange(images, "(b f) c h w -> b f h w c", b=batch)
+    """Means of 2×2 places; an odd height or width is rounded up, as in the UNet's own steps."""
+    pool = nn.AvgPool2d(kernel_size=2, ceil_mode=True, count_include_pad=False)
+    return framewise(pool, x)

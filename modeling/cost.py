@@ -18,7 +18,7 @@ from .unet import VideoUNet
 
 @dataclass(frozen=True)
 class Cost:
-    """What one clip costs a network."""
+    """What one clip costs in a network."""
 
     parameters: int
     multiply_adds: int  # of matrix products, convolutions and attention, in a forward pass
@@ -26,7 +26,7 @@ class Cost:
 
     @property
     def training_operations(self) -> int:
-        """Of a forward and a backward pass, which takes two forward passes' operations."""
+        """Of a forward and a backward pass, which costs as much as two forward passes."""
         return 3 * 2 * self.multiply_adds
 
 
@@ -42,30 +42,26 @@ def cost_of(
     width: int,
     precision: Precision = "float32",
 ) -> Cost:
-    """The cost of the network that `make` makes, on one clip.
+    """The cost of the network that `make` makes, on one clip; only shapes are computed."""
+    attention_backend("cpu", getattr(torch, precision))  # its probe needs real tensors
 
-    Nothing is computed: shapes alone are followed.
-    """
-    # Probes with real tensors, which it finds here alone.
-    attention_backend("cpu", getattr(torch, precision))
+    def forward(network: VideoUNet) -> Tensor:
+        channels = network.config["latent_channels"], network.config["condition_channels"]
+        latents, condition = (torch.empty(1, frames, c, height, width) for c in channels)
+        return network(latents, torch.zeros(1), condition)
+
     with FakeTensorMode():
-        kept = _kept_bytes(make(), (1, frames, height, width), precision)
+        network = make()
+        kept = _kept_bytes(network, lambda: forward(network), precision)
     with torch.device("meta"):
         network = make()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            _forward(network, (1, frames, height, width))
+            forward(network)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Cost(parameters, counter.get_total_flops() // 2, kept)
 
 
-def _forward(network: VideoUNet, shape: tuple[int, int, int, int]) -> Tensor:
-    batch, frames, height, width = shape
-    latents = torch.empty(batch, frames, network.config["latent_channels"], height, width)
-    condition = torch.empty(batch, frames, network.config["condition_channels"], height, width)
-    return network(latents, torch.zeros(batch), condition)
-
-
-def _kept_bytes(network: VideoUNet, shape: tuple[int, int, int, int], precision: Precision) -> int:
+def _kept_bytes(network: VideoUNet, forward: Callable[[], Tensor], precision: Precision) -> int:
     """Bytes of the distinct tensors that a backward pass needs, without the parameters."""
     owned = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept: dict[int, Tensor] = {}
@@ -80,7 +76,7 @@ def _kept_bytes(network: VideoUNet, shape: tuple[int, int, int, int], precision:
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         autocast(torch.device("cpu"), precision),
     ):
-        output = _forward(network, shape)
+        output = forward()
     assert output.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

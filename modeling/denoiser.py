@@ -1,4 +1,4 @@
-"""A network with all that is needed to use it: the diffusion, the latents' space, its folder."""
+"""A network with what is needed to use it: its diffusion process, its latents, its folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import torch
+from annotated_types import Len
 from einops import rearrange
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    GetPydanticSchema,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from ..errors import BadInput
+from ..errors import BadInput, describe
 from .diffusion import LatentMask, Latents, add_noise, clean_of, expand, target_of, to_flow
 from .noise import (
+    STRICT,
     DiffusionConfig,
     LossConfig,
     alpha_bars,
@@ -32,35 +43,61 @@ from .unet import VideoUNet
 
 SHIPPED = Path("shipped")  # in place of a folder: the model that the package carries
 SHIPPED_FOLDER = Path(__file__).parent / "weights" / "inpaint"
-INDEX = "model_index.json"  # of a folder to give away: a diffusers pipeline's
-RECORD = "denoiser.json"  # of a run's checkpoint
-NETWORK, AUTOENCODER = "unet", "vae"  # folders beside either
+INDEX = "model_index.json"  # the record of an exported model, a diffusers pipeline
+RECORD = "denoiser.json"  # the record of a model in a run's checkpoint
+NETWORK, AUTOENCODER = "unet", "vae"  # folders beside either record
+
+
+class AutoencoderRecord(TypedDict):
+    """What a model records of its autoencoder: see `Autoencoder.identity`."""
+
+    name: str
+    sha256: str
+    kind: str
+    scaling_factor: float
+    downsampling: int
+    channels: int
+    precision: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSpace:
     """The latents that a network was trained on."""
 
-    shape: Sequence[int]  # frames, channels, height, width
-    mean: Sequence[float]  # of each channel over the training data
-    std: Sequence[float]  # deviation of each channel
-    autoencoder: Mapping[str, Any]  # the identity of the autoencoder
+    __pydantic_config__ = STRICT
+
+    shape: Annotated[Sequence[PositiveInt], Len(4, 4)]  # frames, channels, height, width
+    mean: Sequence[FiniteFloat]  # of each channel over the training data
+    std: Sequence[PositiveFloat]  # standard deviation of each channel
+    autoencoder: Annotated[  # as `Autoencoder.identity` gives it
+        Mapping[str, Any], GetPydanticSchema(lambda _, handler: handler(AutoencoderRecord))
+    ]
+
+
+class ModelRecord(BaseModel):
+    """What a model's folder records beside the weights: `denoiser.json` or `model_index.json`."""
+
+    model_config = ConfigDict(strict=True)  # model_index.json also lists the pipeline's parts
+
+    diffusion: DiffusionConfig
+    latents: LatentSpace
+    schedule: str = ""  # the usual one, of an exported model
 
 
 class Denoiser:
     """A network with its noise schedule, target and latent scale: one convention for all samplers.
 
-    Samplers work on *normalised* latents; `normalise` and `denormalise` go in and out of them.
-    Their states are x_t of `add_noise`, for a flow too: only its network sees them scaled.
+    Samplers work on *normalised* latents; `normalise` and `denormalise` convert to and from them.
+    Their states are x_t of `add_noise`, also for a flow, whose network alone sees them scaled.
 
     Args:
         network: Predicts the target of `config`.
         config: The process that the network was trained for.
         space: The latents that it was trained on.
-        precision: Of the network's layers when it denoises; states stay as they are.
+        precision: The precision of the network's layers in `denoise`; states keep their own.
 
     Raises:
-        BadInput: `config` is impossible.
+        BadInput: `config` is not a possible process.
     """
 
     def __init__(
@@ -78,7 +115,7 @@ class Denoiser:
         self._alpha_bars = torch.cat([alpha_bars(config), torch.ones(1, dtype=torch.float64)])
 
     def with_network(self, network: VideoUNet) -> Denoiser:
-        """The same process around other weights."""
+        """The same process with other weights."""
         return Denoiser(network, self.config, self.space, self.precision)
 
     @property
@@ -96,7 +133,7 @@ class Denoiser:
         return self._alpha_bars.to(timestep.device)[timestep]
 
     def normalise(self, latents: Latents) -> Latents:
-        """Latents as the autoencoder scales them → mean 0 and deviation 1, where configured."""
+        """Latents as the autoencoder scales them → mean 0 and deviation 1, if so configured."""
         if not self.config.normalise:
             return latents * self.config.ablate_scale
         mean, std = self._statistics(latents)
@@ -114,7 +151,7 @@ class Denoiser:
         masked_latents: Latents,
         latent_mask: LatentMask,
     ) -> Float[Tensor, "batch frames condition height width"]:
-        """What the network is given beside the noisy latents.
+        """The network's input beside the noisy latents.
 
         Args:
             masked_latents: Latents of the masked video, as the autoencoder scales them.
@@ -126,9 +163,9 @@ class Denoiser:
     def training_pair(
         self, clean: Latents, noise: Latents, timestep: Int[Tensor, "batch *frames"]
     ) -> tuple[Latents, Latents]:
-        """What the network sees of normalised latents at a timestep, and what it should predict.
+        """The network's input for normalised latents at a timestep, and what it should predict.
 
-        Computed in the table's float64: float32 keeps one digit of a flow's lowest level.
+        Computed in float64, like the table: float32 keeps one digit of a flow's lowest level.
         """
         ab = expand(self.alpha_bar(timestep))
         noisy = self._seen(add_noise(clean, noise, ab), ab)
@@ -145,7 +182,7 @@ class Denoiser:
     ) -> Float[Tensor, " batch"]:
         """Each example's mean squared error (Teshome, Eq. 7), weighted by its timestep and place.
 
-        In the target's precision, whatever the network's.
+        It is computed in the target's precision.
         """
         at_level = expand(level_weight(self.config.target, self.alpha_bar(timestep), config))
         weight = at_level.to(target.dtype) * place_weight(latent_mask, config.hole)
@@ -175,7 +212,7 @@ class Denoiser:
         return mean, std
 
     def describe(self) -> dict[str, Any]:
-        """The process and the latents, as a model's folder records them."""
+        """The process and the latents, as a `ModelRecord` holds them."""
         return {
             "diffusion": dataclasses.asdict(self.config),
             "latents": dataclasses.asdict(self.space),
@@ -188,10 +225,10 @@ class Denoiser:
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu", precision: Precision = "float32") -> Denoiser:
-        """Read a model: what `save` or `vidfill export` wrote, or a run's newest that is whole.
+        """Read a model: what `save` or `vidfill export` wrote, or the newest intact one of a run.
 
-        Weights are float32, whatever the file holds. An exported model names the autoencoder that
-        lies beside it.
+        Weights become float32, whatever the file holds. An exported model that has its autoencoder
+        beside it names that one.
 
         Args:
             folder: Of the model or the run; `SHIPPED` is the package's own model.
@@ -203,28 +240,33 @@ class Denoiser:
         """
         model = model_folder(folder)
         try:
-            described = json.loads(_record_in(model).read_text())
-            config = DiffusionConfig(**described["diffusion"])
-            check_diffusion(config)
-            space = LatentSpace(**described["latents"])
-            network, loaded = VideoUNet.from_pretrained(
-                model / NETWORK, torch_dtype=torch.float32, output_loading_info=True
-            )
-        except (BadInput, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            if not model.exists():  # its run goes on, and has a newer one
+            record, network = read_record(model), _load_network(model, device)
+        except BadInput:
+            if not model.exists():  # the run goes on, and has a newer one
                 return cls.load(folder, device, precision)
-            first_line = str(error).splitlines()[0]
-            raise BadInput(f"the model in {model} is damaged: {first_line}") from error
-        if loaded["missing_keys"]:  # diffusers leaves such weights at random values
-            raise BadInput(f"the model in {model} lacks weights ({loaded['missing_keys'][0]})")
+            raise
+        space = record.latents
         if (model / AUTOENCODER).is_dir():
             identity = {**space.autoencoder, "name": str(model / AUTOENCODER)}
             space = dataclasses.replace(space, autoencoder=identity)
-        return cls(network.eval().requires_grad_(False).to(device), config, space, precision)
+        return cls(network, record.diffusion, space, precision)
+
+
+def _load_network(model: Path, device: str) -> VideoUNet:
+    try:
+        network, loaded = VideoUNet.from_pretrained(
+            model / NETWORK, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # diffusers raises many kinds for damaged files
+        raise BadInput(f"the model in {model} is damaged: {describe(error)}") from error
+    for keys, fault in (("missing_keys", "lacks"), ("unexpected_keys", "has no use for")):
+        if loaded[keys]:  # diffusers would leave them random, or leave them out
+            raise BadInput(f"the model in {model} {fault} the weights {sorted(loaded[keys])[0]}")
+    return network.eval().requires_grad_(False).to(device)
 
 
 def model_folder(folder: Path) -> Path:
-    """Where the model lies that a folder stands for: its own, a run's newest, the package's.
+    """Where the model of `folder` is: there, in a run's newest checkpoint, or in the package.
 
     Raises:
         BadInput: There is none.
@@ -235,9 +277,9 @@ def model_folder(folder: Path) -> Path:
     checkpoints = folder / "checkpoints"
     if newest_first(checkpoints):
         pointer = checkpoints / LATEST
-        named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-        return newest_whole(checkpoints, MODEL, named)[0] / MODEL
-    if not _record_in(folder).is_file():
+        latest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+        return newest_whole(checkpoints, MODEL, latest)[0] / MODEL
+    if not any((folder / name).is_file() for name in (INDEX, RECORD)):
         raise BadInput(
             f"{folder} holds no model: name a folder that `vidfill export` wrote, or `vidfill "
             "train` after its first checkpoint"
@@ -245,15 +287,46 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
-def _record_in(model: Path) -> Path:
-    """The file that describes a model, whether it is to give away or a run's checkpoint."""
-    return model / (INDEX if (model / INDEX).is_file() else RECORD)
+def read_record(model: Path) -> ModelRecord:
+    """What a model's own folder (see `model_folder`) says of the model.
+
+    Raises:
+        BadInput: Its record is damaged.
+    """
+    file = model / (INDEX if (model / INDEX).is_file() else RECORD)
+    try:
+        return parse_record(file.read_bytes())
+    except (BadInput, OSError) as error:
+        raise BadInput(
+            f"the model in {model} is damaged: {file.name}: {describe(error)}"
+        ) from error
+
+
+def parse_record(text: str | bytes) -> ModelRecord:
+    """A model's record from JSON.
+
+    Raises:
+        BadInput: It names the field, its value and what it should be.
+    """
+    try:
+        record = ModelRecord.model_validate_json(text)
+    except ValidationError as error:
+        raise BadInput(describe(error)) from error
+    check_diffusion(record.diffusion)
+    channels = record.latents.shape[1]
+    for name in ("mean", "std"):
+        if len(values := getattr(record.latents, name)) != channels:
+            raise BadInput(
+                f"latents.{name} has {len(values)} values, latents.shape {channels} channels: "
+                "give one for each"
+            )
+    return record
 
 
 @functools.cache
 def _say_shipped() -> None:
     print(
         "vidfill: using the package's own small model (trained on rendered collisions of 128x128; "
-        "on other videos it only shows how things work)",
+        "on other videos it only shows how the tool works)",
         file=sys.stderr,
     )

@@ -1,4 +1,4 @@
-"""The diffusion process: pure functions of tensors, and the denoiser that joins them to a network.
+"""The diffusion process as pure functions of tensors.
 
 Notation: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (Ho et al. 2020, Eq. 4; the video inpainting paper's
 Eq. 2 prints the second factor without its root). `ab` is ᾱ, broadcastable to the latents; clean
@@ -6,8 +6,8 @@ latents have ᾱ = 1 and the timestep −1.
 
 A rectified flow's state (1 − t) · x_0 + t · ε is one of these, times a number that its level fixes
 (Kingma et al. 2021, section 5.1). So a flow is a table of ᾱ (`noise.flow_alpha_bars`), a target and
-a scaling of what its network sees (`to_flow`), and all samplers work on x_t whatever the process:
-`ddim_step`, which is the same step in either scale, is Euler's along the flow.
+a scaling of its network's input (`to_flow`), and all samplers work on x_t whatever the process:
+`ddim_step`, the same step on either scale, is Euler's step along the flow.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .noise import (
-    Target,
-)
+from .noise import Target
 
 Latents = Float[Tensor, "batch frames channels height width"]
 LatentMask = Float[Tensor, "batch frames 1 height width"]
@@ -28,7 +26,7 @@ Variance = Literal["fixed_small", "fixed_large"]
 
 
 def expand(ab: Float[Tensor, "batch *frames"]) -> Float[Tensor, "batch ... 1 1 1"]:
-    """One ᾱ an example, or one a frame of it, shaped to multiply latents."""
+    """One ᾱ per example, or one per frame of it, shaped to multiply latents."""
     return ab[(..., *[None] * (5 - ab.ndim))]
 
 
@@ -68,8 +66,9 @@ def clean_of(
 ) -> Latents:
     """The clean estimate that a prediction stands for; never clamped.
 
-    Each solves `add_noise` and `target_of` for x_0. Finite at every level, but for the noise: its
-    errors grow with 1/√ᾱ (157 at T − 1 of DDPM's levels), and pure noise has no clean estimate.
+    Each case solves `add_noise` and `target_of` for x_0. All are finite at every level except the
+    noise: its errors grow with 1/√ᾱ (157 at T − 1 of DDPM's levels), and at pure noise it gives no
+    clean estimate.
     """
     match kind:
         case "noise":
@@ -87,8 +86,8 @@ def noise_of(
 ) -> Latents:
     """The noise estimate that a prediction stands for.
 
-    Each solves `add_noise` and `target_of` for ε. Finite at every level, but for the clean latents:
-    their errors grow with 1/√(1 − ᾱ), and a clean state has no noise estimate.
+    Each case solves `add_noise` and `target_of` for ε. All are finite at every level except the
+    clean latents: their errors grow with 1/√(1 − ᾱ), and a clean state gives no noise estimate.
     """
     match kind:
         case "noise":
@@ -99,20 +98,6 @@ def noise_of(
             return (noisy - ab.sqrt() * prediction) / (1 - ab).sqrt()
         case "flow":
             return (noisy + ab.sqrt() * prediction) / (ab.sqrt() + (1 - ab).sqrt())
-
-
-def convert(
-    kind: Target, wanted: Target, prediction: Latents, noisy: Latents, ab: Float[Tensor, "..."]
-) -> Latents:
-    """A prediction of one target as one of another.
-
-    From v and the flow at every level; from the noise not at ᾱ = 0, from the clean latents not at
-    ᾱ = 1, where they and x_t are one, and nothing says what the other is.
-    """
-    if kind == wanted:
-        return prediction
-    clean = clean_of(kind, prediction, noisy, ab)
-    return target_of(wanted, clean, noise_of(kind, prediction, noisy, ab), ab)
 
 
 def posterior_mean(
@@ -134,20 +119,6 @@ def posterior_variance(
     return small if variance == "fixed_small" else torch.where(ab_to == 1, small, beta)
 
 
-def posterior_log_variances(
-    ab: Float[Tensor, " timesteps"], variance: Variance
-) -> Float[Tensor, " timesteps"]:
-    """log of the variance of each step t → t − 1, the first clipped to the second's β̃.
-
-    For T of 2 or more. At the first step β̃ is 0; both variances take log β̃ of the second step in
-    its place (Nichol & Dhariwal 2021, as their code has it for either).
-    """
-    before = torch.cat([torch.ones_like(ab[:1]), ab[:-1]])
-    second = posterior_variance(ab[1], ab[0], "fixed_small")
-    rest = posterior_variance(ab, before, variance)[1:]
-    return torch.cat([second[None], rest]).log()
-
-
 def ddpm_step(
     noisy: Latents,
     clean: Latents,
@@ -156,7 +127,7 @@ def ddpm_step(
     noise: Latents,
     variance: Variance = "fixed_small",
 ) -> Latents:
-    """Sample q(x_b | x_a, x_0) at the clean estimate; down to ᾱ = 1 it is the estimate itself."""
+    """Sample q(x_b | x_a, x_0) at the clean estimate; at ᾱ = 1 this is the estimate itself."""
     spread = posterior_variance(ab_from, ab_to, variance).sqrt()
     return posterior_mean(clean, noisy, ab_from, ab_to) + spread * noise
 
@@ -171,8 +142,8 @@ def ddim_step(
 ) -> Latents:
     """The step of Song et al. 2021, Eq. 12: deterministic at η = 0, DDPM's (fixed small) at η = 1.
 
-    Their σ of Eq. 16 is η times the root of DDPM's fixed small variance; where it is above 0 it
-    wants fresh `noise`.
+    Their σ of Eq. 16 is η times the root of DDPM's fixed small variance; η above 0 needs fresh
+    `noise`.
     """
     estimate = noise_of("clean", clean, noisy, ab_from)
     if noise is None:
@@ -193,9 +164,9 @@ def dpmpp_step(
 ) -> Latents:
     """DPM-Solver++ (2M) from level a to b (Lu et al. 2022b, Algorithm 2).
 
-    The first-order step, which is DDIM's, with the clean estimate extrapolated in ln SNR, twice
-    their λ, from those at the level before and at a. Where the level before is pure noise, at −∞,
-    the formula itself is of first order; no step of second order ends at ᾱ = 1.
+    This is the first-order step, DDIM's, with the clean estimate extrapolated from the previous
+    level and level a, linearly in ln SNR (twice their λ). If the previous level is pure noise, at
+    −∞, the formula becomes the first-order step by itself. b must not be clean (ᾱ = 1).
     """
     before, here, there = (torch.logit(ab) for ab in (ab_before, ab_from, ab_to))
     slope = (there - here) / (here - before) / 2
@@ -210,11 +181,11 @@ def heun_step(
     ab_from: Float[Tensor, "..."],
     ab_to: Float[Tensor, "..."],
 ) -> Latents:
-    """Heun's step from level a to b, after a first-order step there and an estimate of its own.
+    """Heun's step from level a to b, given a first-order step to b and a second estimate there.
 
-    As Karras et al. 2022, Algorithm 1, but along the flow's state and time, whatever the process:
-    its slope ε − x_0 is finite at pure noise, and the time ends at 1, where their σ ends at 157
-    under DDPM's betas and at 2e4 under the cosine's, too far for even steps. b is not clean.
+    As Karras et al. 2022, Algorithm 1, but along the flow's state and time for every process: the
+    slope ε − x_0 is finite at pure noise, and time ends at 1, while their σ ends at 157 with DDPM's
+    betas and at 2e4 with the cosine's, too far for even steps. b must not be clean.
     """
 
     def slope(state: Tensor, estimate: Tensor, ab: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Noise levels: their table, which of them a training step visits, and what each one counts.
+"""Noise levels: their table, which of them a training step visits, and their weights.
 
 A level is its ᾱ, the signal's share of a state's variance: 1 is clean, 0 is pure noise, and the
 signal-to-noise ratio is SNR = ᾱ / (1 − ᾱ) (Kingma et al. 2021, "Variational Diffusion Models",
@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import ConfigDict
 from torch import Tensor
 
 from ..errors import BadInputEverywhere
@@ -24,12 +25,15 @@ Target = Literal["noise", "v", "clean", "flow"]
 BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
 Table = Float[Tensor, " timesteps"]
 
+STRICT = ConfigDict(strict=True, extra="forbid")  # for what is read from a model's record
 BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """The noise levels, what the network predicts, and how its latents are scaled."""
+
+    __pydantic_config__ = STRICT
 
     timesteps: int = 1000
     """Diffusion steps T."""
@@ -47,58 +51,55 @@ class DiffusionConfig:
     Cosine takes none."""
     zero_terminal_snr: bool = False
     """Rescale the levels of ddpm so that the last one is pure noise (Lin et al. 2024), as a flow's
-    always is; the target cannot be the noise then."""
+    always is. Then the target cannot be the noise."""
     shift: float = 1.0
-    """Moves the levels of flow towards noise (Esser et al. 2024): √(m / n) where latents have m
-    values and evenly spaced levels suit n; 1 leaves them evenly spaced."""
+    """Shifts the levels of flow towards noise (Esser et al. 2024): √(m / n) for latents of m values
+    if evenly spaced levels suit n values; 1 leaves them evenly spaced."""
     target: Target = "noise"
     """What the network predicts: the noise (the paper's Eq. 7), v (Salimans & Ho 2022), the clean
     latents, or the flow from them to the noise, noise − clean. A flow takes any but the noise."""
     normalise: bool = True
     """Shift and scale latents to mean 0 and deviation 1 a channel; false is the paper's setting."""
     ablate_scale: float = 1.0
-    """For ablation: multiplies latents that are not normalised. 5.49 is what forgetting the factor
-    0.18215 of Stable Diffusion's autoencoder comes to."""
+    """For ablation: multiplies latents that are not normalised. 5.49 has the effect of forgetting
+    the factor 0.18215 of Stable Diffusion's autoencoder."""
     mask_channel: bool = False
-    """Give the mask to the network as one more channel; false is the paper's setting."""
+    """Give the network the mask as one more channel; false is the paper's setting."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Which timesteps a training step visits, and what each error counts."""
+    """Which timesteps a training step visits, and the weight of each error."""
 
     weighting: Literal["uniform", "min_snr"] = "uniform"
-    """What an error counts at each timestep: uniform, the target's all alike (the paper's Eq. 7);
-    min_snr, the clean estimate's by min(SNR, gamma) (Hang et al. 2023), at pure noise nothing."""
+    """The weight of an error at each timestep: uniform, the same for the target at all of them (the
+    paper's Eq. 7); min_snr, min(SNR, gamma) for the clean estimate (Hang et al. 2023), 0 at pure
+    noise."""
     gamma: float = 5.0
-    """Of min_snr: the largest weight of a clean estimate's error."""
+    """For min_snr: the largest weight of a clean estimate's error."""
     hole: float = 1.0
-    """Weight of an error inside the hole, where one outside counts 1. A clip's loss is its errors'
-    weighted mean, so its scale does not change with the weight or with the hole's size."""
+    """The weight of an error inside the hole, relative to 1 outside. A clip's loss is the weighted
+    mean of its errors, so its scale does not depend on the weight or on the hole's size."""
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
-    """How timesteps are drawn: all alike, or those in the middle more often (Esser et al. 2024)."""
+    """How timesteps are drawn: uniformly, or middle ones more often (Esser et al. 2024)."""
     location: float = 0.0
-    """Of logit_normal: the logit of the median of timestep / T; above 0 draws noisier levels."""
+    """For logit_normal: the logit of the median of timestep / T; above 0 favours noisier levels."""
     scale: float = 1.0
-    """Of logit_normal: the deviation of that logit; small ones draw the median's neighbours."""
+    """For logit_normal: the standard deviation of that logit."""
 
 
 def check_diffusion(config: DiffusionConfig) -> None:
-    """Refuse what no process can be.
+    """Refuse an impossible process; words and types were checked when they were read.
 
     Raises:
-        BadInputEverywhere: Naming the field, its value and the remedy.
+        BadInputEverywhere: It names the field, its value and the remedy.
     """
     if config.timesteps < 1:
         _refuse("diffusion.timesteps", config.timesteps, "give 1 or more")
-    for name, kind in {"process": Process, "beta_schedule": BetaSchedule, "target": Target}.items():
-        if getattr(config, name) not in get_args(kind):
-            remedy = f"give one of {', '.join(get_args(kind))}"
-            _refuse(f"diffusion.{name}", getattr(config, name), remedy)
     if not 0 < config.ablate_scale < math.inf:
         _refuse("diffusion.ablate_scale", config.ablate_scale, "give a finite number above 0")
     if config.normalise and config.ablate_scale != 1:
-        remedy = "normalised latents have a scale of their own; give normalise false beside it"
+        remedy = "normalised latents have their own scale; give normalise false with it"
         _refuse("diffusion.ablate_scale", config.ablate_scale, remedy)
     if config.process == "flow":
         _check_flow(config)
@@ -108,9 +109,7 @@ def check_diffusion(config: DiffusionConfig) -> None:
 
 def _check_flow(config: DiffusionConfig) -> None:
     if config.target == "noise":
-        remedy = (
-            "a flow starts at pure noise, which tells nothing of the clean latents; give 'flow'"
-        )
+        remedy = "a flow starts at pure noise, from which clean latents do not follow; give 'flow'"
         _refuse("diffusion.target", config.target, remedy)
     if not 0 < config.shift < math.inf:
         _refuse("diffusion.shift", config.shift, "give a finite number above 0, 1 for none")
@@ -130,17 +129,17 @@ def _check_betas(config: DiffusionConfig) -> None:
             remedy = f"give a number from beta_start ({start}) to below 1"
             _refuse("diffusion.beta_end", end, remedy)
     if config.zero_terminal_snr and config.target == "noise":
-        remedy = "at zero SNR the noise tells nothing of the clean latents; give 'v' or 'clean'"
+        remedy = "at zero SNR clean latents do not follow from the noise; give 'v' or 'clean'"
         _refuse("diffusion.target", config.target, remedy)
     if config.zero_terminal_snr and config.timesteps < 2:
-        _refuse("diffusion.timesteps", config.timesteps, "zero_terminal_snr wants 2 or more")
+        _refuse("diffusion.timesteps", config.timesteps, "zero_terminal_snr needs 2 or more")
 
 
 def check_loss(config: LossConfig) -> None:
-    """Refuse numbers that no loss can have.
+    """Refuse impossible weights.
 
     Raises:
-        BadInputEverywhere: Naming the field, its value and the remedy.
+        BadInputEverywhere: It names the field, its value and the remedy.
     """
     for name in ("gamma", "hole", "scale"):
         value = getattr(config, name)
@@ -190,12 +189,12 @@ def _beta_range(config: DiffusionConfig) -> tuple[float, float]:
 
 
 def linear_betas(timesteps: int, start: float, end: float) -> Table:
-    """β rises evenly (Ho et al. 2020, section 4)."""
+    """β rises linearly (Ho et al. 2020, section 4)."""
     return torch.linspace(start, end, timesteps, dtype=torch.float64)
 
 
 def scaled_linear_betas(timesteps: int, start: float, end: float) -> Table:
-    """√β rises evenly (Rombach et al. 2022, as their code has it)."""
+    """√β rises linearly (Rombach et al. 2022, as in their code)."""
     return torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
 
 
@@ -210,15 +209,15 @@ def cosine_betas(timesteps: int) -> Table:
 
 
 def zero_terminal_snr(ab: Table) -> Table:
-    """√ᾱ shifted and scaled: its last is 0, its first stays (Lin et al. 2024, Algorithm 1)."""
+    """√ᾱ shifted and scaled so that its last is 0 and its first stays (Lin et al., Algorithm 1)."""
     first, last = ab[0].sqrt(), ab[-1].sqrt()
     return ((ab.sqrt() - last) * first / (first - last)) ** 2
 
 
 def flow_times(timesteps: int, shift: float = 1.0) -> Table:
-    """t = (i + 1)/T of timestep i, so the last is pure noise and the clean state's −1 is 0.
+    """t = (i + 1)/T of timestep i: the last is pure noise, and t of the clean state's −1 is 0.
 
-    A shift s makes of it s·t/(1 + (s − 1)·t) (Esser et al. 2024, Eq. 23).
+    A shift s turns it into s·t/(1 + (s − 1)·t) (Esser et al. 2024, Eq. 23).
     """
     time = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
     return shift * time / (1 + (shift - 1) * time)
@@ -249,12 +248,12 @@ def timesteps_at(
 def draw_timesteps(
     sources: Sequence[torch.Generator], timesteps: int, config: LossConfig
 ) -> Int[Tensor, " batch"]:
-    """A timestep for each example, from the generator of each."""
+    """A timestep for each example, from its own generator."""
     draws = [torch.rand(1, generator=source, dtype=torch.float64) for source in sources]
     return timesteps_at(torch.cat(draws), timesteps, config)
 
 
-# What an error counts
+# The weight of an error
 
 
 def level_weight(
@@ -289,13 +288,13 @@ def min_snr_weight(
 def place_weight(
     latent_mask: Float[Tensor, "batch frames 1 height width"], hole: float
 ) -> Float[Tensor, "batch frames 1 height width"]:
-    """1 outside the hole and `hole` inside, over their mean in each example.
+    """1 outside the hole and `hole` inside, divided by their mean in each example.
 
-    So the mean of weighted errors is their weighted mean: 1 makes it the plain mean, and errors
-    that are the same everywhere have the same loss under any weight and any hole.
+    So the mean of the weighted errors is a weighted mean: with `hole` 1 the plain one, and an
+    error that is the same everywhere gives the same loss for any weight and any hole.
 
     Args:
-        latent_mask: The hole's share of each latent, 0 to 1; in between the weight is too.
+        latent_mask: The hole's share of each latent, 0 to 1; the weight is interpolated.
         hole: Above 0.
     """
     weight = 1 + (hole - 1) * latent_mask

@@ -1,4 +1,4 @@
-"""The precision that a network's layers compute in; what goes in and comes out is float32."""
+"""The precision that a network's layers compute in; inputs and outputs are float32."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A run's checkpoints on disk: which there are, and whether one is what was written.
+"""A run's checkpoints on disk: which exist, and whether they are intact.
 
-checkpoints/latest                     the newest one's name, written last
+checkpoints/latest                     the name of the newest one, written last
 checkpoints/step-00001000/model/       the first average of the weights, as `Denoiser.load` reads it
-checkpoints/step-00001000/average-1/   the second, likewise; as many as the run keeps
+checkpoints/step-00001000/average-1/   the second one, and so on, as many as the run keeps
 checkpoints/step-00001000/weights.safetensors, exp_avg.safetensors, exp_avg_sq.safetensors
 checkpoints/step-00001000/state.json   the run's counters, and the hash of each file
 """
@@ -16,31 +16,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import BadInput, describe
 from ..files import hash_file, in_threads
 
-MODEL = "model"  # in a checkpoint: what is evaluated, shown and loaded
+MODEL = "model"  # the folder of the average that is evaluated, shown and loaded
 LATEST = "latest"
 STATE = "state.json"
-THREADS = 8  # that hash files; one takes in 1 to 2 GB/s
+THREADS = 8  # for hashing files; one thread hashes 1 to 2 GB/s
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-\d{8,}")
 
 
 class Damaged(BadInput):
     """A checkpoint whose files are not what was written."""
 
 
+class CheckpointRecord(BaseModel):
+    """What state.json holds: the run's own facts, and what shows that the files are intact."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    files: dict[str, str]
+    """The SHA-256 of each file, by its path in the checkpoint."""
+    digest: str
+    """The SHA-256 of all the rest of this record."""
+
+
 def name_of(step: int) -> str:
-    """The folder of a step's checkpoint."""
+    """The folder name of a step's checkpoint."""
     return f"step-{step:08}"
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, whole or not; of other names, such as copies, none."""
-    steps = {path: _NAME.fullmatch(path.name) for path in folder.glob("step-*")}
-    found = {path: int(name[1]) for path, name in steps.items() if name}
-    return sorted(found, key=found.__getitem__, reverse=True)
+    """The checkpoints in a folder, intact or not; folders with other names are left out."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
@@ -52,14 +64,14 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
 
 
 def verify(checkpoint: Path, part: str = "") -> dict[str, Any]:
-    """What state.json says, once the files have the hashes that it names.
+    """What state.json says, after comparing the files with the hashes it records.
 
     Args:
         checkpoint: Its folder.
-        part: A folder in it: only the files there are read.
+        part: A folder in it; only the files there are compared.
 
     Raises:
-        Damaged: naming the file.
+        Damaged: It names the file.
     """
     sealed = read_state(checkpoint)
     names = [name for name in sealed["files"] if not part or name.startswith(f"{part}/")]
@@ -75,19 +87,20 @@ def verify(checkpoint: Path, part: str = "") -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `seal` wrote, its own digest compared, the other files not looked at.
+    """What `seal` wrote; it is checked against its own digest, and no other file is read.
 
     Raises:
-        Damaged: it says something else now, or is not there.
+        Damaged: It has changed since, or is missing.
     """
     file = checkpoint / STATE
     try:
-        sealed = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{checkpoint} is damaged: {STATE}: {error}") from error
-    if not isinstance(sealed, dict) or sealed.pop("digest", None) != _digest(sealed):
+        record = CheckpointRecord.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise Damaged(f"{checkpoint} is damaged: {STATE}: {describe(error)}") from error
+    facts = record.model_dump(exclude={"digest"})
+    if record.digest != _digest(facts):
         raise Damaged(f"{file} is damaged: it differs from its own digest")
-    return sealed
+    return facts
 
 
 def _digest(sealed: dict[str, Any]) -> str:
@@ -95,24 +108,24 @@ def _digest(sealed: dict[str, Any]) -> str:
 
 
 def newest_whole(folder: Path, part: str = "", first: str = "") -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that verifies, and what its state.json says.
+    """The newest intact checkpoint, and what its state.json says.
 
-    A damaged one is named on stderr and the one before is tried.
+    A damaged one is reported on stderr, and the one before it is tried.
 
     Args:
-        folder: Holds at least one; a run may write and remove there meanwhile.
-        part: As of `verify`.
-        first: The name of the one to try before all others, where it is there.
+        folder: It holds at least one; a run may be writing and removing checkpoints there.
+        part: As in `verify`.
+        first: The name of the one to try first, if it exists.
 
     Raises:
-        Damaged: All are.
+        Damaged: All of them are damaged.
     """
-    # Python sorts stably: the others stay newest first.
+    # Sorting is stable: the others stay newest first.
     for path in sorted(newest_first(folder), key=lambda path: path.name != first):
         try:
             return path, verify(path, part)
         except Damaged as damage:
-            if not path.exists():  # the run has removed it, after it wrote a newer one
+            if not path.exists():  # the run has removed it after writing a newer one
                 return newest_whole(folder, part)
             print(f"vidfill: {damage}; trying the one before", file=sys.stderr)
     raise Damaged(f"every checkpoint in {folder} is damaged: remove it to start again")

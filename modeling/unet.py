@@ -1,4 +1,4 @@
-"""The conditional video UNet: noisy latents and their condition in, a prediction out."""
+"""The conditional video UNet: from noisy latents and a condition to a prediction."""
 
 from __future__ import annotations
 
@@ -42,36 +42,36 @@ from .blocks import (
 
 
 class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mixins disagree
-    """A UNet over frames, rows and columns. Any number of frames, any height and width work.
+    """A UNet over frames, rows and columns, for any number of frames, any height and any width.
 
     The defaults make the efficient network: convolutions split into space and time (R(2+1)D, Tran
-    et al. 2018), and attention over time at every level, over space at the coarsest.
-    `presets` has named ones, among them the paper's.
+    et al. 2018), attention over time at every level and over space at the coarsest. `presets` has
+    named networks, among them the paper's.
 
     Args:
         latent_channels: Channels of the latents, in and out.
-        condition_channels: Channels of the condition: masked latents, and the mask where used.
-        block_out_channels: Width of each level; each level halves height and width.
+        condition_channels: Channels of the condition: masked latents, and the mask if it is used.
+        block_out_channels: The width of each level; each level halves height and width.
         layers_per_block: Residual blocks of a level on the way down; one more on the way up.
-        head_channels: Width of an attention head.
+        head_channels: The width of an attention head.
         norm_groups: Groups of the group normalisation.
-        conditioning: How the condition comes in. "concatenation": on channels;
+        conditioning: How the condition enters. "concatenation": with the latents, on channels;
             "cross_attention": wherever there is attention, to tokens of its patches; "adaptive":
-            scale and shift of every place in every residual block.
-        convolution: Over space and over time ("split"), or over all three axes ("joint").
-        attention: Of each level, then of the middle: "none", over "time", over "space", over
-            "both", one after the other, or "joint" over all places of all frames. None: over time
-            at every level, both at the coarsest and in the middle.
-        heads: Attention heads of every level, in place of heads of equal width.
-        positions: What tells attention where a token is: rotary positions "axial", along each
-            axis; "flat", in the tokens' sequence; or "none".
+            as scale and shift of every place in every residual block.
+        convolution: Over space and then time ("split"), or over all three axes ("joint").
+        attention: For each level and then for the middle: "none", over "time", over "space", over
+            "both", one after the other, or "joint" over all places of all frames. None means over
+            time at every level, and over both at the coarsest and in the middle.
+        heads: Attention heads at every level, instead of heads of equal width.
+        positions: How attention knows where a token is: rotary positions along each axis
+            ("axial"), in the tokens' sequence ("flat"), or not at all ("none").
         normalisation: Over each "frame" alone, or over the whole "clip".
         middle_blocks: Residual blocks in the middle, with attention after the first.
         upsample_convolution: Whether a convolution follows each upsampling.
 
     Raises:
-        BadInput: A level's width is no multiple of the heads or of the groups, heads are too
-            narrow for positions along three axes, or an option has no such value.
+        BadInput: A level's width is not a multiple of the heads or the groups, heads are too
+            narrow for positions along three axes, or an option has an unknown value.
     """
 
     _supports_gradient_checkpointing = True
@@ -108,8 +108,7 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
             normalisation=normalisation,
             positions=positions,
         )
-        over_time: list[Attention] = ["time"] * (depths - 1)
-        kinds = attention or [*over_time, "both", "both"]
+        kinds: list[Attention] = [*(attention or ["time"] * (depths - 1) + ["both", "both"])]
         _check_options(design, middle_blocks)
         _check_widths(widths, design)
         _check_attention(kinds, depths, conditioning)
@@ -137,7 +136,7 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
     def _make_descent(
         self, design: Design, widths: Sequence[int], kinds: Sequence[Attention]
     ) -> list[int]:
-        """The levels on the way down; gives the channels of all that is kept for the way up."""
+        """Make the levels on the way down; return the channels of what is kept for the way up."""
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         channels = widths[0]
         skips = [channels]
@@ -179,8 +178,8 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
 
         Args:
             latents: Noisy, normalised latents.
-            timestep: One diffusion timestep an example, or one a frame; 0 the least noisy.
-            condition: What is known: masked latents (and the mask), never noised.
+            timestep: One diffusion timestep per example, or one per frame; 0 is the least noisy.
+            condition: What is known: masked latents (and the mask), without noise.
         """
         embedding = self.embed(timestep_embedding(timestep, self.base).to(latents.dtype))
         if timestep.ndim == 1:
@@ -199,7 +198,7 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
     def _conditions(
         self, condition: Float[Tensor, "batch frames condition height width"]
     ) -> Sequence[Tensor | None]:
-        """What each depth is given of the condition beside its input."""
+        """What each depth gets of the condition beside its input."""
         depths = len(self.downsample) + 1
         if self.condition is None:
             return [None] * depths
@@ -243,10 +242,10 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
         return block(x, embedding, condition)
 
     def set_attention_backend(self, backend: str) -> None:
-        """Take "xformers", "sdpa" or "reference" for all attention, or "auto", what works.
+        """Use "xformers", "sdpa" or "reference" for all attention, or "auto" for one that works.
 
-        In place of diffusers' method, which finds none of its own layers here. One that does not
-        work where it is used is refused when it is first used.
+        This replaces diffusers' method, which looks for diffusers' own layers. A backend that does
+        not work is refused when it is first used.
 
         Raises:
             BadInput: There is no such backend.
@@ -257,7 +256,7 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
                 module.backend = cast(Choice, backend)
 
     def reset_attention_backend(self) -> None:
-        """Take what works."""
+        """Use one that works."""
         self.set_attention_backend("auto")
 
     def set_use_memory_efficient_attention_xformers(
@@ -270,13 +269,10 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
 def _check_options(design: Design, middle_blocks: int) -> None:
     if middle_blocks < 1:
         raise BadInput(f"middle_blocks is {middle_blocks}: give 1 or more")
-    for name, words in (
-        ("conditioning", Conditioning),
-        ("convolution", Convolution),
-        ("normalisation", Normalisation),
-        ("positions", Positions),
-    ):
-        check_word(name, getattr(design, name), words)
+    check_word("conditioning", design.conditioning, Conditioning)
+    check_word("convolution", design.convolution, Convolution)
+    check_word("normalisation", design.normalisation, Normalisation)
+    check_word("positions", design.positions, Positions)
 
 
 def _check_attention(kinds: Sequence[str], depths: int, conditioning: Conditioning) -> None:
@@ -301,7 +297,7 @@ def _check_widths(widths: Sequence[int], design: Design) -> None:
         for name, divisor in divisors.items():
             if width % divisor:
                 raise BadInput(
-                    f"block_out_channels has {width}, no multiple of {name} ({divisor}): "
+                    f"block_out_channels has {width}, which is no multiple of {name} ({divisor}): "
                     f"give multiples of it, or another {name}"
                 )
         if design.rotates_axes and (design.head_width(width) % 2 or design.head_width(width) < 6):

@@ -6,15 +6,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 
-from ...data.videos import FrameSize
+from ...data.videos import FrameSize, Mask
 
-Pixels = UInt8[np.ndarray, "height width 3"]
-Hole = UInt8[np.ndarray, "height width"]
-
-CONTEXT = 2  # the network sees so many times the sides of what the holes take up
-ROOMY = 2  # the box before is kept while it is at most so many times as large as a new one
+CONTEXT = 2  # the network sees this many times the height and width of the holes
+ROOMY = 2  # a box is kept while it is at most this many times as large as a new one
 
 
 class Box(NamedTuple):
@@ -25,7 +21,7 @@ class Box(NamedTuple):
     height: int
     width: int
 
-    def of(self, frame: np.ndarray) -> np.ndarray:
+    def crop(self, frame: np.ndarray) -> np.ndarray:
         """This part of a frame or a mask: a view."""
         return frame[self.top : self.top + self.height, self.left : self.left + self.width]
 
@@ -39,49 +35,43 @@ class Box(NamedTuple):
         )
 
 
-def choose_box(holes: Hole, area: FrameSize, before: Box | None = None) -> Box:
-    """The part of a frame that the network sees of a window whose holes lie in `holes`.
+def choose_box(mask: Mask, area: FrameSize, before: Box | None = None) -> Box:
+    """The part of a frame that the network sees of a window.
 
-    In the proportions of `area`, no smaller than that, and `CONTEXT` times as high and as wide as
-    what the holes take up, as far as the frame reaches. The box before is kept, so that the picture
-    does not jump, while it shows half of that context and is not much too large.
+    It has the proportions of `area`, is at least that large, and is `CONTEXT` times as high and as
+    wide as the holes, as far as the frame reaches. The box before is kept, so that the picture does
+    not jump, while it shows half of that context and is not much too large.
+
+    Args:
+        mask: All the holes of the window together.
+        area: The size of the network's training clips.
+        before: The box of the window before.
     """
-    frame = Box(0, 0, *holes.shape)
-    tight = _bounds(holes)
-    height, width = (
-        max(a, CONTEXT * b) for a, b in zip((area.height, area.width), tight[2:], strict=True)
+    (top, bottom), (left, right) = (
+        np.flatnonzero(mask.any(axis=axis))[[0, -1]].tolist() for axis in (1, 0)
     )
+    tight = Box(top, left, bottom - top + 1, right - left + 1)
+    height = max(area.height, CONTEXT * tight.height)
+    width = max(area.width, CONTEXT * tight.width)
     height, width = (
         max(height, math.ceil(width * area.height / area.width)),
         max(width, math.ceil(height * area.width / area.height)),
     )
-    box = _around(tight, height, width, frame)
-    half = [(1 + CONTEXT) * side // 2 for side in tight[2:]]
-    least = _around(tight, half[0], half[1], frame)
+    box = _around(tight, height, width, mask.shape)
+    half_height, half_width = ((1 + CONTEXT) * side // 2 for side in (tight.height, tight.width))
+    least = _around(tight, half_height, half_width, mask.shape)
     if before and before.holds(least) and _pixels(before) <= ROOMY * _pixels(box):
         return before
     return box
 
 
-def _bounds(holes: Hole) -> Box:
-    """The smallest box around all that is hidden."""
-    (top, bottom), (left, right) = (
-        np.flatnonzero(holes.any(axis=axis))[[0, -1]].tolist() for axis in (1, 0)
-    )
-    return Box(top, left, bottom - top + 1, right - left + 1)
-
-
-def _around(inner: Box, height: int, width: int, frame: Box) -> Box:
-    """A box of these sides with `inner` in its middle, moved and cut to lie within the frame."""
-    height, width = min(height, frame.height), min(width, frame.width)
+def _around(inner: Box, height: int, width: int, frame: tuple[int, ...]) -> Box:
+    """A box of this size around the middle of `inner`, moved and cut to fit into the frame."""
+    height, width = min(height, frame[0]), min(width, frame[1])
     top = inner.top + (inner.height - height) // 2
     left = inner.left + (inner.width - width) // 2
-    return Box(
-        min(max(top, 0), frame.height - height),
-        min(max(left, 0), frame.width - width),
-        height,
-        width,
-    )
+    top, left = min(max(top, 0), frame[0] - height), min(max(left, 0), frame[1] - width)
+    return Box(top, left, height, width)
 
 
 def _pixels(box: Box) -> int:
@@ -89,7 +79,7 @@ def _pixels(box: Box) -> int:
 
 
 def choose_size(box: Box, area: FrameSize, unit: int) -> FrameSize:
-    """What a box is brought to: its proportions, about `area`'s pixels, in multiples of `unit`."""
+    """The size to scale a box to: about the pixels of `area`, each side a multiple of `unit`."""
     scale = math.sqrt(area.height * area.width / _pixels(box))
     height, width = (max(1, round(side * scale / unit)) * unit for side in (box.height, box.width))
     return FrameSize(width, height)

@@ -1,4 +1,4 @@
-"""A filled video on its way into a file: frames are encoded, all that goes with them is copied."""
+"""A filled video written to a file: frames are encoded, what goes with them is copied."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import av
 import numpy as np
 from av.codec.context import Flags
 from av.sidedata.sidedata import Type as SideData
-from jaxtyping import UInt8
 
 from ...data import videos
+from ...data.videos import Mask, Pixels
 from ...errors import BadInput
 from ...files import aside
-from .pixel_formats import choose_format, composite, convert
-from .video import Footage, Mask, Picture, Pixels, open_footage, read_pictures, saying
+from .pixel_formats import choose_format, chroma_block, composite, convert
+from .video import Footage, Picture, open_footage, read_pictures, saying
 
-Put = Callable[[Picture, Pixels, Mask], None]
+WriteFrame = Callable[[Picture, Pixels, Mask], None]
 Codec = Literal["", "ffv1", "h264", "h265", "vp9"]
 
-# Each with the name and the options that FFmpeg knows. x264's macroblock tree gives small frames
-# other bytes from run to run; x265 writes to the terminal on its own.
+# Each with FFmpeg's name and options. x264's macroblock tree would make the bytes of small frames
+# vary from run to run; x265 would write to the terminal.
 ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "ffv1": ("ffv1", {"level": "3", "slicecrc": "1"}),
     "h264": ("libx264", {"crf": "16", "mbtree": "0"}),
     "h265": ("libx265", {"crf": "18", "x265-params": "log-level=error"}),
     "vp9": ("libvpx-vp9", {"crf": "24", "row-mt": "1"}),
 }
-# What players expect in each container; the first is the one that "" stands for.
+# What players expect in each container; the first is the usual one.
 CODECS: dict[str, tuple[str, ...]] = {
     ".mkv": ("ffv1", "h264", "h265", "vp9"),
     ".mp4": ("h264", "h265", "vp9", "ffv1"),
@@ -43,51 +43,39 @@ CODECS: dict[str, tuple[str, ...]] = {
 KEPT_TAGS = ("language", "title")
 
 
-class Writer(contextlib.AbstractContextManager["Writer"]):
-    """The file, or the folder of PNG, that a filled video becomes: whole, or not at all.
+@contextlib.contextmanager
+def open_output(footage: Footage, out: Path, codec: Codec = "") -> Iterator[WriteFrame]:
+    """The file, or the folder of PNGs, that a filled video becomes: whole, or not at all.
 
-    Time stamps, colour tags, proportions of pixels and rotation are the input's; its sound and
-    its subtitles are copied as they are. With ffv1, samples outside of the hole are the input's
-    bit for bit.
+    Gives a function that writes the next frame: the RGB pixels where the mask is 1, and the frame's
+    own samples elsewhere, bit for bit with ffv1. Time stamps, colour tags, proportions of pixels
+    and rotation are the input's; its sound and its subtitles are copied.
+
+    Args:
+        footage: The input.
+        out: Where; `check_output` finds out whether that is possible.
+        codec: "" is the container's usual one.
+
+    Raises:
+        BadInput: The disk is full, or the encoder refuses.
     """
-
-    def __init__(self, footage: Footage, out: Path, codec: Codec = "") -> None:
-        """As `check_output` finds them to be possible; "" is the container's usual codec."""
-        self._footage, self._out, self._codec = footage, out, codec
-
-    def __enter__(self) -> Writer:
-        with _blaming(self._out), contextlib.ExitStack() as stack:
-            partial = stack.enter_context(aside(self._out))
-            if self._out.suffix:
-                codec = self._codec or CODECS[self._out.suffix.lower()][0]
-                opened = _write_file(self._footage, partial, codec)
+    with contextlib.ExitStack() as stack:
+        with _naming(out):
+            partial = stack.enter_context(aside(out))
+            if out.suffix:
+                name = codec or CODECS[out.suffix.lower()][0]
+                opened = _open_file(footage, partial, name)
             else:
-                opened = _write_folder(self._footage, partial)
-            self._write = stack.enter_context(opened)
-            self._stack = stack.pop_all()
-        return self
-
-    def write(
-        self,
-        picture: Picture,
-        rgb: UInt8[np.ndarray, "height width 3"],  # upright
-        mask: UInt8[np.ndarray, "height width"],
-    ) -> None:
-        """Write the next frame: `rgb` where `mask` is 1, the frame's own samples elsewhere.
-
-        Raises:
-            BadInput: the disk is full, or the encoder refuses.
-        """
-        with _blaming(self._out):
-            self._write(picture, rgb, mask)
-
-    def __exit__(self, *raised: Any) -> None:
-        with _blaming(self._out):
-            self._stack.__exit__(*raised)
+                opened = _open_folder(footage, partial)
+            write = stack.enter_context(opened)
+        yield _naming(out)(write)
+        with _naming(out):
+            stack.close()
 
 
 @contextlib.contextmanager
-def _blaming(out: Path) -> Iterator[None]:
+def _naming(out: Path) -> Iterator[None]:
+    """Name the output that cannot be written, in a BadInput."""
     try:
         yield
     except (av.error.FFmpegError, OSError) as error:
@@ -96,28 +84,36 @@ def _blaming(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _write_file(footage: Footage, path: Path, codec: str) -> Iterator[Put]:
-    # Sound that begins before 0, as AAC does, would have the frames shown later in Matroska.
+def _open_file(footage: Footage, path: Path, codec: str) -> Iterator[WriteFrame]:
+    # Sound that begins before 0, as AAC does, would delay the frames in Matroska.
     container = av.open(str(path), "w", container_options={"avoid_negative_ts": "disabled"})
     try:
         stream = _add_video(container, footage, codec)
-        tracks = _Tracks(container, footage)
-        shift = footage.times[0] if footage.before else 0  # start, in units of the time base
+        added, _ = _add_tracks(container, footage)
+        packets = _read_packets(footage, added)
+        waiting = next(packets, None)
 
-        def put(picture: Picture, rgb: np.ndarray, mask: np.ndarray) -> None:
+        def copy_until(end: Fraction | float) -> None:
+            """Copy the sound and subtitles that begin before `end`, in the input's seconds."""
+            nonlocal waiting
+            while waiting and waiting[0] < end:
+                container.mux(waiting[1])
+                waiting = next(packets, None)
+
+        def write(picture: Picture, rgb: Pixels, mask: Mask) -> None:
             shown = picture.frame.pts
             assert shown is not None and stream.pix_fmt
-            tracks.copy_until(shown * footage.time_base)
+            copy_until(shown * footage.time_base)
             frame = composite(picture.frame, rgb, mask, stream.pix_fmt)
-            frame.pts = shown - shift
+            frame.pts = shown - (footage.times[0] if footage.before else 0)
             container.mux(stream.encode(frame))
 
-        yield put
+        yield write
         container.mux(stream.encode())
-        tracks.copy_until(footage.end)
+        copy_until(footage.end)
         container.close()
     except BaseException:
-        # It writes what it still holds, which fails again where a write has failed.
+        # It writes what it still holds, which fails again if a write has failed.
         with contextlib.suppress(av.error.FFmpegError):
             container.close()
         raise
@@ -126,13 +122,18 @@ def _write_file(footage: Footage, path: Path, codec: str) -> Iterator[Put]:
 def _add_video(
     container: av.container.OutputContainer, footage: Footage, codec: str
 ) -> av.VideoStream:
-    """A stream that takes the frames of a video, with all that is said of them."""
+    """Add a stream for the frames of a video, with their tags."""
     name, options = ENCODERS[codec]
     first = next(read_pictures(footage)).frame
     even = first.width % 2 == 0 and first.height % 2 == 0
     formats = [known.name for known in av.Codec(name, "w").video_formats or ()]
     stored = convert(first, choose_format(formats, first.format.name, even=even))
-    _refuse_odd(codec, stored)
+    rows, columns = chroma_block(stored.format)
+    if codec in ("h264", "h265") and (stored.height % rows or stored.width % columns):
+        raise BadInput(
+            f"codec is {codec}, which does not take frames of {stored.width}x{stored.height} in "
+            f"{stored.format.name}: give ffv1 and an .mkv, which take any"
+        )
     stream = container.add_stream(
         name, rate=footage.rate, options=options, time_base=footage.time_base
     )
@@ -151,37 +152,14 @@ def _add_video(
     return stream
 
 
-def _refuse_odd(codec: str, frame: av.VideoFrame) -> None:
-    rows, columns = 256 // frame.format.chroma_height(256), 256 // frame.format.chroma_width(256)
-    if codec in ("h264", "h265") and (frame.height % rows or frame.width % columns):
-        raise BadInput(
-            f"codec is {codec}, which does not take frames of {frame.width}x{frame.height} in "
-            f"{frame.format.name}: give ffv1 and an .mkv, which take any"
-        )
-
-
-class _Tracks:
-    """The sound and the subtitles of a video, copied into another packet by packet."""
-
-    def __init__(self, container: av.container.OutputContainer, footage: Footage) -> None:
-        self._container = container
-        added, _ = _add_tracks(container, footage)
-        self._packets = _read_packets(footage, added)
-        self._next = next(self._packets, None)
-
-    def copy_until(self, end: Fraction | float) -> None:
-        """Copy what begins before a time on the clock of the video that is read, in seconds."""
-        while self._next and self._next[0] < end:
-            self._container.mux(self._next[1])
-            self._next = next(self._packets, None)
-
-
 def _add_tracks(
     container: av.container.OutputContainer | None, footage: Footage
 ) -> tuple[dict[int, av.stream.Stream], list[str]]:
-    """Streams for the sound and the subtitles of a video, by index, and which do not fit.
+    """Add streams for the sound and the subtitles of a video.
 
-    Into a folder, which is no container, none does.
+    Returns:
+        The streams, by the index of the input's, and what does not fit into the container; nothing
+        fits into None, which stands for a folder.
     """
     added: dict[int, av.stream.Stream] = {}
     left_out: list[str] = []
@@ -203,7 +181,7 @@ def _add_tracks(
             copy.metadata.update(
                 {key: value for key, value in stream.metadata.items() if key in KEPT_TAGS}
             )
-            if stream.type != "attachment":  # which the file's header holds
+            if stream.type != "attachment":  # those are in the file's header
                 added[stream.index] = copy
     return added, left_out
 
@@ -211,7 +189,7 @@ def _add_tracks(
 def _read_packets(
     footage: Footage, added: dict[int, av.stream.Stream]
 ) -> Iterator[tuple[Fraction, av.Packet]]:
-    """The packets of the tracks that are kept, each with the time at which it begins."""
+    """The packets of the copied streams, each with the time at which it begins."""
     if not added:
         return
     with saying(footage.path), videos.open_video(footage.path) as (source, video):
@@ -232,29 +210,26 @@ def _read_packets(
 
 
 @contextlib.contextmanager
-def _write_folder(footage: Footage, folder: Path) -> Iterator[Put]:
+def _open_folder(footage: Footage, folder: Path) -> Iterator[WriteFrame]:
     folder.mkdir()
     formats = [known.name for known in av.Codec("png", "w").video_formats or ()]
     images = videos.list_frames(footage.path)[footage.before :] if footage.path.is_dir() else None
 
-    def put(picture: Picture, rgb: np.ndarray, mask: np.ndarray) -> None:
-        if videos.quarter_turns(picture.frame):  # of which a PNG says nothing
+    def write(picture: Picture, rgb: Pixels, mask: Mask) -> None:
+        if videos.quarter_turns(picture.frame):  # which a PNG cannot record
             upright = np.where(mask[..., None] == 1, rgb, picture.rgb)
             frame = av.VideoFrame.from_ndarray(upright, format="rgb24")
         else:
             kind = choose_format(formats, picture.frame.format.name, even=True)
             frame = composite(picture.frame, rgb, mask, kind)
         name = images[picture.index].stem if images else f"{picture.index:06}"
-        (folder / f"{name}.png").write_bytes(_encode_png(frame))
+        encoder = av.CodecContext.create("png", "w")
+        encoder.width, encoder.height = frame.width, frame.height
+        encoder.pix_fmt, encoder.time_base = frame.format.name, Fraction(1, 1)
+        packets = (*encoder.encode(frame), *encoder.encode())
+        (folder / f"{name}.png").write_bytes(b"".join(bytes(packet) for packet in packets))
 
-    yield put
-
-
-def _encode_png(frame: av.VideoFrame) -> bytes:
-    encoder = av.CodecContext.create("png", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, frame.format.name
-    encoder.time_base = Fraction(1, 1)
-    return b"".join(bytes(packet) for packet in (*encoder.encode(frame), *encoder.encode()))
+    yield write
 
 
 def check_output(footage: Footage, out: Path, codec: Codec = "") -> list[str]:
@@ -264,7 +239,7 @@ def check_output(footage: Footage, out: Path, codec: Codec = "") -> list[str]:
         What the file will lack, a sentence each.
 
     Raises:
-        BadInput: `out` is no place for it, or its container or codec cannot hold it.
+        BadInput: `out` cannot be written there, or its container or codec cannot hold the video.
     """
     _refuse_place(footage, out, codec)
     with tempfile.TemporaryDirectory() as folder:
@@ -273,8 +248,8 @@ def check_output(footage: Footage, out: Path, codec: Codec = "") -> list[str]:
             _, left_out = _add_tracks(container, footage)
         short = dataclasses.replace(footage, times=footage.times[:1])
         first = next(read_pictures(short))
-        with Writer(short, trial, codec) as writer:
-            writer.write(first, first.rgb, np.zeros(first.rgb.shape[:2], np.uint8))
+        with open_output(short, trial, codec) as write:
+            write(first, first.rgb, np.zeros(first.rgb.shape[:2], np.uint8))
         result = open_footage(trial)
         written = next(read_pictures(result))
     sound = [track for track in left_out if track.startswith("audio")]

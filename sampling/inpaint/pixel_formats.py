@@ -1,4 +1,4 @@
-"""Filled pixels put into a frame in its own pixel format: every other sample stays as it is."""
+"""Filled pixels put into a frame in its own pixel format; every other sample stays as it is."""
 
 from __future__ import annotations
 
@@ -11,39 +11,38 @@ from av.codec import find_best_pix_fmt_of_list
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from jaxtyping import UInt8
 
-from ...data.videos import quarter_turns
-
-Mask = UInt8[np.ndarray, "height width"]
+from ...data.videos import Mask, Pixels, quarter_turns
 
 # Chroma is averaged over all the pixels that share it, and no sample is rounded twice.
 CAREFULLY = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
 
 
 def choose_format(formats: Iterable[str], source: str, *, even: bool) -> str:
-    """The pixel format in which frames of format `source` lose least.
+    """The pixel format that loses least of frames in the format `source`.
 
-    An encoder of films, which is one that has no packed RGB, is given RGB as players expect it:
-    4:2:0, or 4:4:4 where a side is odd.
+    A video encoder, one without packed RGB, gets RGB frames in what players expect: 4:2:0, or
+    4:4:4 if a side is odd.
 
     Args:
-        formats: what an encoder takes.
-        source: the frames' format.
-        even: whether width and height are.
+        formats: Those that the encoder takes.
+        source: The frames' format.
+        even: Whether both width and height are even.
     """
-    known = {name: av.VideoFormat(name) for name in formats}
     # "yuvj" is an old way to say that the range is full, which a frame says by itself.
-    taken = [
-        name
-        for name, found in known.items()
-        if not (name.startswith("yuvj") or found.has_palette or found.is_bit_stream)
-    ]
+    known = {name: av.VideoFormat(name) for name in formats if not name.startswith("yuvj")}
+    taken = [name for name, kind in known.items() if not (kind.has_palette or kind.is_bit_stream)]
     own = av.VideoFormat(source)
-    films = not {"bgr0", "rgb24"} & set(taken)
-    if films and (_is_rgb(own) or (_is_grey(own) and "gray" not in taken)):
+    for_video = not {"bgr0", "rgb24"} & set(taken)
+    if for_video and (_is_rgb(own) or (_is_grey(own) and "gray" not in taken)):
         return "yuv420p" if even else "yuv444p"
     best, _ = find_best_pix_fmt_of_list(taken, source.replace("yuvj", "yuv"), has_alpha=True)
     assert best is not None, "an encoder without formats"
     return best.name
+
+
+def chroma_block(pixel_format: av.VideoFormat) -> tuple[int, int]:
+    """Rows and columns of pixels that share a chroma sample."""
+    return 256 // pixel_format.chroma_height(256), 256 // pixel_format.chroma_width(256)
 
 
 def _is_rgb(pixel_format: av.VideoFormat) -> bool:
@@ -55,7 +54,7 @@ def _is_grey(pixel_format: av.VideoFormat) -> bool:
 
 
 def convert(frame: av.VideoFrame, pixel_format: str) -> av.VideoFrame:
-    """A frame in another pixel format, or itself; of equal depth and chroma, bit for bit."""
+    """A frame in another pixel format; bit for bit the same if depth and chroma are."""
     target = av.VideoFormat(pixel_format)
     colours: dict[str, int]
     if _is_rgb(frame.format) and not (_is_rgb(target) or _is_grey(target)):
@@ -67,29 +66,35 @@ def convert(frame: av.VideoFrame, pixel_format: str) -> av.VideoFrame:
     return frame.reformat(format=pixel_format, interpolation=CAREFULLY, threads=1, **colours)
 
 
-def composite(
-    frame: av.VideoFrame, rgb: UInt8[np.ndarray, "height width 3"], mask: Mask, pixel_format: str
-) -> av.VideoFrame:
+def composite(frame: av.VideoFrame, rgb: Pixels, mask: Mask, pixel_format: str) -> av.VideoFrame:
     """A copy of `frame` in `pixel_format`, with the hole from `rgb`.
 
     A luma or RGB sample is taken from `rgb` where `mask` is 1, a chroma sample where `mask` is 1
     in any of the pixels that share it; all others are the frame's.
 
     Args:
-        frame: the frame as it is stored; it may lie.
-        rgb: upright, full range.
-        mask: upright; 1 is the hole.
-        pixel_format: one of an encoder's, as `choose_format` gives it.
+        frame: The frame as stored; it may have to be turned.
+        rgb: Upright, full range.
+        mask: Upright.
+        pixel_format: One of the encoder's, as `choose_format` gives it.
     """
     kept = convert(frame, pixel_format)
     turns = quarter_turns(frame)
-    hole = np.rot90(mask, -turns)
+    turned = np.rot90(mask, -turns)
     if mask.any():
-        filled = _store(np.rot90(rgb, -turns), kept)
+        pixels = np.ascontiguousarray(np.rot90(rgb, -turns))
+        filled = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        filled.colorspace = kept.colorspace
+        filled = filled.reformat(
+            format=pixel_format,
+            dst_color_range=kept.color_range,
+            interpolation=CAREFULLY,
+            threads=1,
+        )
     else:
         filled = av.VideoFrame(kept.width, kept.height, pixel_format)
     for target, source in zip(_planes(filled), _planes(kept), strict=True):
-        visible = _on_grid(hole, filled, target.shape[:2]) == 0
+        visible = _on_grid(turned, filled, target.shape[:2]) == 0
         np.copyto(target, source, where=visible[..., None])
     filled.pts, filled.time_base, filled.duration = frame.pts, frame.time_base, frame.duration
     filled.colorspace, filled.color_range = kept.colorspace, kept.color_range
@@ -97,41 +102,28 @@ def composite(
     return filled
 
 
-def _store(rgb: UInt8[np.ndarray, "height width 3"], like: av.VideoFrame) -> av.VideoFrame:
-    """Pixels in the format, the matrix and the range of another frame."""
-    pixels = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
-    pixels.colorspace = like.colorspace
-    return pixels.reformat(
-        format=like.format.name,
-        dst_color_range=like.color_range,
-        interpolation=CAREFULLY,
-        threads=1,
-    )
-
-
 def _planes(frame: av.VideoFrame) -> Iterator[UInt8[np.ndarray, "rows columns bytes"]]:
-    """The samples of each plane, where they lie: what shares a position is kept together."""
+    """The samples of each plane: views, with those of one position side by side."""
     components = frame.format.components
     for index, plane in enumerate(frame.planes):
         if len(frame.planes) == 1:
             step = frame.format.padded_bits_per_pixel // 8
         else:
             step = sum((part.bits + 7) // 8 for part in components if part.plane == index)
-        samples: Any = plane  # a buffer, which its type does not say
+        samples: Any = plane  # a buffer, though its type does not say so
         rows = np.frombuffer(samples, np.uint8).reshape(plane.height, abs(plane.line_size))
-        upwards = plane.line_size < 0  # as in old AVI files: the last row comes first
-        rows = rows[::-1] if upwards else rows
+        if plane.line_size < 0:  # as in old AVI files: the last row comes first
+            rows = rows[::-1]
         yield rows[:, : plane.width * step].reshape(plane.height, plane.width, step)
 
 
 def _on_grid(
     mask: Mask, frame: av.VideoFrame, shape: tuple[int, int]
 ) -> UInt8[np.ndarray, "{shape[0]} {shape[1]}"]:
-    """A mask on a plane's grid: the hole has each sample of which it has a pixel."""
+    """A mask on a plane's grid: 1 for each sample that a pixel of the hole shares."""
     if shape == mask.shape:
         return mask
-    rows = 256 // frame.format.chroma_height(256)
-    columns = 256 // frame.format.chroma_width(256)
+    rows, columns = chroma_block(frame.format)
     padded = np.zeros((shape[0] * rows, shape[1] * columns), np.uint8)
     padded[: mask.shape[0], : mask.shape[1]] = mask
     return padded.reshape(shape[0], rows, shape[1], columns).max(axis=(1, 3))

@@ -1,7 +1,7 @@
-"""The video whose holes are filled, its masks, and the file that it is written to.
+"""The video whose holes are filled, and its masks.
 
-A frame stays in the pixel format that its file has; it becomes RGB for the network alone. So what
-lies outside of the hole is never converted, and a lossless codec returns it bit for bit.
+A frame keeps the pixel format of its file and becomes RGB for the network alone. So what is outside
+the hole is never converted, and a lossless codec returns it bit for bit.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Picture:
     """One frame of a video."""
 
     index: int
-    """0, 1, 2 ... in the order of display, counted from the trim's start."""
+    """Its number in the order of display, from 0 at the trim's start."""
     frame: av.VideoFrame
-    """In the video's own pixel format, not turned."""
+    """In the video's own pixel format, as stored."""
     rgb: Pixels
     """Upright, full range."""
 
@@ -47,10 +47,10 @@ class Footage:
 
     path: Path
     height: int
-    """Upright, as all pixels and masks are."""
+    """Upright, like all pixels and masks."""
     width: int
     rate: Fraction
-    """Frames per second; the mean where it varies."""
+    """Frames per second; the mean if it varies."""
     pixel_format: str
     time_base: Fraction
     times: array.array
@@ -60,9 +60,9 @@ class Footage:
     total: int
     """Frames of the whole video."""
     timed: bool
-    """Whether `times` are the file's own: a bare stream of frames has none."""
+    """Whether `times` come from the file: a bare stream of frames has none."""
     pixel_aspect: Fraction
-    """Width of a pixel by its height."""
+    """The width of a pixel divided by its height."""
 
     @property
     def frames(self) -> int:
@@ -76,36 +76,36 @@ class Footage:
 
     @property
     def start(self) -> Fraction:
-        """The time stamp that becomes 0, in seconds: of a whole video they all stay."""
+        """The time stamp, in seconds, that becomes 0; in a whole video all stay as they are."""
         return self.times[0] * self.time_base if self.before else Fraction(0)
 
     @property
     def end(self) -> Fraction | float:
-        """Seconds on the file's clock at which what goes with the frames ends."""
+        """The time on the file's clock, in seconds, at which sound and subtitles end."""
         return self.times[-1] * self.time_base + 1 / self.rate if self.trimmed else math.inf
 
     @property
     def duration(self) -> Fraction:
-        """Seconds, the last frame's included."""
+        """In seconds, including the last frame's."""
         return (self.times[-1] - self.times[0]) * self.time_base + 1 / self.rate
 
     @property
     def variable(self) -> bool:
-        """Whether the frame rate varies by more than the time stamps' rounding."""
+        """Whether the frame rate varies by more than the rounding of time stamps."""
         gaps = np.diff(np.asarray(self.times))
         return gaps.size > 0 and bool(np.ptp(gaps) > min(2, np.median(gaps) / 2))
 
 
 def open_footage(path: Path, trim: str = "", frame_rate: Fraction | float = 24.0) -> Footage:
-    """What a video is; its packets are counted, and its first frame decoded.
+    """Describe a video: its packets are counted, and its first frame is decoded.
 
     Args:
-        path: any file that FFmpeg reads, or a folder of images, which are taken by name.
-        trim: "START-END" in seconds or h:mm:ss after the first frame; either may be left out.
-        frame_rate: frames per second of a folder of images.
+        path: Any file that FFmpeg reads, or a folder of images, which are ordered by name.
+        trim: "START-END" in seconds or h:mm:ss after the first frame; either may be omitted.
+        frame_rate: Frames per second of a folder of images.
 
     Raises:
-        BadInput: it is no video, is damaged, or the trim leaves nothing.
+        BadInput: It is no video, is damaged, or the trim leaves nothing.
     """
     if not path.exists():
         raise BadInput(f"{path} does not exist: name a video or a folder of images")
@@ -165,17 +165,17 @@ def _scan_file(path: Path) -> Footage:
 def _refuse_cut(
     container: av.container.InputContainer, stream: av.VideoStream, end: Fraction
 ) -> None:
-    """Raise UnreadableVideo where a file says, at its beginning, more than it has.
+    """Raise UnreadableVideo if a file is shorter than its header says.
 
     Args:
-        container: read to its end.
-        stream: its video.
-        end: seconds at which its last packet ends.
+        container: Read to its end.
+        stream: Its video.
+        end: The time in seconds at which its last packet ends.
     """
     size = container.size
     if any(entry.pos + entry.size > size for entry in stream.index_entries):
         raise UnreadableVideo("it is cut off: its table of frames names some beyond its end")
-    # Where Matroska's own duration is missing, FFmpeg guesses one from any bit rate that is known.
+    # If Matroska's own duration is missing, FFmpeg guesses one from any known bit rate.
     contexts = [other.codec_context for other in container.streams if other.codec_context]
     stated = Fraction(container.duration or 0, av.time_base)
     known = not any(context.bit_rate for context in contexts)
@@ -193,7 +193,7 @@ def _describe(
     timed: bool,
     pixel_aspect: Fraction = Fraction(1),
 ) -> Footage:
-    videos.upright_rgb(first)  # colours that cannot be read are found before all else
+    videos.upright_rgb(first)  # finds colours that cannot be read
     height, width = videos.upright_size(first)
     return Footage(
         path=path,
@@ -240,11 +240,11 @@ def read_pictures(footage: Footage, start: int = 0) -> Iterator[Picture]:
     """The frames of a video, one in memory at a time.
 
     Args:
-        footage: what is read.
-        start: frames before it are decoded and dropped.
+        footage: The video.
+        start: The number of the first one; frames before it are decoded and dropped.
 
     Raises:
-        BadInput: the video is damaged, or changes its size.
+        BadInput: The video is damaged, or its size changes.
     """
     with saying(footage.path):
         for index, frame in enumerate(_read_frames(footage)):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def decibels(autoencoder, clip):
     return psnr(to_frames(decoded)[0], clip)
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_the_shipped_autoencoder_keeps_synthetic_clips_at_30_decibels(size):
     autoencoder = load_autoencoder(SHIPPED)
     assert np.mean([decibels(autoencoder, clip) for clip in synthetic_clips(size)]) >= 30
@@ -263,14 +264,18 @@ def refusal(name):
     return message
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
-    assert "no such folder" in refusal(tmp_path / "nothing")
-    assert "no such folder" in refusal("nothing")
-
-
-def test_a_hub_name_without_a_network_is_refused_with_the_remedy():
-    message = refusal("stabilityai/no-such-autoencoder")
-    assert "hub cannot be reached; give a local folder, or `--autoencoder shipped`" in message
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing", "no such folder"),
+        ("/no/where", "no such folder"),
+        ("./no", "no such folder"),
+        ("owner/..name", "not a name on the hub"),
+        ("owner/no-such-autoencoder", "hub did not give it .* local folder, or `--autoencoder shi"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused_with_the_remedy(name, said):
+    assert re.search(said, refusal(name))
 
 
 def test_a_hub_name_in_the_local_cache_opens_without_a_network(tiny_folder, tmp_path, monkeypatch):
@@ -284,25 +289,25 @@ def test_a_hub_name_in_the_local_cache_opens_without_a_network(tiny_folder, tmp_
     assert autoencoder.sha256 == load_autoencoder(str(tiny_folder)).sha256
 
 
-def test_a_name_that_no_hub_has_is_refused():
-    refusal("owner/..name")
-
-
-@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
-def test_a_folder_without_its_files_is_refused(broken, file):
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (CONFIG, None, "config.json: No such file"),
+        (WEIGHTS, None, WEIGHTS),
+        (CONFIG, "{", "Invalid JSON"),
+        (CONFIG, "[]", "should be an object"),
+        (CONFIG, "{}", "_class_name: Field required"),
+        (CONFIG, '{"_class_name": "UNet2DModel"}', "'AutoencoderKL' or 'AutoencoderTiny'"),
+        (CONFIG, '{"_class_name": "AutoencoderTiny", "latent_channels": 3}', "shape"),
+        (CONFIG, '{"_class_name": "AutoencoderTiny", "latent_channels": "x"}', ""),
+        (WEIGHTS, "not weights", ""),
+    ],
+)
+def test_a_folder_with_a_bad_file_is_refused(broken, file, content, said):
     (broken / file).unlink()
-    assert f"holds no {file}" in refusal(broken)
-
-
-def test_a_configuration_that_is_no_json_is_refused(broken):
-    (broken / CONFIG).write_text("{")
-    assert "is no JSON" in refusal(broken)
-
-
-@pytest.mark.parametrize("config", ["[]", "{}", '{"_class_name": "UNet2DModel"}'])
-def test_a_model_of_another_kind_is_refused(broken, config):
-    (broken / CONFIG).write_text(config)
-    assert "it must be AutoencoderKL or AutoencoderTiny" in refusal(broken)
+    if content is not None:
+        (broken / file).write_text(content)
+    assert said in refusal(broken)
 
 
 def test_cut_off_weights_are_refused(broken):
@@ -316,12 +321,6 @@ def test_weights_that_lack_a_tensor_are_refused(broken):
     weights.pop("encoder.layers.0.bias")
     save_file(weights, broken / WEIGHTS, {"format": "pt"})
     assert "lacks 1 tensors (encoder.layers.0.bias)" in refusal(broken)
-
-
-def test_weights_of_another_shape_are_refused(broken):
-    config = json.loads((broken / CONFIG).read_text())
-    (broken / CONFIG).write_text(json.dumps(config | {"latent_channels": 3}))
-    refusal(broken)
 
 
 def test_frames_that_no_latents_cover_are_refused(kl_folder):

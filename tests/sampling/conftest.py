@@ -11,6 +11,7 @@ from vidfill.modeling.autoencoder import Autoencoder
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.noise import DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
+from vidfill.sampling.pipeline import VideoInpaintPipeline
 
 FRAMES, SIZE, CHANNELS = 3, 16, 4  # of the smallest clips; their latents are 4x4
 
@@ -66,3 +67,26 @@ def make_example() -> Callable[[str], Example]:
         )
 
     return make
+
+
+@pytest.fixture
+def pipe(denoiser: Denoiser, autoencoder: Autoencoder) -> VideoInpaintPipeline:
+    made = VideoInpaintPipeline.of(denoiser, autoencoder, "ddim:2")
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture
+def video() -> np.ndarray:
+    """More frames than a window has, sides that fit nothing."""
+    random = np.random.default_rng(0)
+    return random.integers(0, 256, (5, 18, 22, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def mask() -> np.ndarray:
+    """A box that moves, and a frame without a hole."""
+    hole = np.zeros((5, 18, 22), bool)
+    for frame in range(4):
+        hole[frame, 4:12, 3 + frame : 11 + frame] = True
+    return hole

@@ -222,7 +222,7 @@ def test_a_preset_of_a_flow_with_tokens_of_the_condition_trains_and_loads(
     assert len(losses(config.out)) == 2
     network = Denoiser.load(config.out).network
     assert network.config["conditioning"] == "cross_attention"
-    widths = PRESETS["tiny"].options["block_out_channels"]
+    widths = PRESETS["tiny"]["block_out_channels"]
     assert network.config["block_out_channels"] == list(widths)
 
 

@@ -16,7 +16,7 @@ import pytest
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 from vidfill.errors import BadInput
-from vidfill.sampling.inpaint.output import CODECS, Writer, check_output
+from vidfill.sampling.inpaint.output import CODECS, check_output, open_output
 from vidfill.sampling.inpaint.video import Footage, open_footage, read_pictures
 
 REAL = Path(__file__).parents[4] / "shared" / "videos" / "real"
@@ -121,11 +121,11 @@ def fill(
 ) -> Footage:
     """Write a video with its holes in one colour."""
     masks = make_masks(footage) if masks is None else masks
-    with Writer(footage, out, codec) as writer:
+    with open_output(footage, out, codec) as write:
         for picture in read_pictures(footage):
             mask = masks[picture.index]
             rgb = np.where(mask[..., None] == 1, np.uint8([red, 60, 30]), picture.rgb)
-            writer.write(picture, rgb, mask)
+            write(picture, rgb, mask)
     return open_footage(out, frame_rate=footage.rate)
 
 
@@ -218,8 +218,8 @@ def test_pixels_go_back_through_the_videos_own_matrix_and_range(
     source = open_footage(make_video(tmp_path / "a.mkv", [frame], colours=colours))
     (picture,) = read_pictures(source)
     assert np.abs(picture.rgb.astype(int) - pixels).max() <= 3
-    with Writer(source, tmp_path / "b.mkv") as writer:
-        writer.write(picture, picture.rgb, np.ones((32, 48), np.uint8))
+    with open_output(source, tmp_path / "b.mkv") as write:
+        write(picture, picture.rgb, np.ones((32, 48), np.uint8))
     (written,) = frames_of(open_footage(tmp_path / "b.mkv"))
     for new, old in zip(planes_of(written), planes_of(picture.frame), strict=True):
         assert np.abs(new.astype(int) - old).max() <= 1
@@ -433,10 +433,10 @@ def test_writers_of_the_same_pictures_write_the_same(tmp_path: Path) -> None:
     masks = make_masks(source)
     outs = [tmp_path / "0.mp4", tmp_path / "1.mp4"]
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(Writer(source, out)) for out in outs]
+        writers = [stack.enter_context(open_output(source, out)) for out in outs]
         for picture in read_pictures(source):
-            for writer in writers:
-                writer.write(picture, picture.rgb, masks[picture.index])
+            for write in writers:
+                write(picture, picture.rgb, masks[picture.index])
     one, other = (out.read_bytes() for out in outs)
     assert one == other
 
@@ -444,9 +444,9 @@ def test_writers_of_the_same_pictures_write_the_same(tmp_path: Path) -> None:
 def test_an_interrupted_writer_leaves_nothing(tmp_path: Path) -> None:
     source = open_footage(make_video(tmp_path / "a.mkv"))
     for out in (tmp_path / "out" / "b.mkv", tmp_path / "out" / "b"):
-        with pytest.raises(KeyboardInterrupt), Writer(source, out) as writer:
+        with pytest.raises(KeyboardInterrupt), open_output(source, out) as write:
             picture = next(read_pictures(source))
-            writer.write(picture, picture.rgb, np.zeros(picture.rgb.shape[:2], np.uint8))
+            write(picture, picture.rgb, np.zeros(picture.rgb.shape[:2], np.uint8))
             raise KeyboardInterrupt
         assert list(out.parent.iterdir()) == []
 
@@ -511,11 +511,11 @@ import sys
 from pathlib import Path
 import numpy as np
 from vidfill.sampling.inpaint.video import open_footage, read_masked
-from vidfill.sampling.inpaint.output import Writer
+from vidfill.sampling.inpaint.output import open_output
 footage = open_footage(Path(sys.argv[1]))
-with Writer(footage, Path(sys.argv[2])) as writer:
+with open_output(footage, Path(sys.argv[2])) as write:
     for picture, mask in read_masked(footage, "8,8,50,40"):
-        writer.write(picture, 255 - picture.rgb, mask)
+        write(picture, 255 - picture.rgb, mask)
 # Not what getrusage says, which counts what the process was forked from.
 print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 """

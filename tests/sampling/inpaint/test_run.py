@@ -15,17 +15,17 @@ from vidfill.data.videos import read_frames, read_video, write_video
 from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import Autoencoder, load_autoencoder
 from vidfill.modeling.denoiser import Denoiser
-from vidfill.sampling.inpaint.blending import measure_seam
+from vidfill.sampling.inpaint.blending import measure_border
 from vidfill.sampling.inpaint.run import (
-    WORK,
+    WORK_SUFFIX,
     InpaintConfig,
     count_windows,
     inpaint,
     main,
     open_inputs,
 )
-from vidfill.sampling.inpaint.unfinished import Work
-from vidfill.sampling.inpaint.windows import fill_stretches
+from vidfill.sampling.inpaint.unfinished import UnfinishedWork
+from vidfill.sampling.inpaint.windows import fill_windows
 from vidfill.sampling.metrics.pixels import Frames, Mask
 
 LENGTH = 8  # frames of a window
@@ -90,18 +90,18 @@ def test_the_result_is_what_the_windows_give(
 ) -> None:
     config = dataclasses.replace(configure, video=make_images(tmp_path / "images", frames))
     video, mask = read(config.video), rectangle(frames)
-    filler = open_inputs(config).filler
+    filler = open_inputs(config)[1]
     expected = [
         frame
-        for stretch in fill_stretches(zip(video, mask, strict=True), filler)
-        for frame in stretch.frames[0]
+        for window in fill_windows(zip(video, mask, strict=True), filler)
+        for frame in window.frames[0]
     ]
     assert inpaint(config) == [config.out]
     ours = read(tmp_path / "filled")
     np.testing.assert_array_equal(ours, np.stack(expected))
     np.testing.assert_array_equal(ours[mask == 0], video[mask == 0])
     assert (ours[mask == 1] != video[mask == 1]).any()
-    assert not (tmp_path / f"filled{WORK}").exists()
+    assert not (tmp_path / f"filled{WORK_SUFFIX}").exists()
 
 
 def test_a_video_file_keeps_what_is_not_in_its_hole(
@@ -161,9 +161,9 @@ def arguments(config: InpaintConfig) -> list[str]:
     return [str(config.video), *(word for pair in pairs for word in pair)]
 
 
-def wait_for(work: Work, windows: int) -> None:
+def wait_for(work: UnfinishedWork, windows: int) -> None:
     ends = time.monotonic() + 300
-    while not work.folder.is_dir() or len(work.spans()) < windows:
+    while not work.folder.is_dir() or len(work.files()) < windows:
         assert time.monotonic() < ends
         time.sleep(0.002)
 
@@ -177,7 +177,7 @@ def test_killed_and_continued_equals_uninterrupted(
     inpaint(alone)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vidfill.sampling.inpaint.run"])
-    work = Work(tmp_path / f"filled{WORK}")
+    work = UnfinishedWork(tmp_path / f"filled{WORK_SUFFIX}")
     for windows, later in ((0, 0.01), (1, 0.0), (3, 0.03)):
         process = context.Process(target=main, args=(arguments(config),))
         process.start()
@@ -187,8 +187,8 @@ def test_killed_and_continued_equals_uninterrupted(
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "filled").exists()
-    done = len(work.spans())
-    assert 3 <= done < count_windows(48, open_inputs(config).filler)
+    done = len(work.files())
+    assert 3 <= done < count_windows(48, open_inputs(config)[1])
     assert main(arguments(config)) == 0
     np.testing.assert_array_equal(read(tmp_path / "filled"), read(tmp_path / "alone"))
     assert not work.folder.exists()
@@ -202,17 +202,17 @@ def test_an_interrupt_in_any_window_changes_nothing(
     mask[15, 0, 30] = 1
     config = dataclasses.replace(configure, mask=make_masks(tmp_path / "masks", mask))
     inpaint(dataclasses.replace(config, out=tmp_path / "alone"))
-    add = Work.add
+    add = UnfinishedWork.add
     for stopped in range(3):
 
-        def interrupt(work: Work, stretch: object, stopped: int = stopped) -> None:
-            if len(work.spans()) == stopped:
+        def interrupt(work: UnfinishedWork, window: object, stopped: int = stopped) -> None:
+            if len(work.files()) == stopped:
                 raise KeyboardInterrupt
-            add(work, stretch)  # type: ignore[arg-type]
+            add(work, window)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Work, "add", interrupt)
+        monkeypatch.setattr(UnfinishedWork, "add", interrupt)
         assert main(arguments(config)) == 130
-    monkeypatch.setattr(Work, "add", add)
+    monkeypatch.setattr(UnfinishedWork, "add", add)
     assert main(arguments(config)) == 0
     np.testing.assert_array_equal(read(tmp_path / "filled"), read(tmp_path / "alone"))
 
@@ -221,7 +221,7 @@ def test_work_that_was_begun_is_not_continued_with_other_settings(
     configure: InpaintConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(Work, "add", None)
+        patched.setattr(UnfinishedWork, "add", None)
         with pytest.raises(TypeError):
             inpaint(configure)
     with pytest.raises(BadInput, match=r"seed was 0, now 1"):
@@ -238,7 +238,7 @@ def test_a_damaged_window_is_named(
         patched.setattr("vidfill.sampling.inpaint.run.write_all", None)
         with pytest.raises(TypeError):
             inpaint(configure)
-    first = Work(tmp_path / f"filled{WORK}").spans()[0].file
+    first = UnfinishedWork(tmp_path / f"filled{WORK_SUFFIX}").files()[0].path
     first.write_bytes(first.read_bytes()[:-100])
     with pytest.raises(BadInput, match=r"000000000-000000008.npz is damaged"):
         inpaint(configure)
@@ -253,7 +253,7 @@ def test_samples_are_all_kept_or_the_one_with_the_smallest_steps(
     every = [read(out) for out in outs]
     [chosen] = inpaint(dataclasses.replace(config, choose=True))
     assert chosen == config.out
-    seams = [measure_seam(frames, rectangle(19)) for frames in every]
+    seams = [measure_border(frames, rectangle(19)) for frames in every]
     means = [seam.total / seam.steps for seam in seams]
     best = int(np.argmin(means))
     np.testing.assert_array_equal(read(chosen), every[best])
@@ -319,5 +319,5 @@ def test_out_has_a_short_name(configure: InpaintConfig, capsys: pytest.CaptureFi
 
 
 def test_the_autoencoder_of_the_record_is_found(configure: InpaintConfig, model: Path) -> None:
-    filler = open_inputs(configure).filler
+    filler = open_inputs(configure)[1]
     assert filler.autoencoder.sha256 == load_autoencoder(str(model / "vae")).sha256

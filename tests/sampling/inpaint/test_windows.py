@@ -13,9 +13,15 @@ from vidfill.data.videos import FrameSize
 from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import Autoencoder, to_frames, to_pixels
 from vidfill.modeling.denoiser import Denoiser
-from vidfill.sampling.inpaint.blending import feather, match_colour, measure_seam
+from vidfill.sampling.inpaint.blending import feather, match_colour, measure_border
 from vidfill.sampling.inpaint.boxes import Box, choose_box, choose_size
-from vidfill.sampling.inpaint.windows import Filler, Stretch, fill_stretches, hide, plan_boxes
+from vidfill.sampling.inpaint.windows import (
+    FilledWindow,
+    FillSettings,
+    fill_windows,
+    hide,
+    plan_boxes,
+)
 from vidfill.sampling.metrics.pixels import Frames, Mask, composite
 from vidfill.sampling.sampler import Known, Request, sample
 from vidfill.sampling.schedules.language import parse
@@ -32,9 +38,9 @@ def denoiser(denoiser: Denoiser) -> Denoiser:
     return Denoiser(denoiser.network, denoiser.config, space)
 
 
-def make_filler(denoiser: Denoiser, autoencoder: Autoencoder, **settings: object) -> Filler:
+def make_settings(denoiser: Denoiser, autoencoder: Autoencoder, **settings: object) -> FillSettings:
     program = compile_schedule(parse(SCHEDULE), denoiser.timesteps)
-    return Filler(denoiser, autoencoder, program, **settings)  # type: ignore[arg-type]
+    return FillSettings(denoiser, autoencoder, program, **settings)  # type: ignore[arg-type]
 
 
 def make_video(frames: int, height: int = 16, width: int = 16) -> tuple[Frames, Mask]:
@@ -50,9 +56,9 @@ def make_video(frames: int, height: int = 16, width: int = 16) -> tuple[Frames, 
 def run(
     video: Frames, mask: Mask, denoiser: Denoiser, autoencoder: Autoencoder, **settings: object
 ) -> Frames:
-    filler = make_filler(denoiser, autoencoder, **settings)
-    stretches = fill_stretches(zip(video, mask, strict=True), filler)
-    return np.stack([frame for stretch in stretches for frame in stretch.frames[0]])
+    settings = make_settings(denoiser, autoencoder, **settings)
+    windows = fill_windows(zip(video, mask, strict=True), settings)
+    return np.stack([frame for window in windows for frame in window.frames[0]])
 
 
 def plain(video: Frames, mask: Mask, denoiser: Denoiser, autoencoder: Autoencoder) -> Frames:
@@ -138,11 +144,11 @@ def test_finished_frames_are_seen_by_the_next_window(
     other = np.where(mask[..., None] == 1, 255 - video, video)
 
     def continued(finished: Frames) -> Frames:
-        filler = make_filler(denoiser, autoencoder)
-        before = Stretch(0, [list(finished[:LENGTH])], list(mask[:LENGTH]), [], None)
+        settings = make_settings(denoiser, autoencoder)
+        before = FilledWindow(0, [list(finished[:LENGTH])], list(mask[:LENGTH]), [], None)
         rest = zip(video[LENGTH:], mask[LENGTH:], strict=True)
-        [stretch] = fill_stretches(rest, filler, before)
-        return np.stack(stretch.frames[0])
+        [window] = fill_windows(rest, settings, before)
+        return np.stack(window.frames[0])
 
     assert (continued(video) != continued(other)).any()
 
@@ -155,12 +161,12 @@ def test_windows_without_a_hole_run_no_network(
     empty = run(video, mask * 0, denoiser, autoencoder, on_evaluations=counted.append)
     np.testing.assert_array_equal(empty, video)
     assert not counted
-    assert not any(plan_boxes(mask * 0, make_filler(denoiser, autoencoder)))
+    assert not any(plan_boxes(mask * 0, make_settings(denoiser, autoencoder)))
     # Windows begin at 0, 6 and 12; the new frames of the second are 8 to 13.
     mask[:8], mask[14:] = 0, 0
     run(video, mask, denoiser, autoencoder, on_evaluations=counted.append)
     assert sum(counted) == compile_schedule(parse(SCHEDULE), denoiser.timesteps).nfe
-    planned = list(plan_boxes(mask, make_filler(denoiser, autoencoder)))
+    planned = list(plan_boxes(mask, make_settings(denoiser, autoencoder)))
     assert [bool(box) for box in planned] == [False, True, False]
 
 
@@ -177,21 +183,21 @@ def test_samples_are_the_same_together_and_alone_and_differ(
     denoiser: Denoiser, autoencoder: Autoencoder
 ) -> None:
     video, mask = make_video(11)
-    filler = make_filler(denoiser, autoencoder, samples=(0, 1, 2))
-    stretches = list(fill_stretches(zip(video, mask, strict=True), filler))
-    together = [np.concatenate([s.frames[k] for s in stretches]) for k in range(3)]
+    settings = make_settings(denoiser, autoencoder, samples=(0, 1, 2))
+    windows = list(fill_windows(zip(video, mask, strict=True), settings))
+    together = [np.concatenate([s.frames[k] for s in windows]) for k in range(3)]
     for number, ours in enumerate(together):
         alone = run(video, mask, denoiser, autoencoder, samples=(number,))
         np.testing.assert_array_equal(ours, alone)
     assert (together[0] != together[1]).any()
 
 
-def last_frames(stretches: Sequence[Stretch]) -> Stretch:
+def last_frames(windows: Sequence[FilledWindow]) -> FilledWindow:
     """The end of what is finished, as many frames as a window has."""
-    taken = [list(itertools.chain(*(s.frames[0] for s in stretches)))[-LENGTH:]]
-    masks = list(itertools.chain(*(s.masks for s in stretches)))[-LENGTH:]
-    last = stretches[-1]
-    return Stretch(last.end - len(masks), taken, masks, last.seams, last.box)
+    taken = [list(itertools.chain(*(s.frames[0] for s in windows)))[-LENGTH:]]
+    masks = list(itertools.chain(*(s.masks for s in windows)))[-LENGTH:]
+    last = windows[-1]
+    return FilledWindow(last.end - len(masks), taken, masks, last.border_steps, last.box)
 
 
 @pytest.mark.parametrize("stopped", [1, 2, 3])
@@ -199,15 +205,15 @@ def test_continued_equals_uninterrupted(
     denoiser: Denoiser, autoencoder: Autoencoder, stopped: int
 ) -> None:
     video, mask = make_video(23, 30, 40)
-    filler = make_filler(denoiser, autoencoder)
+    settings = make_settings(denoiser, autoencoder)
 
     def pairs(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield from zip(video[first:], mask[first:], strict=True)
 
-    whole = list(fill_stretches(pairs(0), filler))
-    assert [stretch.box for stretch in whole] == list(plan_boxes(mask, filler))
+    whole = list(fill_windows(pairs(0), settings))
+    assert [window.box for window in whole] == list(plan_boxes(mask, settings))
     before = last_frames(whole[:stopped])
-    continued = list(fill_stretches(pairs(before.end), filler, before))
+    continued = list(fill_windows(pairs(before.end), settings, before))
     assert len(continued) == len(whole) - stopped
     for ours, theirs in zip(continued, whole[stopped:], strict=True):
         assert (ours.first, ours.box) == (theirs.first, theirs.box)
@@ -227,8 +233,8 @@ def test_no_more_than_two_windows_of_frames_are_held(
             yield frame, hole
 
     alive = []
-    for stretch in fill_stretches(pairs(), make_filler(denoiser, autoencoder)):
-        del stretch
+    for window in fill_windows(pairs(), make_settings(denoiser, autoencoder)):
+        del window
         alive.append(sum(frame() is not None for frame in given))
     assert max(alive) <= 2 * LENGTH
 
@@ -299,8 +305,8 @@ def test_the_seam_counts_steps_across_the_border_alone() -> None:
     frames = np.full((1, 5, 5, 3), 100, np.uint8)
     frames[0, 2, 2] = 90
     frames[0, 0, 0] = 0
-    assert measure_seam(frames, mask) == (4 * 3 * 10.0, 4 * 3)
-    assert measure_seam(frames, mask * 0).steps == 0
+    assert measure_border(frames, mask) == (4 * 3 * 10.0, 4 * 3)
+    assert measure_border(frames, mask * 0).steps == 0
 
 
 @pytest.mark.parametrize(
@@ -315,4 +321,4 @@ def test_settings_out_of_range_are_refused(
     denoiser: Denoiser, autoencoder: Autoencoder, settings: dict[str, object], said: str
 ) -> None:
     with pytest.raises(BadInput, match=said):
-        make_filler(denoiser, autoencoder, **settings)
+        make_settings(denoiser, autoencoder, **settings)
