@@ -18,12 +18,12 @@ def describe(error: Exception) -> str:
     """How an error that ends a job is reported: a BadInput's text, one line of any other."""
     if isinstance(error, BadInput):
         return str(error)
-    if hasattr(error, "errors"):  # pydantic's: the first fault in the record
+    if hasattr(error, "errors"):  # a pydantic.ValidationError: its first fault
         fault = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in fault["loc"])
-        told = fault["type"] in ("json_invalid", "missing")  # without the value, which is the whole
-        found = "" if told else f" (found {fault['input']!r:.80})"
-        return f"{place}: {fault['msg']}{found}" if place else f"{fault['msg']}{found}"
+        field = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] in ("missing", "json_invalid"):  # where the value is the whole record
+            return f"{field}: {fault['msg']}".removeprefix(": ")
+        return f"{field or 'it'} is {fault['input']!r:.80}: {fault['msg']}"
     # A full disk comes without the file's name, and a library's own OSError without either.
     known = [error.filename, error.strerror] if isinstance(error, OSError) else []
     said = ": ".join(str(part) for part in known if part)

@@ -16,20 +16,17 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    FiniteFloat,
     GetPydanticSchema,
-    PositiveFloat,
-    PositiveInt,
     ValidationError,
 )
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from ..errors import BadInput, describe
+from ..options import FiniteFloat, PositiveFloat, PositiveInt
 from .diffusion import LatentMask, Latents, add_noise, clean_of, expand, target_of, to_flow
 from .noise import (
-    STRICT,
+    NO_OTHERS,
     DiffusionConfig,
     LossConfig,
     alpha_bars,
@@ -64,7 +61,7 @@ class AutoencoderRecord(TypedDict):
 class LatentSpace:
     """The latents that a network was trained on."""
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = NO_OTHERS
 
     shape: Annotated[Sequence[PositiveInt], Len(4, 4)]  # frames, channels, height, width
     mean: Sequence[FiniteFloat]  # of each channel over the training data
@@ -75,9 +72,10 @@ class LatentSpace:
 
 
 class ModelRecord(BaseModel):
-    """What a model's folder records beside the weights: `denoiser.json` or `model_index.json`."""
+    """What a model's folder records beside the weights: `denoiser.json` or `model_index.json`.
 
-    model_config = ConfigDict(strict=True)  # model_index.json also lists the pipeline's parts
+    The latter also lists the parts of the pipeline.
+    """
 
     diffusion: DiffusionConfig
     latents: LatentSpace
@@ -309,7 +307,7 @@ def parse_record(text: str | bytes) -> ModelRecord:
         BadInput: It names the field, its value and what it should be.
     """
     try:
-        record = ModelRecord.model_validate_json(text)
+        record = ModelRecord.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise BadInput(describe(error)) from error
     check_diffusion(record.diffusion)

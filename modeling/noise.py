@@ -9,7 +9,6 @@ section 3.1). A timestep is an index into the table, 0 the least noisy. Tables a
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,14 +17,16 @@ from jaxtyping import Float, Int
 from pydantic import ConfigDict
 from torch import Tensor
 
+from .. import options
 from ..errors import BadInputEverywhere
+from ..options import FiniteFloat, PositiveFloat, PositiveInt
 
 Process = Literal["ddpm", "flow"]
 Target = Literal["noise", "v", "clean", "flow"]
 BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
 Table = Float[Tensor, " timesteps"]
 
-STRICT = ConfigDict(strict=True, extra="forbid")  # for what is read from a model's record
+NO_OTHERS = ConfigDict(extra="forbid")  # a model's record has no unknown fields
 BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 
@@ -33,9 +34,9 @@ BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 class DiffusionConfig:
     """The noise levels, what the network predicts, and how its latents are scaled."""
 
-    __pydantic_config__ = STRICT
+    __pydantic_config__ = NO_OTHERS
 
-    timesteps: int = 1000
+    timesteps: PositiveInt = 1000
     """Diffusion steps T."""
     process: Process = "ddpm"
     """How latents become noise: ddpm, by betas (Ho et al. 2020); or flow, along a straight line, a
@@ -52,7 +53,7 @@ class DiffusionConfig:
     zero_terminal_snr: bool = False
     """Rescale the levels of ddpm so that the last one is pure noise (Lin et al. 2024), as a flow's
     always is. Then the target cannot be the noise."""
-    shift: float = 1.0
+    shift: PositiveFloat = 1.0
     """Shifts the levels of flow towards noise (Esser et al. 2024): √(m / n) for latents of m values
     if evenly spaced levels suit n values; 1 leaves them evenly spaced."""
     target: Target = "noise"
@@ -60,7 +61,7 @@ class DiffusionConfig:
     latents, or the flow from them to the noise, noise − clean. A flow takes any but the noise."""
     normalise: bool = True
     """Shift and scale latents to mean 0 and deviation 1 a channel; false is the paper's setting."""
-    ablate_scale: float = 1.0
+    ablate_scale: PositiveFloat = 1.0
     """For ablation: multiplies latents that are not normalised. 5.49 has the effect of forgetting
     the factor 0.18215 of Stable Diffusion's autoencoder."""
     mask_channel: bool = False
@@ -75,29 +76,26 @@ class LossConfig:
     """The weight of an error at each timestep: uniform, the same for the target at all of them (the
     paper's Eq. 7); min_snr, min(SNR, gamma) for the clean estimate (Hang et al. 2023), 0 at pure
     noise."""
-    gamma: float = 5.0
+    gamma: PositiveFloat = 5.0
     """For min_snr: the largest weight of a clean estimate's error."""
-    hole: float = 1.0
+    hole: PositiveFloat = 1.0
     """The weight of an error inside the hole, relative to 1 outside. A clip's loss is the weighted
     mean of its errors, so its scale does not depend on the weight or on the hole's size."""
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
     """How timesteps are drawn: uniformly, or middle ones more often (Esser et al. 2024)."""
-    location: float = 0.0
+    location: FiniteFloat = 0.0
     """For logit_normal: the logit of the median of timestep / T; above 0 favours noisier levels."""
-    scale: float = 1.0
+    scale: PositiveFloat = 1.0
     """For logit_normal: the standard deviation of that logit."""
 
 
 def check_diffusion(config: DiffusionConfig) -> None:
-    """Refuse an impossible process; words and types were checked when they were read.
+    """Refuse an impossible process.
 
     Raises:
         BadInputEverywhere: It names the field, its value and the remedy.
     """
-    if config.timesteps < 1:
-        _refuse("diffusion.timesteps", config.timesteps, "give 1 or more")
-    if not 0 < config.ablate_scale < math.inf:
-        _refuse("diffusion.ablate_scale", config.ablate_scale, "give a finite number above 0")
+    options.check(config, "diffusion.")
     if config.normalise and config.ablate_scale != 1:
         remedy = "normalised latents have their own scale; give normalise false with it"
         _refuse("diffusion.ablate_scale", config.ablate_scale, remedy)
@@ -111,8 +109,6 @@ def _check_flow(config: DiffusionConfig) -> None:
     if config.target == "noise":
         remedy = "a flow starts at pure noise, from which clean latents do not follow; give 'flow'"
         _refuse("diffusion.target", config.target, remedy)
-    if not 0 < config.shift < math.inf:
-        _refuse("diffusion.shift", config.shift, "give a finite number above 0, 1 for none")
     of_betas = ("beta_schedule", "beta_start", "beta_end", "zero_terminal_snr")
     _refuse_changed(config, of_betas, "a flow has no betas; leave it out, or give process 'ddpm'")
 
@@ -133,20 +129,6 @@ def _check_betas(config: DiffusionConfig) -> None:
         _refuse("diffusion.target", config.target, remedy)
     if config.zero_terminal_snr and config.timesteps < 2:
         _refuse("diffusion.timesteps", config.timesteps, "zero_terminal_snr needs 2 or more")
-
-
-def check_loss(config: LossConfig) -> None:
-    """Refuse impossible weights.
-
-    Raises:
-        BadInputEverywhere: It names the field, its value and the remedy.
-    """
-    for name in ("gamma", "hole", "scale"):
-        value = getattr(config, name)
-        if not 0 < value < math.inf:
-            _refuse(f"loss.{name}", value, "give a finite number above 0")
-    if not math.isfinite(config.location):
-        _refuse("loss.location", config.location, "give a finite number")
 
 
 def _refuse_changed(config: DiffusionConfig, names: Sequence[str], remedy: str) -> None:

@@ -14,7 +14,7 @@ from ..data.storage.store import CacheConfig
 from ..errors import BadInputEverywhere
 from ..modeling.attention import Choice as AttentionBackend
 from ..modeling.blocks import Conditioning
-from ..modeling.noise import DiffusionConfig, LossConfig, check_diffusion, check_loss
+from ..modeling.noise import DiffusionConfig, LossConfig, check_diffusion
 from ..modeling.precision import Precision
 from ..modeling.presets import PRESETS
 from ..options import (
@@ -236,7 +236,6 @@ def check(config: TrainConfig) -> None:
     profiled_steps(config.profile)
     _check_preset(config.model)
     check_diffusion(config.diffusion)
-    check_loss(config.loss)
 
 
 def _check_preset(model: ModelConfig) -> None:

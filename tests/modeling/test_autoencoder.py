@@ -295,7 +295,7 @@ def test_a_hub_name_in_the_local_cache_opens_without_a_network(tiny_folder, tmp_
         (CONFIG, None, "config.json: No such file"),
         (WEIGHTS, None, WEIGHTS),
         (CONFIG, "{", "Invalid JSON"),
-        (CONFIG, "[]", "should be an object"),
+        (CONFIG, "[]", "it is []: Input should be an object"),
         (CONFIG, "{}", "_class_name: Field required"),
         (CONFIG, '{"_class_name": "UNet2DModel"}', "'AutoencoderKL' or 'AutoencoderTiny'"),
         (CONFIG, '{"_class_name": "AutoencoderTiny", "latent_channels": 3}', "shape"),

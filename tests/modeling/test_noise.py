@@ -21,7 +21,6 @@ from vidfill.modeling.noise import (
     alpha_bars,
     betas,
     check_diffusion,
-    check_loss,
     cosine_betas,
     draw_timesteps,
     flow_times,
@@ -31,6 +30,7 @@ from vidfill.modeling.noise import (
     timesteps_at,
     zero_terminal_snr,
 )
+from vidfill.options import check
 
 BY_DIFFUSERS_NAME = {
     "linear": DiffusionConfig(),
@@ -134,7 +134,7 @@ def test_levels_fall_from_below_one_to_no_less_than_zero(timesteps: int, changes
             "diffusion.timesteps is 1: zero_terminal_snr needs 2",
         ),
         ({"process": "flow"}, "diffusion.target is 'noise': a flow starts .* give 'flow'"),
-        ({"process": "flow", "target": "flow", "shift": 0.0}, "diffusion.shift is 0.0: give a fin"),
+        ({"process": "flow", "target": "flow", "shift": 0.0}, "diffusion.shift is 0.0: give more"),
         ({"process": "flow", "target": "flow", "shift": math.nan}, "diffusion.shift is nan: give"),
         (
             {"process": "flow", "target": "v", "zero_terminal_snr": True},
@@ -162,16 +162,16 @@ def test_a_process_that_cannot_be_is_refused_with_its_remedy(changes: dict, mess
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gamma": 0.0}, "loss.gamma is 0.0: give a finite number above 0"),
+        ({"gamma": 0.0}, "loss.gamma is 0.0: give more than 0"),
         ({"hole": -1.0}, "loss.hole is -1.0: give"),
         ({"scale": math.inf}, "loss.scale is inf: give"),
         ({"location": math.nan}, "loss.location is nan: give a finite number"),
     ],
 )
 def test_a_loss_that_cannot_be_is_refused_with_its_remedy(changes: dict, message: str) -> None:
-    check_loss(LossConfig())
+    check(LossConfig(), "loss.")
     with pytest.raises(BadInput, match=message):
-        check_loss(LossConfig(**changes))
+        check(LossConfig(**changes), "loss.")
 
 
 # What a training step visits
