@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Print a line on stderr, the first time only."""
+    print(f"vidfill: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager

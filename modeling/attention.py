@@ -99,13 +99,8 @@ def check_word(name: str, value: str, words: Any) -> None:
 def attention_backend(device: str, dtype: torch.dtype, choice: Choice = "auto") -> Backend:
     """The backend that attention uses, found by a real forward and backward pass; printed once.
 
-    Args:
-        device: A device type: "cpu", "cuda".
-        dtype: The type of query, key and value.
-        choice: "auto" takes the first that works.
-
     Raises:
-        BadInput: `choice` does not work there, or nothing does.
+        BadInput: `choice` does not work on that type of device, or, if it is "auto", nothing does.
     """
     return _find_backend(device, dtype, choice)
 

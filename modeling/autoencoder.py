@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import BadInput, describe
+from ..progress import say_once
 from .precision import Precision, autocast
 
 SHIPPED = "shipped"  # the name of the package's own small autoencoder
@@ -32,6 +31,7 @@ PAPERS = "stabilityai/sd-vae-ft-mse"  # the one that the paper uses, on the hub
 SHIPPED_FOLDER = Path(__file__).parent / "weights" / "collisions"
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+IDENTITY = ["name", "precision", "kind", "sha256", "scaling_factor", "downsampling", "channels"]
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 PIXELS_PER_CALL = 2**19  # 32 frames of 128x128; bounds the memory of one call of the network
@@ -71,9 +71,7 @@ class Autoencoder:
     ) -> Float[Tensor, "batch frames channels h w"]:
         """Pixels in [-1, 1] to scaled latents, on the autoencoder's device.
 
-        Args:
-            pixels: Any number of frames.
-            per_call: Frames in one call of the network; None bounds its memory.
+        One call of the network takes `per_call` frames, or as many as bound its memory.
 
         Raises:
             BadInput: The height or width is not a multiple of `downsampling`.
@@ -129,15 +127,7 @@ class Autoencoder:
 
     def identity(self) -> dict[str, Any]:
         """What a manifest or a model records, to tell later whether latents are of one space."""
-        return {
-            "name": self.name,
-            "precision": self.precision,
-            "kind": self.kind,
-            "sha256": self.sha256,
-            "scaling_factor": self.scaling_factor,
-            "downsampling": self.downsampling,
-            "channels": self.channels,
-        }
+        return {name: getattr(self, name) for name in IDENTITY}
 
     def _framewise(
         self,
@@ -195,7 +185,10 @@ def load_autoencoder(
     if lacking:  # diffusers leaves such weights at random values
         raise BadInput(f"cannot load {name}: {WEIGHTS} lacks {len(lacking)} tensors ({lacking[0]})")
     if name == SHIPPED:
-        _say_shipped()
+        say_once(
+            "using the package's own small autoencoder (trained on synthetic clips; real video "
+            f"needs another, such as {PAPERS})"
+        )
     return Autoencoder(network.to(device), name, precision)
 
 
@@ -228,11 +221,7 @@ def load_trained_autoencoder(
     device: str | torch.device = "cpu",
     precision: Precision = "float32",
 ) -> Autoencoder:
-    """Load the autoencoder whose latents a model was trained on.
-
-    Args:
-        trained: Its record in the model.
-        name: Where it is now, if not where the record says.
+    """Load the autoencoder of a model's record; `name` says where it is now, if elsewhere.
 
     Raises:
         BadInput: It cannot be loaded, or is not the recorded one.
@@ -281,12 +270,3 @@ def hash_weights(network: nn.Module) -> str:
         plain = tensor.detach().cpu().contiguous().flatten()  # NumPy may lack the type
         digest.update(plain.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@functools.cache
-def _say_shipped() -> None:
-    print(
-        "vidfill: using the package's own small autoencoder (trained on synthetic clips; "
-        f"real video needs another, such as {PAPERS})",
-        file=sys.stderr,
-    )

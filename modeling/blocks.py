@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .attention import Activations, CrossAttention, Over, Positions, SelfAttention, zero
 
+Images = Float[Tensor, "batch rows columns channels"]
 Widened = Float[Tensor, "batch frames height width channels_out"]
 Resized = Float[Tensor, "batch frames height_out width_out channels"]
 Convolved = Float[Tensor, "batch frames height_out width_out channels_out"]
@@ -79,8 +80,7 @@ class FrameNorm(nn.GroupNorm):
 
     def forward(self, x: Activations) -> Activations:
         images = rearrange(x, f"b f h w c -> {self.images}")
-        normed = group_norm(images, self.num_groups, self.weight, self.bias, self.eps)
-        return normed.view(x.shape)
+        return group_norm(self, images).view(x.shape)
 
 
 class ClipNorm(FrameNorm):
@@ -89,35 +89,24 @@ class ClipNorm(FrameNorm):
     images = "b f (h w) c"
 
 
-def group_norm(
-    x: Float[Tensor, "batch rows columns channels"],
-    groups: int,
-    weight: Float[Tensor, " channels"],
-    bias: Float[Tensor, " channels"],
-    eps: float,
-) -> Float[Tensor, "batch rows columns channels"]:
+def group_norm(norm: nn.GroupNorm, x: Images) -> Images:
     """Group normalisation of channels-last images (Wu & He 2018, Eq. 1 and 7)."""
     # On CUDA torch's own kernel copies to channels-first and back. On the CPU its backward pass
     # crashes if the weight needs a gradient and the input does not, as after frozen layers.
-    after_frozen = torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad
+    after_frozen = torch.is_grad_enabled() and norm.weight.requires_grad and not x.requires_grad
     if x.is_cuda or after_frozen:
-        return group_norm_by_moments(x, groups, weight, bias, eps)
-    normed = F.group_norm(rearrange(x, "b h w c -> b c h w"), groups, weight, bias, eps)
+        return group_norm_by_moments(norm, x)
+    channels_first = rearrange(x, "b h w c -> b c h w")
+    normed = F.group_norm(channels_first, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return rearrange(normed, "b c h w -> b h w c").contiguous()
 
 
-def group_norm_by_moments(
-    x: Float[Tensor, "batch rows columns channels"],
-    groups: int,
-    weight: Float[Tensor, " channels"],
-    bias: Float[Tensor, " channels"],
-    eps: float,
-) -> Float[Tensor, "batch rows columns channels"]:
+def group_norm_by_moments(norm: nn.GroupNorm, x: Images) -> Images:
     """The same from mean and variance in float32: compiled, one reduction and one map."""
-    grouped = rearrange(x.float(), "b h w (g c) -> b h w g c", g=groups)
+    grouped = rearrange(x.float(), "b h w (g c) -> b h w g c", g=norm.num_groups)
     variance, mean = torch.var_mean(grouped, dim=(1, 2, 4), correction=0, keepdim=True)
-    normed = ((grouped - mean) * torch.rsqrt(variance + eps)).view(x.shape)
-    return (normed * weight + bias).to(x.dtype)
+    normed = ((grouped - mean) * torch.rsqrt(variance + norm.eps)).view(x.shape)
+    return (normed * norm.weight + norm.bias).to(x.dtype)
 
 
 def make_norm(design: Design, channels: int) -> nn.GroupNorm:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
@@ -24,6 +22,7 @@ from typing_extensions import TypedDict
 
 from ..errors import BadInput, describe
 from ..options import FiniteFloat, PositiveFloat, PositiveInt
+from ..progress import say_once
 from .diffusion import LatentMask, Latents, add_noise, clean_of, expand, target_of, to_flow
 from .noise import (
     NO_OTHERS,
@@ -226,12 +225,7 @@ class Denoiser:
         """Read a model: what `save` or `vidfill export` wrote, or the newest intact one of a run.
 
         Weights become float32, whatever the file holds. An exported model that has its autoencoder
-        beside it names that one.
-
-        Args:
-            folder: Of the model or the run; `SHIPPED` is the package's own model.
-            device: Where the network computes.
-            precision: Of its layers.
+        beside it names that one. The folder `SHIPPED` is the package's own model.
 
         Raises:
             BadInput: `folder` is none of these, or its files are damaged.
@@ -270,7 +264,10 @@ def model_folder(folder: Path) -> Path:
         BadInput: There is none.
     """
     if folder == SHIPPED:
-        _say_shipped()
+        say_once(
+            "using the package's own small model (trained on rendered collisions of 128x128; on "
+            "other videos it only shows how the tool works)"
+        )
         return SHIPPED_FOLDER
     checkpoints = folder / "checkpoints"
     if newest_first(checkpoints):
@@ -319,12 +316,3 @@ def parse_record(text: str | bytes) -> ModelRecord:
                 "give one for each"
             )
     return record
-
-
-@functools.cache
-def _say_shipped() -> None:
-    print(
-        "vidfill: using the package's own small model (trained on rendered collisions of 128x128; "
-        "on other videos it only shows how the tool works)",
-        file=sys.stderr,
-    )

@@ -158,8 +158,10 @@ def betas(config: DiffusionConfig) -> Table:
     if config.beta_schedule == "cosine":
         return cosine_betas(config.timesteps)
     start, end = _beta_range(config)
-    spaced_evenly = linear_betas if config.beta_schedule == "linear" else scaled_linear_betas
-    return spaced_evenly(config.timesteps, start, end)
+    if config.beta_schedule == "linear":  # β rises linearly (Ho et al. 2020, section 4)
+        return torch.linspace(start, end, config.timesteps, dtype=torch.float64)
+    # √β rises linearly (Rombach et al. 2022, as in their code)
+    return torch.linspace(start**0.5, end**0.5, config.timesteps, dtype=torch.float64) ** 2
 
 
 def _beta_range(config: DiffusionConfig) -> tuple[float, float]:
@@ -168,16 +170,6 @@ def _beta_range(config: DiffusionConfig) -> tuple[float, float]:
         start if config.beta_start is None else config.beta_start,
         end if config.beta_end is None else config.beta_end,
     )
-
-
-def linear_betas(timesteps: int, start: float, end: float) -> Table:
-    """β rises linearly (Ho et al. 2020, section 4)."""
-    return torch.linspace(start, end, timesteps, dtype=torch.float64)
-
-
-def scaled_linear_betas(timesteps: int, start: float, end: float) -> Table:
-    """√β rises linearly (Rombach et al. 2022, as in their code)."""
-    return torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
 
 
 def cosine_betas(timesteps: int) -> Table:
@@ -273,11 +265,8 @@ def place_weight(
     """1 outside the hole and `hole` inside, divided by their mean in each example.
 
     So the mean of the weighted errors is a weighted mean: with `hole` 1 the plain one, and an
-    error that is the same everywhere gives the same loss for any weight and any hole.
-
-    Args:
-        latent_mask: The hole's share of each latent, 0 to 1; the weight is interpolated.
-        hole: Above 0.
+    error that is the same everywhere gives the same loss for any weight and any hole. Where the
+    hole has a share of a latent, the weight is interpolated.
     """
     weight = 1 + (hole - 1) * latent_mask
     return weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True)

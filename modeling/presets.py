@@ -68,13 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, latent_channels: int, condition_channels: int, **changes: Any) -> VideoUNet:
-    """A new network with random weights.
-
-    Args:
-        name: The preset.
-        latent_channels: Channels of the latents, in and out.
-        condition_channels: Channels of the condition, including the mask's if it has one.
-        changes: Options of VideoUNet that differ from the preset's, such as conditioning.
+    """A new network with random weights; `changes` are options that differ from the preset's.
 
     Raises:
         BadInput: There is no such preset.

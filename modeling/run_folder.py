@@ -64,11 +64,7 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
 
 
 def verify(checkpoint: Path, part: str = "") -> dict[str, Any]:
-    """What state.json says, after comparing the files with the hashes it records.
-
-    Args:
-        checkpoint: Its folder.
-        part: A folder in it; only the files there are compared.
+    """What state.json says, after comparing the files, or those in the folder `part`, with it.
 
     Raises:
         Damaged: It names the file.

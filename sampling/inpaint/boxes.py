@@ -39,13 +39,9 @@ def choose_box(mask: Mask, area: FrameSize, before: Box | None = None) -> Box:
     """The part of a frame that the network sees of a window.
 
     It has the proportions of `area`, is at least that large, and is `CONTEXT` times as high and as
-    wide as the holes, as far as the frame reaches. The box before is kept, so that the picture does
-    not jump, while it shows half of that context and is not much too large.
-
-    Args:
-        mask: All the holes of the window together.
-        area: The size of the network's training clips.
-        before: The box of the window before.
+    wide as the holes of all frames in `mask`, as far as the frame reaches. The box before is kept,
+    so that the picture does not jump, while it shows half of that context and is not much too
+    large.
     """
     (top, bottom), (left, right) = (
         np.flatnonzero(mask.any(axis=axis))[[0, -1]].tolist() for axis in (1, 0)

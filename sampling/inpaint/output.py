@@ -49,12 +49,8 @@ def open_output(footage: Footage, out: Path, codec: Codec = "") -> Iterator[Writ
 
     Gives a function that writes the next frame: the RGB pixels where the mask is 1, and the frame's
     own samples elsewhere, bit for bit with ffv1. Time stamps, colour tags, proportions of pixels
-    and rotation are the input's; its sound and its subtitles are copied.
-
-    Args:
-        footage: The input.
-        out: Where; `check_output` finds out whether that is possible.
-        codec: "" is the container's usual one.
+    and rotation are the input's; its sound and its subtitles are copied. `check_output` finds out
+    whether all of this is possible.
 
     Raises:
         BadInput: The disk is full, or the encoder refuses.

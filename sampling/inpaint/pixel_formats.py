@@ -20,13 +20,8 @@ CAREFULLY = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.F
 def choose_format(formats: Iterable[str], source: str, *, even: bool) -> str:
     """The pixel format that loses least of frames in the format `source`.
 
-    A video encoder, one without packed RGB, gets RGB frames in what players expect: 4:2:0, or
-    4:4:4 if a side is odd.
-
-    Args:
-        formats: Those that the encoder takes.
-        source: The frames' format.
-        even: Whether both width and height are even.
+    Of the `formats` that an encoder takes. A video encoder, one without packed RGB, gets RGB frames
+    in what players expect: 4:2:0, or 4:4:4 unless width and height are even.
     """
     # "yuvj" is an old way to say that the range is full, which a frame says by itself.
     known = {name: av.VideoFormat(name) for name in formats if not name.startswith("yuvj")}
@@ -70,13 +65,8 @@ def composite(frame: av.VideoFrame, rgb: Pixels, mask: Mask, pixel_format: str) 
     """A copy of `frame` in `pixel_format`, with the hole from `rgb`.
 
     A luma or RGB sample is taken from `rgb` where `mask` is 1, a chroma sample where `mask` is 1
-    in any of the pixels that share it; all others are the frame's.
-
-    Args:
-        frame: The frame as stored; it may have to be turned.
-        rgb: Upright, full range.
-        mask: Upright.
-        pixel_format: One of the encoder's, as `choose_format` gives it.
+    in any of the pixels that share it; all others are the frame's. `rgb` has full range and is
+    upright, as is the mask; the frame is as it is stored.
     """
     kept = convert(frame, pixel_format)
     turns = quarter_turns(frame)

@@ -29,7 +29,7 @@ from ..schedules.program import compile_schedule
 from .blending import FEATHER
 from .boxes import choose_size
 from .output import Codec, check_output, open_output
-from .unfinished import UnfinishedWork, WindowFile
+from .unfinished import UnfinishedWork
 from .video import Footage, Picture, check_masks, open_footage, read_masked, read_masks
 from .windows import FilledWindow, FillSettings, fill_windows, plan_boxes, usual_schedule
 
@@ -44,6 +44,8 @@ EXAMPLES = """examples:
   vidfill inpaint street.mp4 --mask mask.mp4 -o filled.mkv --samples 4 --choose
       of four completions the one that best joins what is around
 """
+
+Pairs = Iterator[tuple[Picture, Mask]]
 
 WORK_SUFFIX = ".work"  # ends the name of the folder of unfinished work, beside OUT
 
@@ -256,9 +258,8 @@ def fill_all(
     config: InpaintConfig, footage: Footage, settings: FillSettings, work: UnfinishedWork
 ) -> None:
     """Fill every window that is not stored yet."""
-    files, each = work.files(), _evaluations(settings)
-    pairs, before = _resume(config, footage, settings.window_length, work, files)
-    spent = 0
+    each, spent = _evaluations(settings), 0
+    pairs, before = _resume(config, footage, settings.window_length, work)
 
     def count(evaluations: int) -> None:
         nonlocal spent
@@ -267,7 +268,7 @@ def fill_all(
 
     settings = dataclasses.replace(settings, on_evaluations=count)
     total = count_windows(footage.frames, settings) * each
-    with show_progress("inpaint", total, "evaluations", len(files) * each) as shown:
+    with show_progress("inpaint", total, "evaluations", len(work.files()) * each) as shown:
         frames = ((picture.rgb, mask) for picture, mask in pairs)
         try:
             for window in fill_windows(frames, settings, before):
@@ -289,33 +290,28 @@ def count_windows(frames: int, settings: FillSettings) -> int:
     return 1 + -(-further // (settings.window_length - settings.overlap_frames))
 
 
+def _read_pairs(config: InpaintConfig, footage: Footage, start: int = 0) -> Pairs:
+    return read_masked(
+        footage, config.mask, invert=config.invert, dilate=config.dilate, start=start
+    )
+
+
 def _resume(
-    config: InpaintConfig,
-    footage: Footage,
-    window_length: int,
-    work: UnfinishedWork,
-    files: Sequence[WindowFile],
-) -> tuple[Iterator[tuple[Picture, Mask]], FilledWindow | None]:
+    config: InpaintConfig, footage: Footage, window_length: int, work: UnfinishedWork
+) -> tuple[Pairs, FilledWindow | None]:
     """The pictures that are not filled yet, and the last filled ones before them."""
+    files = work.files()
     if not files:
-        return _read(config, footage), None
+        return _read_pairs(config, footage), None
     end = files[-1].end
     latest = [file for file in files if file.end > end - window_length]
-    pairs = _read(config, footage, latest[0].first)
+    pairs = _read_pairs(config, footage, latest[0].first)
     filled = collections.deque(work.restore(pairs, latest), window_length)
     frames = zip(*(versions for _, _, versions in filled), strict=True)
     masks = [mask for _, mask, _ in filled]
     box = work.read(latest[-1]).box
     return pairs, FilledWindow(
         end - len(masks), [list(sample) for sample in frames], masks, [], box
-    )
-
-
-def _read(
-    config: InpaintConfig, footage: Footage, start: int = 0
-) -> Iterator[tuple[Picture, Mask]]:
-    return read_masked(
-        footage, config.mask, invert=config.invert, dilate=config.dilate, start=start
     )
 
 
@@ -341,7 +337,7 @@ def write_all(
             for k, out in outs.items()
         }
         shown = stack.enter_context(show_progress("writing", footage.frames, "frames"))
-        for picture, mask, filled in work.restore(_read(config, footage), work.files()):
+        for picture, mask, filled in work.restore(_read_pairs(config, footage), work.files()):
             for k, write in writers.items():
                 write(picture, filled[k], mask)
             shown.advance()

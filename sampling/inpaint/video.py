@@ -51,18 +51,17 @@ class Footage:
     width: int
     rate: Fraction
     """Frames per second; the mean if it varies."""
-    pixel_format: str
     time_base: Fraction
     times: array.array
     """When each frame is shown, in units of `time_base`."""
-    before: int
-    """Frames that the trim leaves out before the first one."""
     total: int
     """Frames of the whole video."""
     timed: bool
     """Whether `times` come from the file: a bare stream of frames has none."""
-    pixel_aspect: Fraction
+    pixel_aspect: Fraction = Fraction(1)
     """The width of a pixel divided by its height."""
+    before: int = 0
+    """Frames that the trim leaves out before the first one."""
 
     @property
     def frames(self) -> int:
@@ -129,8 +128,8 @@ def _scan_folder(path: Path, frame_rate: Fraction | float) -> Footage:
     images = videos.list_frames(path)
     rate = Fraction(frame_rate).limit_denominator(1001)
     times = array.array("q", range(len(images)))
-    first = next(videos.decode_frames(images[0]))
-    return _describe(path, first, rate, 1 / rate, times, timed=False)
+    height, width = _decode_size(images[0])
+    return Footage(path, height, width, rate, 1 / rate, times, len(times), timed=False)
 
 
 def _scan_file(path: Path) -> Footage:
@@ -156,22 +155,21 @@ def _scan_file(path: Path) -> Footage:
     if not timed:
         time_base, times = 1 / Fraction(rate), array.array("q", range(packets - discarded))
     times = array.array("q", sorted(times))
+    height, width = _decode_size(path)
+    return Footage(path, height, width, Fraction(rate), time_base, times, len(times), timed, aspect)
+
+
+def _decode_size(path: Path) -> tuple[int, int]:
+    """The upright height and width of the first frame, whose colours can be read."""
     first = next(videos.decode_frames(path))
-    return _describe(
-        path, first, Fraction(rate), time_base, times, timed=timed, pixel_aspect=aspect
-    )
+    videos.upright_rgb(first)
+    return videos.upright_size(first)
 
 
 def _refuse_cut(
     container: av.container.InputContainer, stream: av.VideoStream, end: Fraction
 ) -> None:
-    """Raise UnreadableVideo if a file is shorter than its header says.
-
-    Args:
-        container: Read to its end.
-        stream: Its video.
-        end: The time in seconds at which its last packet ends.
-    """
+    """Raise UnreadableVideo if a file, read to its `end` in seconds, is shorter than it says."""
     size = container.size
     if any(entry.pos + entry.size > size for entry in stream.index_entries):
         raise UnreadableVideo("it is cut off: its table of frames names some beyond its end")
@@ -183,41 +181,14 @@ def _refuse_cut(
         raise UnreadableVideo(f"it is cut off after {float(end):.1f} of {float(stated):.1f} s")
 
 
-def _describe(
-    path: Path,
-    first: av.VideoFrame,
-    rate: Fraction,
-    time_base: Fraction,
-    times: array.array,
-    *,
-    timed: bool,
-    pixel_aspect: Fraction = Fraction(1),
-) -> Footage:
-    videos.upright_rgb(first)  # finds colours that cannot be read
-    height, width = videos.upright_size(first)
-    return Footage(
-        path=path,
-        height=height,
-        width=width,
-        rate=rate,
-        pixel_format=first.format.name,
-        time_base=time_base,
-        times=times,
-        before=0,
-        total=len(times),
-        timed=timed,
-        pixel_aspect=pixel_aspect,
-    )
-
-
-_CLOCK = r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?)"
+_CLOCK = r"(?:\d+:){0,2}\d+(?:\.\d*)?"  # seconds, m:ss or h:mm:ss
 
 
 def _trim(footage: Footage, trim: str) -> Footage:
-    match = re.fullmatch(f"(?:{_CLOCK})?-(?:{_CLOCK})?", trim, re.ASCII)
+    match = re.fullmatch(f"({_CLOCK})?-({_CLOCK})?", trim, re.ASCII)
     if not match:
         raise BadInput(f'trim is {trim!r}: give START-END, as in "2.5-10", "0:01:30-" or "-5"')
-    start, end = _seconds(*match.groups()[:3]), _seconds(*match.groups()[3:])
+    start, end = (_seconds(clock) if clock else None for clock in match.groups())
     first = footage.times[0]
     seconds = [(time - first) * footage.time_base for time in footage.times]
     kept = [i for i, at in enumerate(seconds) if at >= (start or 0) and (end is None or at < end)]
@@ -230,18 +201,15 @@ def _trim(footage: Footage, trim: str) -> Footage:
     return dataclasses.replace(footage, times=part, before=kept[0])
 
 
-def _seconds(hours: str | None, minutes: str | None, seconds: str | None) -> Fraction | None:
-    if seconds is None:
-        return None
-    return Fraction(hours or 0) * 3600 + Fraction(minutes or 0) * 60 + Fraction(seconds)
+def _seconds(clock: str) -> Fraction:
+    total = Fraction(0)
+    for part in clock.split(":"):
+        total = total * 60 + Fraction(part.removesuffix("."))
+    return total
 
 
 def read_pictures(footage: Footage, start: int = 0) -> Iterator[Picture]:
-    """The frames of a video, one in memory at a time.
-
-    Args:
-        footage: The video.
-        start: The number of the first one; frames before it are decoded and dropped.
+    """The frames of a video from number `start` on, one in memory at a time.
 
     Raises:
         BadInput: The video is damaged, or its size changes.

@@ -133,11 +133,8 @@ def fill_windows(
     hole stay as they are, and windows without a hole run no network. Put the network into
     evaluation mode first.
 
-    Args:
-        frames: Each with its mask, all of one size.
-        settings: How they are filled.
-        before: When work continues: the last finished frames, as many as a window has or all there
-            are, and the last box. `frames` begin after them.
+    Work that continues gets what comes `before` the frames: the last finished ones, as many as a
+    window has or all there are, and the last box.
     """
     source = iter(frames)
     held: list[_Frame] = []
@@ -214,16 +211,7 @@ def _capacity(denoiser: Denoiser, requests: Sequence[Request]) -> int:
 def _make_request(
     window: Sequence[_Frame], seen: int, first: int, k: int, box: Box, settings: FillSettings
 ) -> Request:
-    """What the network is asked for the k-th sample of a window.
-
-    Args:
-        window: Its frames.
-        seen: How many of the first ones are finished, and so visible.
-        first: The number of the first one in the video.
-        k: Which sample.
-        box: What the network sees of the frames.
-        settings: How they are filled.
-    """
+    """The trajectory of the k-th sample of a window; its first `seen` frames are visible."""
     denoiser, autoencoder = settings.denoiser, settings.autoencoder
     # A window that is too short goes on backwards, then forwards again.
     there_and_back = [*range(len(window)), *range(len(window) - 2, 0, -1)]
@@ -289,10 +277,7 @@ def _put(
 
 
 def usual_schedule(model: Path) -> str:
-    """The schedule that a model is used with if no other is given.
-
-    Args:
-        model: As `Denoiser.load` takes it.
+    """The schedule to use with a model, as `Denoiser.load` takes it, if no other is given.
 
     Raises:
         BadInput: It is no model.

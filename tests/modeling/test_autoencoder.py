@@ -26,6 +26,7 @@ from vidfill.modeling.autoencoder import (
     to_frames,
     to_pixels,
 )
+from vidfill.progress import say_once
 from vidfill.sampling.metrics.pixels import psnr
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -116,7 +117,7 @@ def test_the_shipped_folder_has_a_card_and_at_most_four_megabytes():
 
 
 def test_the_shipped_autoencoder_is_named_once_where_it_is_used(capsys):
-    module._say_shipped.cache_clear()
+    say_once.cache_clear()
     load_autoencoder(SHIPPED)
     load_autoencoder(SHIPPED)
     said = capsys.readouterr().err

@@ -13,6 +13,7 @@ from PIL import Image
 from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import Autoencoder, load_autoencoder
 from vidfill.modeling.denoiser import SHIPPED, SHIPPED_FOLDER, Denoiser
+from vidfill.progress import say_once
 from vidfill.sampling.inpaint import windows
 from vidfill.sampling.inpaint.windows import FillSettings, fill_windows, usual_schedule
 from vidfill.sampling.pipeline import VideoInpaintPipeline, read_mask, read_video
@@ -256,6 +257,7 @@ def test_the_packages_own_model_fills_at_once_and_is_small(
     files = [file for file in SHIPPED_FOLDER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 10e6
     assert (SHIPPED_FOLDER / "README.md").is_file()
+    say_once.cache_clear()
     pipe = VideoInpaintPipeline.from_pretrained(SHIPPED)
     assert "the package's own small model" in capfd.readouterr().err
     frames = frames_of(pipe, video, mask, "ddim:1")[0]

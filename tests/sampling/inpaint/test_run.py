@@ -168,6 +168,7 @@ def wait_for(work: UnfinishedWork, windows: int) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_killed_and_continued_equals_uninterrupted(
     configure: InpaintConfig, tmp_path: Path
 ) -> None:
