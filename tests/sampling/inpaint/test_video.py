@@ -354,6 +354,7 @@ def test_frames_and_masks_are_paired_from_any_frame_on(tmp_path: Path) -> None:
         np.testing.assert_array_equal(its_mask, other_mask)
 
 
+@pytest.mark.slow
 def test_reading_takes_the_memory_of_few_frames_at_any_length(tmp_path: Path) -> None:
     masks = itertools.islice(itertools.cycle(make_masks(10)), 400)
     path = make_video(tmp_path / "m.mkv", 400, pictures=list(masks))

@@ -182,9 +182,9 @@ def test_samples_are_the_same_together_and_alone_and_differ(
     denoiser: Denoiser, autoencoder: Autoencoder
 ) -> None:
     video, mask = make_video(11)
-    settings = make_settings(denoiser, autoencoder, samples=(0, 1, 2))
+    settings = make_settings(denoiser, autoencoder, samples=(0, 1))
     windows = list(fill_windows(zip(video, mask, strict=True), settings))
-    together = [np.concatenate([s.frames[k] for s in windows]) for k in range(3)]
+    together = [np.concatenate([s.frames[k] for s in windows]) for k in range(2)]
     for number, ours in enumerate(together):
         alone = run(video, mask, denoiser, autoencoder, samples=(number,))
         np.testing.assert_array_equal(ours, alone)
