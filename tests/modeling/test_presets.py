@@ -52,6 +52,7 @@ def test_an_unknown_preset_is_refused_with_those_that_are() -> None:
         build("huge", 4, 4)
 
 
+@pytest.mark.slow
 def test_multiply_adds_are_those_of_the_layers_counted_by_hand() -> None:
     """A preset's first convolution, 9 products a place, channel in and channel out, is a part."""
     whole, half = measure("tiny", 8, 8, 8), measure("tiny", 4, 8, 8)
