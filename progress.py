@@ -21,71 +21,57 @@ def say_once(message: str) -> None:
 @contextlib.contextmanager
 def show_progress(description: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
     """Show how far a job is and the time left: a bar on a terminal, else a line now and then."""
+    from rich import progress
     from rich.console import Console
 
     console = Console(stderr=True)
-    shown: Progress = _Bar(console) if console.is_terminal else _Lines()
-    with shown.start(description, total, unit, done):
-        yield shown
+    if not console.is_terminal:
+        yield _Lines(description, total, unit, done)
+        return
+    with progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[unit]}"),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[note]}"),
+        console=console,
+    ) as bars:
+        yield _Bar(
+            bars, bars.add_task(description, total=total, completed=done, unit=unit, note="")
+        )
 
 
 class Progress:
     """What a job calls while it works; this one is silent."""
-
-    def start(
-        self, description: str, total: int, unit: str, done: int
-    ) -> contextlib.AbstractContextManager[Any]:
-        """Begin to show; what is returned ends it."""
-        return contextlib.nullcontext()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count `count` more units as done; `note` is shown beside them (a loss, a file)."""
 
 
 class _Bar(Progress):
-    def __init__(self, console: Any) -> None:
-        from rich import progress as bars
-
-        self._bars = bars.Progress(
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.fields[unit]}"),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("left"),
-            bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-
-    def start(
-        self, description: str, total: int, unit: str, done: int
-    ) -> contextlib.AbstractContextManager[Any]:
-        self._task = self._bars.add_task(
-            description, total=total, completed=done, unit=unit, note=""
-        )
-        return self._bars
+    def __init__(self, bars: Any, task: Any) -> None:
+        self._bars, self._task = bars, task
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._bars.update(self._task, advance=count, note=note)
 
 
 class _Lines(Progress):
-    def start(
-        self, description: str, total: int, unit: str, done: int
-    ) -> contextlib.AbstractContextManager[Any]:
+    def __init__(self, description: str, total: int, unit: str, done: int) -> None:
         self._description, self._total, self._unit = description, total, unit
         self._first = self._done = done
         self._began = time.monotonic()
-        self._said = -LOG_EVERY
-        return contextlib.nullcontext()
+        self._printed = -LOG_EVERY
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._done += count
         now = time.monotonic()
-        if now - self._said < LOG_EVERY and self._done < self._total:
+        if now - self._printed < LOG_EVERY and self._done < self._total:
             return
-        self._said = now
+        self._printed = now
         elapsed = now - self._began
         rate = (self._done - self._first) / max(elapsed, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)

@@ -15,8 +15,8 @@ from rich.table import Table
 from ..shards.format import Manifest
 from ..storage.names import shard_name
 
-SHOWN = 5  # defects that are listed of each check and split, at most
-TABLE_WIDTH = 120  # characters, where there is no terminal to ask
+LISTED = 5  # defects that are listed of each check and split, at most
+LOG_WIDTH = 120  # characters, where there is no terminal to ask
 
 # The checks in the table's order, and the unit in which each counts.
 CHECKS = {
@@ -57,12 +57,12 @@ class Inspection:
     checked: collections.Counter[str] = field(default_factory=collections.Counter)  # by check
     bad: collections.Counter[str] = field(default_factory=collections.Counter)  # by check
     notes: dict[str, str] = field(default_factory=dict)  # by check
-    defects: list[Defect] = field(default_factory=list)  # the first SHOWN of each check
+    defects: list[Defect] = field(default_factory=list)  # the first LISTED of each check
     damaged: set[int] = field(default_factory=set)  # numbers of the shards to encode again
 
     def add(self, check: str, where: str, reason: str, remedy: str = "") -> None:
         """Record a defect."""
-        if self.bad[check] < SHOWN:
+        if self.bad[check] < LISTED:
             place = f"{self.split}/{where}"
             self.defects.append(Defect(check, place, reason, remedy or self.remedy))
         self.bad[check] += 1
@@ -76,7 +76,7 @@ class Inspection:
         """Add the inspection of one more shard."""
         for check in other.bad:
             defects = [defect for defect in other.defects if defect.check == check]
-            self.defects += defects[: max(SHOWN - self.bad[check], 0)]
+            self.defects += defects[: max(LISTED - self.bad[check], 0)]
         self.checked += other.checked
         self.bad += other.bad
         self.damaged |= other.damaged
@@ -91,7 +91,7 @@ def show(inspections: Sequence[Inspection]) -> None:
     """Print a table of the checks, then a list of the defects."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=TABLE_WIDTH)
+        console = Console(highlight=False, width=LOG_WIDTH)
     table = Table("split", "check", "checked", "bad", "verdict")
     for column in table.columns[2:4]:
         column.justify = "right"

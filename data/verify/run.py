@@ -51,8 +51,8 @@ EXAMPLES = """examples:
       shards behind a URL, and more of their clips compared with the videos
 """
 
-THREADS = 8  # that read shards, at most; hashing and inflating leave Python's lock
-AT_ONCE = 64  # shards that are given to them at a time
+READERS = 8  # threads that read shards, at most; hashing and inflating release Python's lock
+READ_AHEAD = 64  # shards that the threads are given at a time
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,9 @@ def _inspect_shards(
 
     summaries = []
     count = len(manifest.shards.examples)
-    threads = min(THREADS, os.cpu_count() or 1)
+    threads = min(READERS, os.cpu_count() or 1)
     with show_progress(f"verify {inspection.split}", count, "shards") as progress:
-        for found, summary in in_threads(inspect, range(count), threads, AT_ONCE):
+        for found, summary in in_threads(inspect, range(count), threads, READ_AHEAD):
             inspection.merge(found)
             summaries.append(summary)
             progress.advance(note=shard_name(len(summaries) - 1))

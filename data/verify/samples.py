@@ -24,7 +24,7 @@ from .defects import Inspection
 # (TAESD and the shipped autoencoder, collision clips, on a CPU); the rest is for other devices.
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
 
-Frames = UInt8[np.ndarray, "frames height width 3"]
+_Frames = UInt8[np.ndarray, "frames height width 3"]
 
 
 class Sample(NamedTuple):
@@ -50,7 +50,7 @@ def choose_samples(manifest: Manifest, count: int) -> dict[int, list[int]]:
 
 def find_frames(
     samples: Sequence[Sample], clip: dict[str, int], videos: Path | None, fit: Fit | None
-) -> Iterator[tuple[Sample, Frames]]:
+) -> Iterator[tuple[Sample, _Frames]]:
     """The samples whose frames are at hand, in their videos or in the shards.
 
     Args:
@@ -68,7 +68,7 @@ def find_frames(
 
 def _read_video(
     example: Example, clip: dict[str, int], videos: Path, fit: Fit | None
-) -> Frames | None:
+) -> _Frames | None:
     """An example's frames; None where its video cannot be read, or needs a fit that is unknown."""
     path, first = videos / example.record["source"], example.record["first_frame"]
     size = FrameSize(clip["width"], clip["height"])
@@ -86,7 +86,7 @@ def _read_video(
 
 
 def encode_again(
-    samples: Iterable[tuple[Sample, Frames]],
+    samples: Iterable[tuple[Sample, _Frames]],
     count: int,
     autoencoder: Autoencoder,
     manifest: Manifest,
@@ -103,7 +103,7 @@ def encode_again(
 
 
 def _find_difference(
-    example: Example, frames: Frames, autoencoder: Autoencoder, tolerance: float
+    example: Example, frames: _Frames, autoencoder: Autoencoder, tolerance: float
 ) -> str:
     """How an example differs from its frames encoded again; "" where it does not."""
     if example.pixels is not None and not np.array_equal(frames, example.pixels):

@@ -19,7 +19,7 @@ from jaxtyping import Float16, UInt8, UInt64
 from ...files import hash_file
 from .. import masks
 from ..shards.format import DamagedShard, Example, Manifest, ShardIndex, family_of
-from ..shards.reading import Shard, Span
+from ..shards.reading import Shard, ExampleLayout
 from ..shards.writing import Moments
 from ..storage.cache import NodeCache
 from ..storage.store import LocalStore
@@ -27,7 +27,7 @@ from ..storage.transfer import WrongFile
 from .defects import Inspection
 from .samples import Sample
 
-RECORD = {"source": str, "split": str, "first_frame": int, "family": str, "fill": list}
+RECORD_TYPES = {"source": str, "split": str, "first_frame": int, "family": str, "fill": list}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _inspect_examples(
     shard: Shard, manifest: Manifest, sampled: Collection[int], inspection: Inspection
 ) -> list[Sample]:
     """Check every example, and that they add up to the index's sums; return those sampled."""
-    span = Span.of(manifest)
+    span = ExampleLayout.of(manifest)
     raw = np.empty(span.bytes, np.uint8)
     latent_mask = span.views(torch.from_numpy(raw)[None])["latent_mask"][0].numpy()
     find = functools.partial(inspection.add_damage, shard.number)
@@ -135,9 +135,9 @@ def _inspect_examples(
     return samples
 
 
-def _find_wrong_header(raw: UInt8[np.ndarray, " span"], span: Span) -> str:
+def _find_wrong_header(raw: UInt8[np.ndarray, " span"], span: ExampleLayout) -> str:
     """Whether other readers find the arrays that training takes, which looks at no header."""
-    for name, place in span.fields.items():
+    for name, place in span.arrays.items():
         whole = io.BytesIO()
         np.save(whole, np.empty(place.shape, np.float16))
         header = whole.getvalue()[: place.data - place.offset]
@@ -148,7 +148,7 @@ def _find_wrong_header(raw: UInt8[np.ndarray, " span"], span: Span) -> str:
 
 def _find_wrong_record(example: Example, manifest: Manifest) -> str:
     record = example.record if isinstance(example.record, dict) else {}
-    for name, kind in RECORD.items():
+    for name, kind in RECORD_TYPES.items():
         if not isinstance(record.get(name), kind):
             return f"its record has no {name}"
     if record["split"] != manifest.split or record["family"] != family_of(example.key):

@@ -17,7 +17,7 @@ from vidfill.data.encode.run import encode
 from vidfill.data.encode.settings import EncodeConfig
 from vidfill.data.shards.reading import ShardedDataset
 from vidfill.data.storage.names import MANIFEST, shard_name
-from vidfill.data.verify.defects import SHOWN, is_sound
+from vidfill.data.verify.defects import LISTED, is_sound
 from vidfill.data.verify.run import VerifyConfig, main, verify
 from vidfill.errors import BadInput
 
@@ -287,6 +287,6 @@ def test_many_defects_are_shown_by_a_few_of_each_kind(
         (dataset / "train" / shard_name(number)).write_bytes(b"")
     assert main([str(dataset), "--samples", "0"]) == 1
     said = capsys.readouterr().out
-    assert said.count("has the value 2") == said.count("remove it") == SHOWN
+    assert said.count("has the value 2") == said.count("remove it") == LISTED
     examples = len(ShardedDataset(dataset, "train"))
-    assert f"and {20 + examples - 2 * SHOWN} more" in said
+    assert f"and {20 + examples - 2 * LISTED} more" in said

@@ -17,7 +17,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vidfill.data.shards.format import Example, Manifest
-from vidfill.data.shards.reading import Span
+from vidfill.data.shards.reading import ExampleLayout
 from vidfill.data.shards.writing import read_index
 from vidfill.data.storage.names import MANIFEST
 
@@ -35,7 +35,7 @@ def plant(root: Path, at: int, content: bytes, member: str = "") -> None:
     """Overwrite bytes of the first shard, with all checksums made consistent."""
     path = root / "train" / TAR
     manifest = Manifest.from_json((root / "train" / MANIFEST).read_bytes(), "manifest")
-    span = Span.of(manifest).bytes
+    span = ExampleLayout.of(manifest).bytes
     tar = bytearray(path.read_bytes())
     tar[at : at + len(content)] = content
     path.write_bytes(tar)
