@@ -9,22 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from ...modeling.autoencoder import Autoencoder, to_pixels
 from ...progress import show_progress
 from ...seeding import derive_seed
 from .. import masks
 from ..shards.format import Example, Manifest
-from ..videos import Fit, FrameSize, UnreadableVideo, clips_of, read_frames, read_header
+from ..videos import Fit, Frames, FrameSize, UnreadableVideo, clips_of, read_frames, read_header
 from .defects import Inspection
 
 # Mean difference between a clip's latents and those of another device, batch or release, in the
 # latents' standard deviations. Rounding to float16 makes 2e-4 of it, computing in bfloat16 2e-2
 # (TAESD and the shipped autoencoder, collision clips, on a CPU); the rest is for other devices.
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
-
-_Frames = UInt8[np.ndarray, "frames height width 3"]
 
 
 class Sample(NamedTuple):
@@ -50,7 +48,7 @@ def choose_samples(manifest: Manifest, count: int) -> dict[int, list[int]]:
 
 def find_frames(
     samples: Sequence[Sample], clip: dict[str, int], videos: Path | None, fit: Fit | None
-) -> Iterator[tuple[Sample, _Frames]]:
+) -> Iterator[tuple[Sample, Frames]]:
     """The samples whose frames are at hand, in their videos or in the shards.
 
     Args:
@@ -68,7 +66,7 @@ def find_frames(
 
 def _read_video(
     example: Example, clip: dict[str, int], videos: Path, fit: Fit | None
-) -> _Frames | None:
+) -> Frames | None:
     """An example's frames; None where its video cannot be read, or needs a fit that is unknown."""
     path, first = videos / example.record["source"], example.record["first_frame"]
     size = FrameSize(clip["width"], clip["height"])
@@ -86,7 +84,7 @@ def _read_video(
 
 
 def encode_again(
-    samples: Iterable[tuple[Sample, _Frames]],
+    samples: Iterable[tuple[Sample, Frames]],
     count: int,
     autoencoder: Autoencoder,
     manifest: Manifest,
@@ -103,7 +101,7 @@ def encode_again(
 
 
 def _find_difference(
-    example: Example, frames: _Frames, autoencoder: Autoencoder, tolerance: float
+    example: Example, frames: Frames, autoencoder: Autoencoder, tolerance: float
 ) -> str:
     """How an example differs from its frames encoded again; "" where it does not."""
     if example.pixels is not None and not np.array_equal(frames, example.pixels):
