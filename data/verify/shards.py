@@ -19,7 +19,7 @@ from jaxtyping import Float16, UInt8, UInt64
 from ...files import hash_file
 from .. import masks
 from ..shards.format import DamagedShard, Example, Manifest, ShardIndex, family_of
-from ..shards.reading import Shard, ExampleLayout
+from ..shards.reading import ExampleLayout, Shard
 from ..shards.writing import Moments
 from ..storage.cache import NodeCache
 from ..storage.store import LocalStore
