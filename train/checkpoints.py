@@ -1,8 +1,8 @@
 """The run's checkpoints: one format, by parameter name, for any number of processes and ZeRO stage.
 
-The first process gathers the state into its memory, which is all that the loop waits for; a thread
-of it writes that aside, flushed and hashed, while training goes on. `modeling/checkpoint.py` says
-what lies where.
+The first process gathers the state into its memory, which is all that the loop waits for. One of
+its threads writes that aside, flushed and hashed, while training goes on. `modeling/run_folder.py`
+describes the files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,13 @@ from ..modeling.run_folder import (
     seal,
 )
 from ..modeling.unet import VideoUNet
-from .config import TrainConfig
 from .state import TrainState, kinds, read_full, write_full
 
 _AVERAGE = "average_"  # begins the kinds that are written as models
 
 
 def folder_of_average(which: int) -> str:
-    """Where in a checkpoint average number `which` lies, as a model."""
+    """The folder of a checkpoint that holds average number `which` as a model."""
     return f"average-{which}" if which else MODEL
 
 
@@ -53,15 +52,24 @@ class Checkpoints:
     """The checkpoints of one run; every process has one, and the first writes.
 
     Args:
-        config: Names the folder, and how many are kept.
-        denoiser: Of the run; tells the latents and the process.
-        accelerator: Of the run.
+        out: The run's folder.
+        keep: How many are kept.
+        ema_decays: Of the averages.
+        denoiser: The run's, which describes the latents and the process.
+        accelerator: The run's.
     """
 
-    def __init__(self, config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator) -> None:
-        self._folder = config.out / "checkpoints"
-        self._keep = config.keep_checkpoints
-        self._decays = list(config.optimizer.ema_decays)
+    def __init__(
+        self,
+        out: Path,
+        keep: int,
+        ema_decays: Sequence[float],
+        denoiser: Denoiser,
+        accelerator: Accelerator,
+    ) -> None:
+        self._folder = out / "checkpoints"
+        self._keep = keep
+        self._decays = list(ema_decays)
         self._denoiser = denoiser
         self._accelerator = accelerator
         # The last snapshot, by kind and parameter; the next one takes its place.
@@ -71,14 +79,14 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def load(self, state: TrainState) -> None:
-        """Continue from the newest checkpoint that is whole, where there is one.
+        """Continue from the newest checkpoint that is whole, if there is one.
 
-        Every process calls this; the first one chooses. A damaged one is named on stderr and the
-        one before it is used.
+        Every process calls this; the first one chooses. A damaged checkpoint is named on stderr and
+        the one before it is used.
 
         Raises:
-            BadInputEverywhere: There are checkpoints, but all are damaged, or of other latents, or
-                a process cannot see the one that the first has chosen.
+            BadInputEverywhere: All checkpoints are damaged, or the chosen one is of other latents,
+                or a process cannot see it.
         """
         choice: list[Any] = [self._choose() if self._accelerator.is_main_process else None]
         broadcast_object_list(choice)
@@ -88,17 +96,20 @@ class Checkpoints:
         if not name:
             return
         with contextlib.ExitStack() as opened:
-            self._restore(state, self._open(self._folder / name, facts, kinds(state), opened))
+            sources = self._open(self._folder / name, facts, kinds(state), opened)
+            for name, parameter in state.network.named_parameters():
+                for kind, files in sources.items():
+                    write_full(state, parameter, kind, files[name].get_tensor(name))
         state.set_counters(facts["counters"])
 
     def _choose(self) -> tuple[str, dict[str, Any], str]:
-        """The checkpoint to continue from, what it says, and why there is none to continue from."""
+        """The checkpoint to continue from, its state.json, and why none can be used."""
         try:
             _remove_leftovers(self._folder)
             if not newest_first(self._folder):
                 return "", {}, ""
             path, facts = newest_whole(self._folder)
-        except (BadInput, OSError) as error:  # the others wait to hear of it
+        except (BadInput, OSError) as error:  # the others are waiting for the outcome
             return "", {}, describe(error)
         if facts["latents"] != dataclasses.asdict(self._denoiser.space):
             refusal = (
@@ -115,7 +126,7 @@ class Checkpoints:
         wanted: tuple[str, ...],
         opened: contextlib.ExitStack,
     ) -> dict[str, dict[str, Any]]:
-        """By kind and parameter the open file that holds the tensor, once all processes have it."""
+        """The open file of each kind and parameter, once every process has opened all of them."""
         sources: dict[str, dict[str, Any]] = {}
         try:
             sees = read_state(path) == facts
@@ -130,23 +141,18 @@ class Checkpoints:
             blind = ", ".join(str(rank) for rank, answer in enumerate(answers) if not answer)
             raise BadInputEverywhere(
                 f"process {blind} does not see {path} as process 0 does: "
-                "let out be a folder that all nodes share"
+                "give an out that all nodes share"
             )
         return sources
-
-    def _restore(self, state: TrainState, sources: dict[str, dict[str, Any]]) -> None:
-        for name, parameter in state.network.named_parameters():
-            for kind, files in sources.items():
-                write_full(state, parameter, kind, files[name].get_tensor(name))
 
     def save(
         self, state: TrainState, written: Callable[[int, float], object] = lambda *_: None
     ) -> float:
         """Take a snapshot and begin to write it; return the seconds that this took.
 
-        Every process calls this. Where the last write is not done, this waits for it. `written` is
-        called once the checkpoint is whole, in the thread that writes it, with its step and the
-        seconds since the snapshot was begun.
+        Every process calls this. It waits for the last write to end. `written` is called in the
+        writing thread once the checkpoint is whole, with its step and the seconds since the
+        snapshot was begun.
         """
         began = time.perf_counter()
         broken = self._end_of_last_write()
@@ -164,26 +170,27 @@ class Checkpoints:
         return time.perf_counter() - began
 
     def failure(self) -> Exception | None:
-        """Why the last write failed; None on other processes, and while it goes on."""
+        """Why the last write failed; None on the other processes, and before its end."""
         if self._writing is None or not self._writing.done():
             return None
         return self._end_of_last_write()
 
     def wait(self) -> None:
-        """Until the last checkpoint is on disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
-            BadInput: On the first process, which could not write it.
+            BadInput: On the first process, if it could not be written.
         """
         failure = self._end_of_last_write()
         if failure:
             raise failure
 
     def close(self) -> None:
-        """Write no more, once what is being written is whole."""
+        """End the thread, after its last write."""
         self._thread.shutdown()
 
     def _end_of_last_write(self) -> Exception | None:
+        """Wait for the last write; its failure, if it failed."""
         failure = self._writing.exception() if self._writing else None
         assert failure is None or isinstance(failure, Exception)
         return failure
@@ -194,21 +201,20 @@ class Checkpoints:
         for name, parameter in state.network.named_parameters():
             for kind in kinds(state):
                 full = read_full(state, parameter, kind)
-                if self._accelerator.is_main_process:
-                    self._remember(kind, name, full)
+                if not self._accelerator.is_main_process:
+                    continue
+                of_kind = self._memory.setdefault(kind, {})
+                if name not in of_kind:  # once, for pinned memory is slow to allocate
+                    of_kind[name] = torch.empty(full.shape, pin_memory=full.is_cuda)
+                of_kind[name].copy_(full, non_blocking=True)
         if self._accelerator.device.type == "cuda":
             torch.cuda.synchronize(self._accelerator.device)
 
-    def _remember(self, kind: str, name: str, full: Tensor) -> None:
-        of_kind = self._memory.setdefault(kind, {})
-        if name not in of_kind:  # memory that a GPU can copy to while it computes is slow to get
-            of_kind[name] = torch.empty(full.shape, pin_memory=full.is_cuda)
-        of_kind[name].copy_(full, non_blocking=True)
-
     def _wrap_averages(self, blank: VideoUNet) -> None:
-        """Once, and not in the thread: a model that is loaded meanwhile changes how all are made.
+        """Make the models that are saved: once, and outside the writing thread.
 
-        (diffusers' `from_pretrained` replaces torch's own methods while it works.)
+        diffusers' `from_pretrained`, which another thread may call, replaces torch's own methods
+        while it works.
         """
         for kind, tensors in self._memory.items():
             if kind.startswith(_AVERAGE):
@@ -225,8 +231,8 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             raise BadInput(
                 f"the checkpoint of step {step} cannot be written into {self._folder} "
-                f"({describe(error)}): mend that, and the same command continues from the "
-                "one before"
+                f"({describe(error)}): remove the cause, and the same command continues from "
+                "the one before"
             ) from error
         written(step, time.perf_counter() - since)
 
@@ -251,7 +257,7 @@ class Checkpoints:
 
 
 def _place(kind: str) -> str:
-    """Where in a checkpoint a kind lies: an average as a model, any other as one file."""
+    """The path of a kind in a checkpoint: a model's folder for an average, else one file."""
     if kind.startswith(_AVERAGE):
         return folder_of_average(int(kind.removeprefix(_AVERAGE)))
     return f"{kind}.safetensors"
@@ -264,14 +270,14 @@ def _files(path: Path, kind: str) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint: for whoever looks it is there whole, or not at all."""
+    """Remove a checkpoint in one move: readers see it whole or not at all."""
     path.rename(path.with_name(f"{PARTIAL}old-{path.name}"))
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what is not whole: of a killed run, or what `_remove` has put aside.
+    """Remove what a killed run left unfinished, and what `_remove` has put aside.
 
-    A network's file system may keep a file that a reader has open; the next call removes it.
+    A network file system may keep a file that a reader has open; the next call removes it.
     """
     for path in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

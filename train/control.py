@@ -1,10 +1,10 @@
-"""How a run ends early: signals, and failures of one process, agreed upon between two steps.
+"""How a run ends early, by a signal or a failure of one process, at the same step everywhere.
 
-The processes talk through the store that torch keeps for them: each looks into it before each of
-its steps, which is no collective and waits for nobody. A process that wants to end announces,
-before its step s, that all end before step s + 1. Nobody can finish step s without that process's
-gradient, which it gives after its announcement; so all have seen it before they would begin step
-s + 1, and all end before the same step.
+The processes communicate through torch's store: each reads it before each of its steps, which is
+not a collective and waits for nobody. A process that wants to end announces, before its step s,
+that all end before step s + 1. No other process can finish step s without that process's gradient,
+which comes after the announcement. So all have seen it before they begin step s + 1, and all end
+before the same step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MARKER = "stopped.json"  # in the run's folder: the run ended early, and the sam
 _KEY = "vidfill/stop"
 
 
-class Stopped(SystemExit):
+class StoppedBySignal(SystemExit):
     """The run was told to end before its last step; its state is saved."""
 
     def __init__(self, signal_number: int) -> None:
@@ -36,9 +36,9 @@ class Stopped(SystemExit):
 
 
 class Control:
-    """What ends a run early; every process has one, entered with `with` in its main thread.
+    """Ends a run early; every process has one, entered with `with` in its main thread.
 
-    The first signal ends the run after the present step. A second SIGINT interrupts at once.
+    The first signal ends the run after the current step. A second SIGINT interrupts at once.
     """
 
     def __init__(self, out: Path, rank: int, size: int) -> None:
@@ -72,19 +72,25 @@ class Control:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stop(self, step: int, failure: Exception | None = None) -> signal.Signals | None:
-        """Why the run ends before `step`: the signal that any process got, or None: it goes on.
+        """The signal, to any process, that ends the run before `step`; None if it goes on.
 
         Every process calls this before each of its steps; all get the same answer.
 
         Args:
             step: Optimizer steps done.
-            failure: What went wrong in this process since the last step and lets no run go on.
+            failure: What went wrong in this process since the last step, so that the run must end.
 
         Raises:
             BadInputEverywhere: A process had a failure.
         """
         if (failure or self._caught) and not self._announced:
-            self._announce(step, failure)
+            notice = {
+                "before": step if self._size == 1 else step + 1,
+                "failure": describe(failure) if failure else "",
+                "signal": self._caught,
+            }
+            self._store.compare_set(_KEY, "", json.dumps(notice))
+            self._announced = True
         if not self._store.check([_KEY]):
             return None
         notice = json.loads(self._store.get(_KEY))
@@ -94,18 +100,8 @@ class Control:
             raise BadInputEverywhere(notice["failure"])
         return signal.Signals(notice["signal"])
 
-    def _announce(self, step: int, failure: Exception | None) -> None:
-        alone = self._size == 1
-        notice = {
-            "before": step if alone else step + 1,
-            "failure": describe(failure) if failure else "",
-            "signal": self._caught,
-        }
-        self._store.compare_set(_KEY, "", json.dumps(notice))
-        self._announced = True
-
     def leave_marker(self, step: int, reason: signal.Signals) -> None:
-        """Say in the run's folder that it ended early: a job script starts it again by this."""
+        """Record in the run's folder that it ended early, so that a job script starts it again."""
         if self._rank == 0:
             said = {"step": step, "reason": reason.name, "time": time.time()}
             write_atomically(self._marker, json.dumps(said).encode())

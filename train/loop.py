@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -20,7 +20,7 @@ from ..modeling.denoiser import Denoiser
 from ..progress import Progress, show_progress
 from .checkpoints import Checkpoints
 from .config import MAY_CHANGE, TrainConfig, check, find_recipe
-from .control import Control, Stopped
+from .control import Control, StoppedBySignal
 from .monitor.held_out import HeldOut, open_held_out
 from .monitor.previews import Preview, open_preview
 from .monitor.tensorboard import Monitor, tensorboard_command
@@ -39,7 +39,7 @@ examples:
   tensorboard --logdir runs/first/tensorboard
 """
 
-PATIENCE = 120.0  # seconds for another run in the folder to end: a lost node's lock outlives it
+LOCK_WAIT = 120.0  # seconds to wait for a lock in the folder: a lost node leaves one behind
 
 
 def train(config: TrainConfig) -> None:
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> None:
 
     Raises:
         BadInput: A setting is wrong, the shards cannot be used, or the loss is not finite.
-        Stopped: A signal ended the run early; its state is saved.
+        StoppedBySignal: A signal ended the run early; its state is saved.
     """
     check(config)
     dataset = ShardedDataset(config.shards, "train", config.data.cache)
@@ -62,10 +62,12 @@ def train(config: TrainConfig) -> None:
     with contextlib.ExitStack() as stack:
         preview, held_out = _open_and_claim(config, denoiser, accelerator, stack)
         state = make_state(config, accelerator, denoiser.network)
-        checkpoints = Checkpoints(config, denoiser, accelerator)
+        checkpoints = Checkpoints(
+            config.out, config.keep_checkpoints, config.optimizer.ema_decays, denoiser, accelerator
+        )
         checkpoints.load(state)
         control = stack.enter_context(Control(config.out, process, processes))
-        progress = stack.enter_context(_progress(config, state, accelerator))
+        progress = stack.enter_context(_progress(config.out, config.steps, state, accelerator))
         batches = stream.run(state.step, config.data.workers)
         stack.enter_context(contextlib.closing(batches))
         monitor = Monitor(config, state, denoiser, stream, preview, accelerator)
@@ -90,29 +92,25 @@ def train(config: TrainConfig) -> None:
         accelerator.wait_for_everyone()  # or a launcher ends the first process while it writes
     accelerator.end_training()
     if stopped:
-        _say_stopped(state, stopped, accelerator)
-        raise Stopped(stopped)
+        if accelerator.is_main_process:
+            print(
+                f"vidfill train: stopped by {stopped.name} after step {state.step}, which is "
+                "saved; the same command continues",
+                file=sys.stderr,
+            )
+        raise StoppedBySignal(stopped)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
-def _say_stopped(state: TrainState, reason: signal.Signals, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        print(
-            f"vidfill train: stopped by {reason.name} after step {state.step}, which is saved; "
-            "the same command continues",
-            file=sys.stderr,
-        )
-
-
 def _open_and_claim(
     config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator, stack: contextlib.ExitStack
 ) -> tuple[Preview | None, HeldOut | None]:
-    """Take the folder, and open what is shown and measured; all learn whether that worked.
+    """Claim the folder, and open the previews and held-out clips; fail on all processes or none.
 
-    Each process opens its own held-out clips; the first one opens the preview too, and holds the
+    Each process opens its own held-out clips. The first one also opens the previews, and holds the
     folder until `stack` is closed.
     """
     preview: Preview | None = None
@@ -126,9 +124,9 @@ def _open_and_claim(
             preview = open_preview(config, denoiser, accelerator.device)
             located = dataclasses.replace(config, shards=locate(config.shards))
             jobs.claim(config.out, "train", located, MAY_CHANGE)
-            # The others' patience with a collective ends after the timeout.
-            stack.enter_context(hold(config.out, min(PATIENCE, 30 * config.timeout)))
-    except (BadInput, OSError) as error:  # the others wait to hear of either
+            # The others give up a collective after the timeout: wait half of that at most.
+            stack.enter_context(hold(config.out, min(LOCK_WAIT, 30 * config.timeout)))
+    except (BadInput, OSError) as error:  # the others are waiting for the outcome
         refusal = describe(error)
     refusals = [said for said in gather_object([refusal]) if said]
     if refusals:
@@ -137,19 +135,19 @@ def _open_and_claim(
 
 
 def _progress(
-    config: TrainConfig, state: TrainState, accelerator: Accelerator
+    out: Path, steps: int, state: TrainState, accelerator: Accelerator
 ) -> contextlib.AbstractContextManager[Progress]:
-    """Progress on the first process, which says what begins; the others work in silence."""
+    """The first process says what begins and shows progress; the others are silent."""
     if not accelerator.is_main_process:
         return contextlib.nullcontext(Progress())
     parameters = sum(parameter.numel() for parameter in state.blank.parameters())
     print(
         f"vidfill train: {parameters / 1e6:.2f} M parameters on {accelerator.num_processes} "
-        f"process(es), step {state.step} of {config.steps}; watch it with\n"
-        f"  {tensorboard_command(config.out)}   # http://localhost:6006/#custom_scalars",
+        f"process(es), step {state.step} of {steps}; watch it with\n"
+        f"  {tensorboard_command(out)}   # http://localhost:6006/#custom_scalars",
         file=sys.stderr,
     )
-    return show_progress("train", config.steps, "steps", done=state.step)
+    return show_progress("train", steps, "steps", done=state.step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

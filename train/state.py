@@ -1,7 +1,7 @@
-"""All that changes during a run, how it is made, and how its tensors are read and written whole.
+"""All that changes during a run, how it is made, and how whole tensors are read and written.
 
-The averages of the weights lie beside Adam's moments, in the optimizer's state: whole under plain
-training, shared out wherever ZeRO shares out the moments.
+The averages of the weights are kept beside Adam's moments, in the optimizer's state: whole under
+plain training, partitioned wherever ZeRO partitions the moments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.shards.format import Manifest
 from ..modeling.denoiser import Denoiser, LatentSpace
-from ..modeling.precision import Precision, autocast
+from ..modeling.precision import autocast
 from ..modeling.presets import build
 from ..modeling.unet import VideoUNet
-from .config import ModelConfig, OptimizerConfig, TrainConfig
+from .config import TrainConfig
 from .deepspeed import deepspeed_config
 
 FIRST_SCALE = 65536.0  # of float16's loss
@@ -69,10 +69,10 @@ class TrainState:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, alone or with DeepSpeed; on a machine without a GPU over gloo.
+    """Accelerate, alone or with DeepSpeed; over gloo on a machine without a GPU.
 
-    Precision is the network's business (`make_state`), so that ZeRO keeps float32 weights whatever
-    the forward pass computes in.
+    Precision is left to the network (`make_state`), so that ZeRO keeps float32 weights whatever the
+    forward pass computes in.
     """
     on_cpu = not torch.cuda.is_available()
     if config.deterministic:
@@ -91,27 +91,23 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    _quieten_deepspeed()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # it logs pages of settings
+    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
     # Without this, and with `cpu=True`, a process under DeepSpeed believes that it is alone.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    if "LOCAL_RANK" not in os.environ:  # started without a launcher, on which DeepSpeed counts
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "LOCAL_RANK" not in os.environ:  # no launcher has set what DeepSpeed relies on
         os.environ |= ALONE
     backend = "gloo" if on_cpu else "nccl"
     return Accelerator(
         mixed_precision="no",
         deepspeed_plugin=DeepSpeedPlugin(
-            hf_ds_config=deepspeed_config(config, int(os.environ.get("WORLD_SIZE", "1"))),
+            hf_ds_config=deepspeed_config(config, processes),
             zero3_init_flag=False,
         ),
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
         step_scheduler_with_optimizer=False,
     )
-
-
-def _quieten_deepspeed() -> None:
-    """No pages of settings, and no word at every collective that torch renames it one day."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "`torch.distributed.*` is deprecated", FutureWarning)
 
 
 def make_denoiser(config: TrainConfig, manifest: Manifest) -> Denoiser:
@@ -120,18 +116,13 @@ def make_denoiser(config: TrainConfig, manifest: Manifest) -> Denoiser:
     condition = channels + 1 if config.diffusion.mask_channel else channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = _make_network(config.model, channels, condition)
-    return Denoiser(network, config.diffusion, space_of(manifest), config.precision)
-
-
-def _make_network(model: ModelConfig, channels: int, condition: int) -> VideoUNet:
-    entry: dict[str, Any] = {"conditioning": model.conditioning}
-    if model.preset:
-        network = build(model.preset, channels, condition, **entry)
-    else:
-        network = VideoUNet(channels, condition, **model.network_options(), **entry)
+        model, entry = config.model, {"conditioning": config.model.conditioning}
+        if model.preset:
+            network = build(model.preset, channels, condition, **entry)
+        else:
+            network = VideoUNet(channels, condition, **model.network_options(), **entry)
     network.set_attention_backend(model.attention_backend)
-    return network
+    return Denoiser(network, config.diffusion, space_of(manifest), config.precision)
 
 
 def space_of(manifest: Manifest) -> LatentSpace:
@@ -150,7 +141,8 @@ def make_state(config: TrainConfig, accelerator: Accelerator, network: VideoUNet
     network.to(accelerator.device).train()
     if config.model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    _compute_in(config.precision, network)
+    # DeepSpeed's engine turns off an autocast that is around it, so the network carries its own.
+    network.forward = autocast(network.device, config.precision)(network.forward)  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(
         network.parameters(),
         lr=config.optimizer.learning_rate,
@@ -158,8 +150,8 @@ def make_state(config: TrainConfig, accelerator: Accelerator, network: VideoUNet
         fused=True,
     )
     if config.compile:
-        # Before it is compiled einops shall have met what it meets in it, or that would be done
-        # again in the second step.
+        # einops caches the shapes it meets. Without this call, it would fill its cache while the
+        # first step is compiled, and the second step would be compiled again.
         with torch.no_grad():
             network(*_small_input(network))
     if config.zero_stage:
@@ -167,10 +159,14 @@ def make_state(config: TrainConfig, accelerator: Accelerator, network: VideoUNet
     else:
         engine = accelerator.prepare_model(network)
         if isinstance(engine, DistributedDataParallel):
-            _settle_buckets(engine, network)
+            # DistributedDataParallel fixes how it divides the gradient in its first backward pass.
+            # If that were the first step after each start of a run, a resumed run would add up the
+            # processes' parts in another order.
+            engine(*_small_input(network)).sum().backward()
+            network.zero_grad()
     if config.compile:
         network.compile()
-    _fill_optimizer(engine, optimizer, config)
+    _fill_optimizer(engine, optimizer, config.zero_stage, len(config.optimizer.ema_decays))
     return TrainState(
         step=0,
         skipped=0,
@@ -185,21 +181,6 @@ def make_state(config: TrainConfig, accelerator: Accelerator, network: VideoUNet
     )
 
 
-def _compute_in(precision: Precision, network: VideoUNet) -> None:
-    """Put the autocast into the network: DeepSpeed's engine turns off one that is around it."""
-    network.forward = autocast(network.device, precision)(network.forward)  # type: ignore[method-assign]
-
-
-def _settle_buckets(engine: DistributedDataParallel, network: VideoUNet) -> None:
-    """One backward pass, by which DistributedDataParallel fixes how it cuts the gradient.
-
-    Else it would do so in the first step of every life of a run, and from there on add up what the
-    processes have in another order.
-    """
-    engine(*_small_input(network)).sum().backward()
-    network.zero_grad()
-
-
 def _small_input(network: VideoUNet) -> tuple[Tensor, Tensor, Tensor]:
     """Latents of one small frame, a timestep and a condition, all zero."""
     sizes = (network.config["latent_channels"], network.config["condition_channels"])
@@ -207,9 +188,11 @@ def _small_input(network: VideoUNet) -> tuple[Tensor, Tensor, Tensor]:
     return latents, torch.zeros(1, device=network.device), condition
 
 
-def _fill_optimizer(engine: Any, optimizer: torch.optim.AdamW, config: TrainConfig) -> None:
-    """Give the optimizer all its state, which AdamW and DeepSpeed make only as they need it."""
-    match config.zero_stage:
+def _fill_optimizer(
+    engine: Any, optimizer: torch.optim.AdamW, zero_stage: int, averages: int
+) -> None:
+    """Give the optimizer all its state, which AdamW and DeepSpeed create only when needed."""
+    match zero_stage:
         case 0:
             tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         case 3:
@@ -222,14 +205,14 @@ def _fill_optimizer(engine: Any, optimizer: torch.optim.AdamW, config: TrainConf
             "step": torch.zeros((), device=weights.device),
             "exp_avg": torch.zeros_like(weights),
             "exp_avg_sq": torch.zeros_like(weights),
-        } | {f"average_{n}": weights.clone() for n in range(len(config.optimizer.ema_decays))}
-    if config.zero_stage in (1, 2):
-        # Links each parameter with its part of these tensors.
+        } | {f"average_{n}": weights.clone() for n in range(averages)}
+    if zero_stage in (1, 2):
+        # Connects each parameter with its part of these tensors.
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 @torch.no_grad()
-def update_averages(state: TrainState, config: OptimizerConfig) -> None:
+def update_averages(state: TrainState, decays: Sequence[float]) -> None:
     """Move the averages towards the weights of the update just made.
 
     After n updates the decay is at most (1 + n) / (10 + n), so that the first weights are soon
@@ -237,13 +220,13 @@ def update_averages(state: TrainState, config: OptimizerConfig) -> None:
     """
     most = (1 + state.updates) / (10 + state.updates)
     weights = list(state.optimizer.state)
-    for number, decay in enumerate(config.ema_decays):
+    for number, decay in enumerate(decays):
         averages = [values[f"average_{number}"] for values in state.optimizer.state.values()]
         torch._foreach_lerp_(averages, weights, 1 - min(decay, most))
 
 
 def kinds(state: TrainState) -> tuple[str, ...]:
-    """What there is of each parameter: "weights", "exp_avg", "exp_avg_sq", "average_0" and on."""
+    """The tensors of each parameter: "weights", "exp_avg", "exp_avg_sq", "average_0", …"""
     values = next(iter(state.optimizer.state.values()))
     return ("weights", *(kind for kind in values if kind != "step"))
 
@@ -253,7 +236,7 @@ def read_full(state: TrainState, parameter: torch.nn.Parameter, kind: str) -> Te
     """A parameter's whole float32 tensor of a kind, on its device.
 
     It may be the state's own memory, which the next step changes. Under ZeRO this is a collective:
-    every process calls it, in the same order.
+    every process must call it, in the same order.
     """
     partitioned = hasattr(parameter, "ds_id")
     if kind == "weights" and not partitioned:
@@ -281,12 +264,12 @@ def write_full(state: TrainState, parameter: torch.nn.Parameter, kind: str, valu
 
 
 def is_under_zero(engine: Any) -> bool:
-    """Whether DeepSpeed trains the network; asked without importing it."""
+    """Whether DeepSpeed trains the network; found out without importing it."""
     return hasattr(engine, "zero_optimization_stage")
 
 
 def _write_fragment(parameter: torch.nn.Parameter, kind: str, value: Tensor) -> None:
-    """ZeRO 1 and 2: every process has the weights, and its part of all else in float32."""
+    """ZeRO 1 and 2: every process has the weights, and a part of everything else in float32."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if kind == "weights":

@@ -1,4 +1,4 @@
-"""One step: draws, loss, backward, clip, update; and what becomes of one that is not finite."""
+"""One step: draws, loss, backward, clip, update; steps that are not finite are left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,12 @@ from ..seeding import generator
 from .config import OptimizerConfig, TrainConfig
 from .state import TrainState, is_under_zero, update_averages
 
-LISTED = "not-finite.jsonl"  # in the run's folder: the clips of the steps that were left out
-PATIENCE = 2000  # updates after which float16's loss is scaled twice as high
+LISTED = "not-finite.jsonl"  # in the run's folder: the clips of steps that were left out
+SCALE_GROWS_AFTER = 2000  # updates of float16 without an overflow
 
 
 class NotFinite(BadInputEverywhere):
-    """More losses or gradients were NaN or infinite than are allowed; none reached the weights."""
+    """More losses or gradients than allowed were NaN or infinite; none reached the weights."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def train_step(
     accelerator: Accelerator,
     config: TrainConfig,
 ) -> StepResult:
-    """Advance `state` by one global batch, and update the weights where all is finite.
+    """Advance `state` by one global batch, and update the weights if everything is finite.
 
     Raises:
         NotFinite: On every process alike, when more than `config.max_skipped` updates were left
@@ -111,21 +110,34 @@ def train_step(
     scale, age = state.scale, state.scale_age
     losses, norm = _try(state, batch, denoiser, accelerator, config)
     loss = losses.sum() * accelerator.num_processes / config.batch_size
-    finite = math.isfinite(norm) or _is_finite_everywhere(loss, accelerator)
+    finite = math.isfinite(norm) or math.isfinite(accelerator.reduce(loss, "sum"))
     while finite and not math.isfinite(norm) and state.scale > 1:
-        # The loss was perhaps only scaled too high for float16: the batch gets another try.
+        # The loss may only have been scaled too high for float16: try the batch again.
         state.scale, state.scale_age = state.scale / 2, 0
         losses, norm = _try(state, batch, denoiser, accelerator, config)
     state.step += 1
     if math.isfinite(norm):
-        update_averages(state, config.optimizer)
-        _age_scale(state, config)
+        update_averages(state, config.optimizer.ema_decays)
+        if config.precision == "float16":
+            _age_scale(state)
     else:
-        state.scale, state.scale_age = scale, age  # which were not at fault
+        state.scale, state.scale_age = scale, age  # they were not the cause
         state.skipped += 1
         what = "gradient" if finite else "loss"
-        _list_clips(state, batch, losses, what, accelerator, config)
-        _stop_or_say(state, what, accelerator, config)
+        path = config.out / LISTED
+        _list_examples(path, state.step, accelerator.process_index, batch.keys, losses, what)
+        said = f"the {what} of step {state.step} is not finite"
+        if state.skipped > config.max_skipped:
+            raise NotFinite(
+                f"{said}, and max_skipped is {config.max_skipped}: look at the clips listed in "
+                f"{path}, or lower optimizer.learning_rate"
+            )
+        if accelerator.is_main_process:
+            print(
+                f"vidfill train: {said}, so its update is left out (number {state.skipped} of at "
+                f"most {config.max_skipped}); {path} lists its clips",
+                file=sys.stderr,
+            )
     return StepResult(loss, norm, rate)
 
 
@@ -136,20 +148,18 @@ def _try(
     accelerator: Accelerator,
     config: TrainConfig,
 ) -> tuple[Float[Tensor, " batch"], float]:
-    """Each example's weighted loss, and the gradient's norm; the update is made if that is finite.
+    """Each example's weighted loss, and the gradient's norm; updates the weights if it is finite.
 
-    No collective but those of the gradient and, under ZeRO, of its norm: a loss that is not finite
-    makes the gradient not finite, on every process and in every part.
+    There are no collectives but those of the gradient and, under ZeRO, of its norm: a loss that is
+    not finite makes the gradient not finite, on every process and in every part.
     """
-    slots = len(batch.keys)
-    parts = _split(batch, min(config.gradient_accumulation, slots))
-    share = accelerator.num_processes / config.batch_size
+    parts = _split(batch, min(config.gradient_accumulation, len(batch.keys)))
     measured = []
-    for number, part in enumerate(parts):
-        with _accumulating(state.engine, is_last=number == len(parts) - 1):
-            losses = part.weights * _losses(state.engine, part, denoiser, config)
+    for number, part in enumerate(parts, start=1):
+        with _accumulating(state.engine, is_last=number == len(parts)):
+            losses = part.weights * _losses(state.engine, part, denoiser, config.seed, config.loss)
             # The mean over processes of the sum over parts is that over the global batch.
-            loss = losses.sum() * share
+            loss = losses.sum() * (accelerator.num_processes / config.batch_size)
             _backward(state, loss * torch.where(loss.isfinite(), 1.0, math.nan))
         measured.append(losses.detach())
     return torch.cat(measured), _update(state, config.optimizer.clip)
@@ -158,38 +168,32 @@ def _try(
 def _split(batch: Batch, count: int) -> list[Batch]:
     """The batch in parts of nearly equal size."""
     bounds = [len(batch.keys) * number // count for number in range(count + 1)]
-    cuts = [slice(first, end) for first, end in itertools.pairwise(bounds)]
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    given = {name: value for name, value in values.items() if value is not None}
     return [
-        dataclasses.replace(
-            batch,
-            **{
-                field.name: value[cut]
-                for field in dataclasses.fields(batch)
-                if (value := getattr(batch, field.name)) is not None
-            },
-        )
-        for cut in cuts
+        dataclasses.replace(batch, **{name: value[first:end] for name, value in given.items()})
+        for first, end in itertools.pairwise(bounds)
     ]
 
 
 def _losses(
-    network: torch.nn.Module, batch: Batch, denoiser: Denoiser, config: TrainConfig
+    network: torch.nn.Module, batch: Batch, denoiser: Denoiser, seed: int, config: LossConfig
 ) -> Float[Tensor, " batch"]:
     """The loss of each example at its own timestep and noise."""
     device = batch.latents.device
-    sources = [generator(config.seed, position, "timestep") for position in batch.positions]
-    timestep = draw_timesteps(sources, denoiser.timesteps, config.loss)
-    noise = draw_noise(batch.positions, config.seed, batch.latents.shape[1:])
-    latents = draw_latents(batch, config.seed)
+    sources = [generator(seed, position, "timestep") for position in batch.positions]
+    timestep = draw_timesteps(sources, denoiser.timesteps, config)
+    noise = draw_noise(batch.positions, seed, batch.latents.shape[1:])
+    latents = draw_latents(batch, seed)
     return diffusion_loss(
-        network, denoiser, batch, latents, timestep.to(device), noise.to(device), config.loss
+        network, denoiser, batch, latents, timestep.to(device), noise.to(device), config
     )
 
 
 def _accumulating(engine: Any, is_last: bool) -> contextlib.AbstractContextManager[None]:
-    """The processes share the gradient of the last part, which holds that of all."""
-    if isinstance(engine, DistributedDataParallel):
-        return contextlib.nullcontext() if is_last else engine.no_sync()
+    """Within the last part the processes share the gradient, which is that of all parts."""
+    if isinstance(engine, DistributedDataParallel) and not is_last:
+        return engine.no_sync()
     if is_under_zero(engine):
         engine.set_gradient_accumulation_boundary(is_last)
     return contextlib.nullcontext()
@@ -204,7 +208,7 @@ def _backward(state: TrainState, loss: Float[Tensor, ""]) -> None:
 
 
 def _update(state: TrainState, limit: float) -> float:
-    """Clip the gradient to `limit`, update unless it is not finite, and return its norm before."""
+    """Clip the gradient to `limit`, update if it is finite, and return its norm before clipping."""
     if is_under_zero(state.engine):
         state.engine.step()
         return float(state.engine.get_global_grad_norm())
@@ -221,62 +225,28 @@ def _update(state: TrainState, limit: float) -> float:
     return norm
 
 
-def _is_finite_everywhere(loss: Float[Tensor, ""], accelerator: Accelerator) -> bool:
-    return math.isfinite(accelerator.reduce(loss, "sum"))
+def _age_scale(state: TrainState) -> None:
+    """Double float16's scale after many updates without an overflow."""
+    state.scale_age += 1
+    if state.scale_age == SCALE_GROWS_AFTER:
+        state.scale, state.scale_age = 2 * state.scale, 0
 
 
-def _age_scale(state: TrainState, config: TrainConfig) -> None:
-    """Try a higher scale in float16 when the present one has done well for long."""
-    if config.precision == "float16":
-        state.scale_age += 1
-        if state.scale_age == PATIENCE:
-            state.scale, state.scale_age = 2 * state.scale, 0
-
-
-def _list_clips(
-    state: TrainState,
-    batch: Batch,
+def _list_examples(
+    path: Path,
+    step: int,
+    rank: int,
+    keys: list[str],
     losses: Float[Tensor, " batch"],
     what: str,
-    accelerator: Accelerator,
-    config: TrainConfig,
 ) -> None:
-    """Write down this process's clips whose loss is not finite.
+    """Append this process's examples whose loss is not finite to the file of all processes.
 
-    Where only the gradient is not finite nobody knows whose it is: all are written down.
+    If only the gradient is not finite, any example may be the cause: all are listed.
     """
-    held = [
-        key
-        for key, loss in zip(batch.keys, losses.tolist(), strict=True)
-        if key and (what == "gradient" or not math.isfinite(loss))
-    ]
+    values = zip(keys, losses.tolist(), strict=True)
+    held = [k for k, loss in values if k and (what == "gradient" or not math.isfinite(loss))]
     if held:
-        line = {"step": state.step, "rank": accelerator.process_index, "not_finite": what}
-        _append(config.out / LISTED, json.dumps(line | {"clips": held}) + "\n")
-
-
-def _stop_or_say(
-    state: TrainState, what: str, accelerator: Accelerator, config: TrainConfig
-) -> None:
-    said = f"the {what} of step {state.step} is not finite"
-    path = config.out / LISTED
-    if state.skipped > config.max_skipped:
-        raise NotFinite(
-            f"{said}, and max_skipped is {config.max_skipped}: look at the clips that {path} "
-            "lists, or lower optimizer.learning_rate"
-        )
-    if accelerator.is_main_process:
-        print(
-            f"vidfill train: {said}, so its update is left out, as {state.skipped} of at most "
-            f"{config.max_skipped}; {path} lists its clips",
-            file=sys.stderr,
-        )
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line at once, as several processes may to one file."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+        line = json.dumps({"step": step, "rank": rank, "not_finite": what, "clips": held})
+        with path.open("ab", buffering=0) as file:  # in one write: others append too
+            file.write(f"{line}\n".encode())

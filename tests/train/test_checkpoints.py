@@ -52,7 +52,7 @@ class Run:
         self.denoiser = Denoiser(network, DiffusionConfig(mask_channel=True), space)
         self.accelerator: Accelerator = make_accelerator(config)
         self.state: TrainState = make_state(config, self.accelerator, network)
-        self.checkpoints = Checkpoints(config, self.denoiser, self.accelerator)
+        self.checkpoints = Checkpoints(out, keep, DECAYS, self.denoiser, self.accelerator)
         self.folder = out / "checkpoints"
 
     def advance_to(self, step: int) -> None:
@@ -342,7 +342,7 @@ def test_a_full_disk_is_told_and_harms_nothing_and_with_room_it_goes_on(full_dis
     assert wait_for_failure(run.checkpoints) == (
         f"the checkpoint of step 2 cannot be written into {run.folder} "
         "(Error while serializing: I/O error: No space left on device (os error 28)): "
-        "mend that, and the same command continues from the one before"
+        "remove the cause, and the same command continues from the one before"
     )
     run.checkpoints.save(run.state)  # the loop may come here before it hears of the failure
     with pytest.raises(BadInput, match="No space left on device"):

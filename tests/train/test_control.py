@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from vidfill.errors import BadInputEverywhere
-from vidfill.train.control import MARKER, Control, Stopped
+from vidfill.train.control import MARKER, Control, StoppedBySignal
 
 # Steps of 10 ms in which no process finishes before all have come to it, as in training; process 1
 # is told to end when it has begun its fourth step, in the way that the first argument names.
@@ -111,4 +111,4 @@ def test_alone_a_failure_is_raised_at_once(tmp_path: Path) -> None:
 
 
 def test_the_exit_status_is_the_shells_for_a_signal() -> None:
-    assert Stopped(signal.SIGTERM).code == 143
+    assert StoppedBySignal(signal.SIGTERM).code == 143

@@ -42,7 +42,8 @@ from vidfill.train.monitor.held_out import open_held_out
 from vidfill.train.monitor.previews import GAP, film_of, open_preview, picture_of
 from vidfill.train.monitor.profiling import Profile, profiled_steps
 from vidfill.train.monitor.rates import measure_rate
-from vidfill.train.monitor.tensorboard import IMAGES, LAYOUT, SCALARS, Monitor
+from vidfill.train.monitor.tags import IMAGES, LAYOUT, SCALARS
+from vidfill.train.monitor.tensorboard import Monitor
 from vidfill.train.state import (
     TrainState,
     averaged_network,
@@ -329,7 +330,7 @@ def test_two_processes_show_what_one_does(config: TrainConfig, tmp_path: Path) -
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\n"
-        "from test_monitoring import configured, follow\n"
+        "from test_tensorboard import configured, follow\n"
         f"follow(configured(Path({config.shards!r}), Path({str(two)!r})))\n"
     )
     subprocess.run(
