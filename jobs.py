@@ -144,7 +144,7 @@ def claim(out: Path, verb: str, config: Any, may_change: Collection[str] = ()) -
         out: The output folder.
         verb: The job's verb.
         config: The job's configuration; recorded in `out/job.json`.
-        may_change: Dotted fields that a continued job may give anew.
+        may_change: Dotted fields, or groups of them, that may change when a job continues.
 
     Raises:
         BadInput: `out` holds anything else; nothing in it is touched.
@@ -189,8 +189,13 @@ def _refuse_another_job(
             f"{out} was written by `vidfill {before['verb']}`: choose another folder or remove it"
         )
     was, wanted = _flatten(before["config"]), _flatten(now["config"])
-    fixed = (was.keys() | wanted.keys()) - set(may_change)
-    changed = sorted(key for key in fixed if was.get(key) != wanted.get(key))
+    changed = sorted(
+        key
+        for key in was.keys() | wanted.keys()
+        if was.get(key) != wanted.get(key)
+        and key not in may_change
+        and not key.startswith(tuple(f"{group}." for group in may_change))
+    )
     if changed:
         listed = ", ".join(f"{k} was {was.get(k)!r}, now {wanted.get(k)!r}" for k in changed)
         raise BadInput(

@@ -1,4 +1,4 @@
-"""The storage, network and memory that a run needs on clusters of several sizes, by `make_plan`.
+"""The storage, network and memory that a run needs on clusters of several sizes, by `training_cost`.
 
 Calculated for a data set that exists only on paper; nothing is measured, and no GPU is needed. The
 time of a step is that of its operations at `--rate`, without communication.
@@ -16,7 +16,7 @@ from vidfill.data.shards.format import Manifest, ShardTable
 from vidfill.data.shards.order import choose_lanes
 from vidfill.data.shards.reading import ExampleLayout
 from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
-from vidfill.train.preflight.plan import GPUS_A_NODE, in_bytes, make_plan, state_memory
+from vidfill.train.preflight.plan import GPUS_A_NODE, in_bytes, state_memory, training_cost
 
 GRADIENTS = 0.1  # share of a step that averaging gradients may take if nothing of it is overlapped
 
@@ -85,7 +85,7 @@ def column(given: argparse.Namespace, manifest: Manifest, nodes: int) -> dict[st
         model=ModelConfig(preset=given.preset),
         optimizer=OptimizerConfig(ema_decays=(0.9995, 0.9999)),
     )
-    plan = make_plan(config, manifest, gpus)
+    plan = training_cost(config, manifest, gpus)
     averages = len(config.optimizer.ema_decays)
     states = {n: state_memory(4 * plan.parameters, averages, n, gpus) for n in (0, 2, 3)}
     activations = plan.memory["activations"]

@@ -46,7 +46,7 @@ from vidfill.train.config import EvaluationConfig, PreviewConfig, TrainConfig, f
 from vidfill.train.control import Control
 from vidfill.train.monitor.rates import peak_rate
 from vidfill.train.monitor.tensorboard import Monitor
-from vidfill.train.preflight.plan import make_plan, measure_step
+from vidfill.train.preflight.plan import measure_step, training_cost
 from vidfill.train.state import TrainState, make_denoiser
 from vidfill.train.step import StepResult
 
@@ -370,7 +370,7 @@ def summarise_efficiency(rounds: Sequence[Mapping[int, Run]], count: int) -> dic
 
 def measure_gpu(config: TrainConfig, seconds: float) -> dict[str, float]:
     """Share of the peak rate (MFU) at `seconds` per step; measured and planned memory."""
-    plan = make_plan(config, ShardedDataset(config.shards, "train").manifest, 1)
+    plan = training_cost(config, ShardedDataset(config.shards, "train").manifest, 1)
     rate = peak_rate(torch.device("cuda"), config.precision)
     return {
         "share_of_peak": plan.operations / seconds / rate,

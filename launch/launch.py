@@ -40,6 +40,11 @@ MODULES = {
 }
 MARKER = "stopped.json"  # what a training run that was told to end leaves in its folder
 NAME = r"[\w.,-]+"
+TITLES = {
+    ".sbatch": "for Slurm: --submit submits it",
+    ".yaml": "for `accelerate launch` without Slurm",
+    ".json": "what the run gives DeepSpeed; no launcher needs it",
+}
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d):(?P<seconds>[0-5]\d)")
 
 
@@ -47,9 +52,9 @@ TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d):(?P<s
 class LaunchConfig:
     """Show what starts a job on a cluster: a script for Slurm, and files to start it without Slurm.
 
-    The script needs nothing beside it. Told by Slurm that its time is nearly over, it lets a
-    training run save, and puts itself back into the queue; so it does where a node is lost. After
-    any other failure it ends.
+    The script needs no other file. When Slurm warns that the time is nearly over, it lets a
+    training run save and puts the job back into the queue; it also does the latter when a node is
+    lost. After any other failure it ends.
     """
 
     job: str
@@ -64,11 +69,12 @@ class LaunchConfig:
     cpus_per_process: PositiveInt = 8
     """Cores of each process."""
     time: str = "24:00:00"
-    """The time limit, [DAYS-]HOURS:MINUTES:SECONDS; what needs longer comes back by itself."""
+    """The time limit, [DAYS-]HOURS:MINUTES:SECONDS; a training run that needs longer continues in
+    the next job."""
     warning: PositiveInt = 300
-    """Seconds before the limit at which the job ends its step and saves."""
+    """Seconds before the time limit at which the job ends its step and saves."""
     name: str = "vidfill"
-    """The job's name, which its log begins with."""
+    """The job's name, with which its log's name begins."""
     partition: str = ""
     """Slurm's partition; empty is its default."""
     account: str = ""
@@ -78,7 +84,7 @@ class LaunchConfig:
     setup: str = ""
     """Lines of shell before the job, as in "module load cuda"; they run on the first node."""
     container: str = ""
-    """What goes before the command on each node, as in "apptainer exec --nv image.sif"."""
+    """A prefix of the command on each node, as in "apptainer exec --nv image.sif"."""
     out: Path | None = None
     """Also write OUT.sbatch, OUT.yaml for Accelerate and, under ZeRO, OUT.json for DeepSpeed."""
     submit: bool = False
@@ -95,8 +101,8 @@ class LaunchConfig:
         return self.nodes * self.per_node
 
 
-class Task(NamedTuple):
-    """One command."""
+class LaunchedCommand(NamedTuple):
+    """One command of a job: a task of its array."""
 
     verb: str
     words: list[str]
@@ -132,17 +138,8 @@ def launch(config: LaunchConfig) -> None:
     if config.submit:
         print(_submit(files[".sbatch"]))
     elif not config.out:
-        _show(files)
-
-
-def _show(files: dict[str, str]) -> None:
-    titles = {
-        ".sbatch": "for Slurm: --submit submits it",
-        ".yaml": "for `accelerate launch` where there is no Slurm",
-        ".json": "what the run gives DeepSpeed; no launcher needs it",
-    }
-    for suffix, text in files.items():
-        print(f"──── {titles[suffix]}\n\n{text}")
+        for suffix, text in files.items():
+            print(f"──── {TITLES[suffix]}\n\n{text}")
 
 
 # What is asked for
@@ -156,19 +153,14 @@ def _check_settings(config: LaunchConfig) -> None:
             raise BadInput(
                 f"{field} is {text!r}: give letters, digits and . , _ - as Slurm has them"
             )
-    limit = seconds_of(config.time)
-    if config.warning >= limit:
+    if config.warning >= seconds_of(config.time):
         raise BadInput(
             f"warning is {config.warning} seconds and time {config.time}: give a shorter warning"
         )
 
 
 def seconds_of(time: str) -> int:
-    """The seconds of a Slurm time limit.
-
-    Raises:
-        BadInput: it is none.
-    """
+    """The seconds of a Slurm time limit; BadInput if it is not one."""
     found = TIME.fullmatch(time)
     if not found:
         raise BadInput(
@@ -178,7 +170,7 @@ def seconds_of(time: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def read_tasks(config: LaunchConfig) -> list[Task]:
+def read_tasks(config: LaunchConfig) -> list[LaunchedCommand]:
     """The commands of a job, one a line, each accepted by its verb.
 
     Raises:
@@ -196,7 +188,7 @@ def read_tasks(config: LaunchConfig) -> list[Task]:
     return tasks
 
 
-def _read_task(line: str) -> Task:
+def _read_task(line: str) -> LaunchedCommand:
     words = _split("job", line)
     verb = words.pop(0) if words else ""
     if verb not in MODULES:
@@ -206,17 +198,13 @@ def _read_task(line: str) -> Task:
     if verb in ("train", "doctor"):
         training = jobs.parse(TrainConfig, find_recipe(words), verb=verb, examples="")
         check(training)
-        return Task(verb, words, training if verb == "train" else None)
-    _ask_verb(verb, words)
-    return Task(verb, words, None)
-
-
-def _ask_verb(verb: str, words: Sequence[str]) -> None:
-    """Have a verb parse its command line; this layer imports neither data nor sampling."""
+        return LaunchedCommand(verb, words, training if verb == "train" else None)
+    # The verb itself parses its command line: this folder imports neither data nor sampling.
     command = [sys.executable, "-m", "vidfill.cli", verb, *words, "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BadInput(done.stderr.strip().rpartition("error: ")[2])
+    return LaunchedCommand(verb, words, None)
 
 
 def _split(field: str, text: str) -> list[str]:
@@ -229,12 +217,12 @@ def _split(field: str, text: str) -> list[str]:
 # The script
 
 
-def write_script(config: LaunchConfig, tasks: Sequence[Task]) -> str:
+def write_script(config: LaunchConfig, tasks: Sequence[LaunchedCommand]) -> str:
     """The batch script of a job."""
     trains = tasks[0].training is not None
     container = " ".join(shlex.quote(word) for word in _split("container", config.container))
     parts = {
-        "made by": _made_by(config),
+        "made by": shlex.join(_command(config)).replace("\n", "\n# "),
         "options": "\n".join(f"#SBATCH {option}" for option in _options(config, len(tasks))),
         "setup": f"{config.setup.strip()}\n" if config.setup.strip() else "",
         "task": _choose_task(tasks),
@@ -244,17 +232,18 @@ def write_script(config: LaunchConfig, tasks: Sequence[Task]) -> str:
         "signal": "USR1" if trains else "TERM",
         "ended in time": '[ -e "$marker" ]' if trains else '[ -n "$warned" ] && [ "$status" != 0 ]',
     }
-    # In one pass: what a user wrote is not looked at.
+    # In one pass, so that nothing in the user's own text is replaced.
     return re.sub("<<([a-z ]+)>>", lambda found: parts[found[1]], TEMPLATE)
 
 
-def _made_by(config: LaunchConfig) -> str:
+def _command(config: LaunchConfig) -> list[str]:
+    """The words that make this script again."""
     words = ["vidfill", "launch", config.job]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in ("job", "out", "submit") and value != field.default:
             words += [f"--{field.name}", str(value)]
-    return shlex.join(words).replace("\n", "\n# ")
+    return words
 
 
 def _options(config: LaunchConfig, tasks: int) -> list[str]:
@@ -282,7 +271,7 @@ def _options(config: LaunchConfig, tasks: int) -> list[str]:
     return lines
 
 
-def _choose_task(tasks: Sequence[Task]) -> str:
+def _choose_task(tasks: Sequence[LaunchedCommand]) -> str:
     """The lines that set `task` and `marker`."""
     chosen = [
         f"task=({shlex.join(task.command)}) marker={shlex.quote(task.marker)}" for task in tasks
@@ -294,7 +283,7 @@ def _choose_task(tasks: Sequence[Task]) -> str:
 
 
 def _submit(script: str) -> str:
-    """Give Slurm the script; return its answer."""
+    """Submit the script to Slurm; return its answer."""
     try:
         done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -302,7 +291,7 @@ def _submit(script: str) -> str:
             "submit is true, and there is no sbatch here: submit on a node that has Slurm"
         ) from None
     if done.returncode:
-        raise BadInput(f"Slurm refuses the job: {' '.join(done.stderr.split())}")
+        raise BadInput(f"Slurm refused the job: {' '.join(done.stderr.split())}")
     return done.stdout.strip()
 
 
@@ -367,7 +356,7 @@ scontrol requeue "$SLURM_JOB_ID"
 # The other files
 
 
-def write_accelerate(config: LaunchConfig, task: Task) -> str:
+def write_accelerate(config: LaunchConfig, task: LaunchedCommand) -> str:
     """What `accelerate launch` reads where there is no Slurm."""
     several = "MULTI_GPU" if config.processes > 1 else '"NO"'
     how = "accelerate launch --config_file FILE"

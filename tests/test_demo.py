@@ -17,6 +17,7 @@ SMALLEST = [
 ]
 
 
+@pytest.mark.slow
 def test_demo_makes_everything_and_continues_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +49,7 @@ def test_demo_refuses_a_folder_of_something_else(
     assert (tmp_path / "videos" / "mine.txt").read_text() == "keep me"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real videos in ../shared")
 def test_the_path_runs_on_real_videos(tmp_path: Path) -> None:
     """Rendered H.264 clips and TAESD, by the commands of docs/results.md."""

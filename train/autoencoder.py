@@ -235,18 +235,11 @@ def _loss(
 
 
 def _save_state(
-    path: Path,
-    network: Network,
-    optimizer: torch.optim.Adam,
-    step: int,
-    seconds: float,
+    path: Path, network: Network, optimizer: torch.optim.Adam, step: int, seconds: float
 ) -> None:
-    moments = optimizer.state_dict()["state"]
-    tensors = {f"network.{name}": value for name, value in network.state_dict().items()} | {
-        f"adam.{index}.{name}": value
-        for index, values in moments.items()
-        for name, value in values.items()
-    }
+    tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{name}": value for name, value in values.items()}
     whole = {name: value.contiguous() for name, value in tensors.items()}
     write_atomically(path, save(whole, {"step": str(step), "seconds": str(seconds)}))
 
@@ -255,17 +248,16 @@ def _load_state(path: Path, network: Network, optimizer: torch.optim.Adam) -> tu
     """Restore the state, if there is one; return the steps and seconds that it took."""
     if not path.is_file():
         return 0, 0.0
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        metadata = file.metadata()
     moments: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "adam":
-            index, _, moment = rest.partition(".")
-            moments.setdefault(int(index), {})[moment] = value
-    weights = {name: tensors[f"network.{name}"] for name in network.state_dict()}
-    network.load_state_dict(weights)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        network.load_state_dict(
+            {name: file.get_tensor(f"network.{name}") for name in network.state_dict()}
+        )
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            if name.startswith("adam."):
+                _, index, moment = name.split(".")
+                moments.setdefault(int(index), {})[moment] = file.get_tensor(name)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     return int(metadata["step"]), float(metadata["seconds"])
@@ -317,19 +309,20 @@ def write_card(
     held_out_videos: int,
 ) -> str:
     """The model card, in Markdown: data, command, hardware, time, figures."""
+    sizes = " and ".join(map(str, config.sizes))
     rows = "\n".join(f"| {size}x{size} | {figure:.2f} |" for size, figure in figures.items())
     return f"""\
 # A small autoencoder
 
 An AutoencoderTiny (diffusers) of {config.latent_channels} latent channels and 8-fold downsampling,
-trained from nothing by vidfill's own recipe. Weights are float16 and are used in float32; latents
-times `scaling_factor` have a deviation of 1. It is no autoencoder for videos of another kind.
+trained from scratch by vidfill's own recipe. Weights are float16 and are used in float32; latents
+times `scaling_factor` have a deviation of 1. It is not meant for videos of another kind.
 
 ## Data
 
 - {_describe_data(config.videos)}
 - {train_videos} videos trained it, {held_out_videos} were held out.
-- {config.frames_per_video} evenly spaced frames of each, scaled to {_list(config.sizes)} pixels.
+- {config.frames_per_video} evenly spaced frames of each, scaled to {sizes} pixels.
 - In a quarter of the training frames cells of a 4x4 grid were hidden, as `vidfill encode` hides
   them.
 
@@ -378,10 +371,6 @@ def _describe_hardware(config: AutoencoderConfig) -> str:
         return f"one {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{threads} thread{'s' if threads > 1 else ''} of a CPU ({platform.machine()})"
-
-
-def _list(sizes: Sequence[int]) -> str:
-    return " and ".join(str(size) for size in sizes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ on `{data}`, clips of {clips}, and is good for videos like those only.
 
     vidfill inpaint VIDEO --mask MASK --model MODEL --out OUT
 
-    from .. import VideoInpaintPipeline
+    from vidfill.sampling.pipeline import VideoInpaintPipeline
     pipe = VideoInpaintPipeline.from_pretrained("MODEL")
     frames = pipe(video, mask).frames[0]
 

@@ -191,7 +191,7 @@ class TrainConfig:
 
 RECIPES = Path(__file__).parent / "recipes"
 
-MAY_CHANGE = (
+MAY_CHANGE = (  # options, and whole groups of them, that a run may continue with
     "steps",
     "gradient_accumulation",
     "compile",
@@ -201,22 +201,14 @@ MAY_CHANGE = (
     "profile",
     "plan",
     "plan_gpus",
-    "evaluation.every",
-    "evaluation.clips",
-    "evaluation.quantiles",
+    "evaluation",
     "model.attention_backend",
     "model.gradient_checkpointing",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
-    "data.workers",
-    "data.damaged",
-    "data.cache.folder",
-    "data.cache.gigabytes",
-    "preview.every",
-    "preview.clips",
-    "preview.schedule",
-    "preview.autoencoder",
+    "data",
+    "preview",
     "zero_stage",
 )
 
@@ -254,20 +246,17 @@ def _check_preset(model: ModelConfig) -> None:
 
 
 def find_recipe(words: Sequence[str]) -> list[str]:
-    """A command line in which `--config NAME` names the package's recipe of that name.
+    """A command line with `--config NAME` replaced by the path of the package's recipe NAME.
 
-    A file of that name goes first.
+    A file named NAME takes precedence.
     """
     found = list(words)
     for at, word in enumerate(words):
         option, equals, name = word.partition("=")
-        if option == "--config" and not equals and at + 1 < len(words):
-            found[at + 1] = _recipe(words[at + 1])
-        elif option == "--config" and equals:
-            found[at] = f"--config={_recipe(name)}"
+        if option != "--config" or not (equals or at + 1 < len(words)):
+            continue
+        name = name if equals else words[at + 1]
+        path = RECIPES / f"{name}.yaml"
+        if path.is_file() and not Path(name).is_file():
+            found[at if equals else at + 1] = f"--config={path}" if equals else str(path)
     return found
-
-
-def _recipe(name: str) -> str:
-    path = RECIPES / f"{name}.yaml"
-    return str(path) if path.is_file() and not Path(name).is_file() else name

@@ -90,6 +90,7 @@ def start(example: str, *options: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("example", "processes"), [("cpu", 2), ("gpu", 1)])
 def test_accelerate_starts_the_examples(example: str, processes: int, here: Path) -> None:
     with start(example, "--main_process_port", "0") as started:
@@ -98,6 +99,7 @@ def test_accelerate_starts_the_examples(example: str, processes: int, here: Path
     assert f"on {processes} process(es), step 0 of 1" in said
 
 
+@pytest.mark.slow
 def test_accelerate_starts_the_example_of_several_machines(here: Path) -> None:
     common = ("--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1")
     first, second = (
@@ -171,6 +173,7 @@ def test_a_script_asks_for_what_was_asked(here: Path) -> None:
     subprocess.run(["bash", "-n", "job.sbatch"], check=True)
 
 
+@pytest.mark.slow
 def test_several_lines_are_the_tasks_of_an_array(here: Path) -> None:
     script = launch("encode a shards-a\n  encode b 'shards b' --size 64\n")
     assert asks(script).items() >= {"array": "0-1", "output": "%x-%A_%a.log"}.items()
@@ -204,8 +207,10 @@ def test_all_is_shown_unless_it_is_written(here: Path, capsys: pytest.CaptureFix
         (["verify shards"], "give one of train, doctor, encode, sweep"),
         (["train shards 'run"], "no closing quotation"),
         (["train shards run --steps 0"], "steps is 0"),
-        (["encode a b --frames none"], "frames"),
-        (["encode a b\ntrain shards run"], "one after the other"),
+        pytest.param(["encode a b --frames none"], "frames", marks=pytest.mark.slow),
+        pytest.param(
+            ["encode a b\ntrain shards run"], "one after the other", marks=pytest.mark.slow
+        ),
         (["train shards run\ntrain shards run --seed 1"], "two runs in one folder"),
         ([TRAIN, "--nodes", "0"], "nodes is 0"),
         ([TRAIN, "--time", "90"], "time is '90'"),

@@ -34,7 +34,7 @@ ENVIRONMENT = {
 SLURMD = Path("/var/tmp/one-machine-slurm/slurmd-n2.pid")  # of one_machine_slurm.sh
 OF_A_NODE = ("--gpus-per-node", "1", "--cpus-per-task", "1")
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(900)]
 Folder = Callable[..., Path]
 Losses = Callable[[Path], list[float]]
 

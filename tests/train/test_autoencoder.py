@@ -48,6 +48,7 @@ def small(videos, out, **changes):
     return AutoencoderConfig(videos, out, **(SMALL | changes))
 
 
+@pytest.mark.slow
 def test_training_raises_the_psnr_of_held_out_videos(videos, tmp_path):
     short = train_autoencoder(small(videos, tmp_path / "short", steps=1))
     longer = train_autoencoder(small(videos, tmp_path / "longer", steps=60, learning_rate=1e-2))

@@ -332,6 +332,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_harms_nothing_and_with_room_it_goes_on(full_disk: Path) -> None:
     run = Run(full_disk / "run", keep=1)
     run.save(1)
@@ -364,6 +365,7 @@ def wait_for_failure(checkpoints: Checkpoints) -> str:
     return str(checkpoints.failure())
 
 
+@pytest.mark.slow
 def test_whichever_file_the_system_refuses_the_last_checkpoint_stays(tmp_path: Path) -> None:
     """A limit on a file's size refuses the larger files, then also state.json."""
     run = Run(tmp_path)
@@ -387,6 +389,7 @@ def test_whichever_file_the_system_refuses_the_last_checkpoint_stays(tmp_path: P
     verify(tmp_path / "checkpoints" / "step-00000002")
 
 
+@pytest.mark.slow
 def test_a_model_loads_at_any_moment_while_its_run_writes_and_prunes(tmp_path: Path) -> None:
     run = Run(tmp_path, keep=1)
     run.save(1)
@@ -442,6 +445,7 @@ run.accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_processes_of_any_zero_stage_read_and_write_what_one_does(
     stage: int, two_saved: Path, tmp_path: Path

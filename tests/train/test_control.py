@@ -66,12 +66,14 @@ def run_two(tmp_path: Path, way: str) -> list[str]:
     return sorted(done.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_both_before_the_same_step(tmp_path: Path) -> None:
     assert run_two(tmp_path, "signal") == ["0 5 SIGUSR1", "1 5 SIGUSR1"]
     marker = json.loads((tmp_path / MARKER).read_text())
     assert (marker["step"], marker["reason"]) == (5, "SIGUSR1")
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_process_is_raised_by_both_before_the_same_step(tmp_path: Path) -> None:
     assert run_two(tmp_path, "failure") == ["0 5 the disk is full", "1 5 the disk is full"]
     assert not (tmp_path / MARKER).exists()

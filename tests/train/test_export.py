@@ -106,6 +106,7 @@ def test_the_two_averages_differ(run: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(short[name], long[name]) for name in short)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it_as_a_denoiser_and_as_a_diffusers_model(
     run: Path, tmp_path: Path
 ) -> None:
@@ -182,6 +183,7 @@ def test_the_pipeline_makes_what_the_run_itself_makes(run: Path, tmp_path: Path)
     assert not np.array_equal(ours[0], video / np.float32(255))
 
 
+@pytest.mark.slow
 def test_the_exported_folder_is_swept_by_the_autoencoder_in_it(
     run: Path, shards: Path, swept: Path, tmp_path: Path
 ) -> None:

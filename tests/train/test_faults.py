@@ -15,6 +15,8 @@ import pytest
 from vidfill.modeling.run_folder import newest_first, verify
 from vidfill.train.loop import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = [
     *("--steps", "12", "--batch_size", "2", "--checkpoint_every", "4", "--keep_checkpoints", "1"),

@@ -6,10 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +77,7 @@ def launch(arguments: list[str], processes: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_model_overfits_one_clip(
     tiny_config: TrainConfig, tmp_path: Path, losses: Losses
 ) -> None:
@@ -119,31 +118,7 @@ def test_resumed_run_equals_uninterrupted_run(tiny_config: TrainConfig, tmp_path
     assert_equal_weights(tiny_config.out, halves.out)
 
 
-def test_killed_run_continues_to_the_same_weights(
-    tiny_config: TrainConfig, shards: Path, tmp_path: Path, losses: Losses
-) -> None:
-    """kill -9 at no special moment, after the first checkpoint; as many threads in both lives."""
-    train(tiny_config)
-    run = tmp_path / "killed"
-    command = [sys.executable, "-m", "vidfill.train", str(shards), str(run), *TINY]
-    process = subprocess.Popen(command)
-    while not (run / "checkpoints" / "latest").is_file() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert main([str(shards), str(run), *TINY]) == 0
-    assert_equal_weights(tiny_config.out, run)
-
-
-def test_two_processes_train_like_one(
-    tiny_config: TrainConfig, shards: Path, tmp_path: Path, losses: Losses
-) -> None:
-    """Batches of three clips, which two processes cannot share evenly."""
-    train(tiny_config)
-    launch([str(shards), str(tmp_path / "two"), *TINY], processes=2)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tiny_config.out), rel=1e-4)
-
-
+@pytest.mark.slow
 def test_zero_2_on_two_processes_trains_like_one_and_its_checkpoint_continues_anywhere(
     tiny_config: TrainConfig, shards: Path, tmp_path: Path, losses: Losses
 ) -> None:

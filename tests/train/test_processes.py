@@ -20,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from vidfill.train.preflight.plan import traffic
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for the runs of all
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+]  # the first test waits for the runs of all
 
 WORKER = Path(__file__).with_name("worker.py")
 STAGES = (0, 1, 2, 3)

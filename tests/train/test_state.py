@@ -96,6 +96,7 @@ def test_only_float16_scales_its_loss(
 
 
 # Torch's own compiler imports what torch calls deprecated.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")
 def test_the_same_seed_gives_the_same_weights_however_they_are_trained(
     tiny_config: TrainConfig,

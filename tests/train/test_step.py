@@ -131,6 +131,7 @@ def gradient_of(network: torch.nn.Module, run: Run, step: int) -> tuple[Tensor, 
     return torch.autograd.grad(losses.mean(), list(network.parameters()))
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_formulas(tiny_config: TrainConfig) -> None:
     """Clipped, decayed, in unequal parts, with a step left out. Seen: within 6e-6."""
     optimizer = OptimizerConfig(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,7 +32,8 @@ from ...errors import BadInput, BadInputEverywhere, describe
 from ...files import PARTIAL
 from ...modeling.attention import attention_backend
 from ...modeling.denoiser import Denoiser
-from ..config import TrainConfig, check, find_recipe
+from ...modeling.precision import Precision
+from ..config import ModelConfig, TrainConfig, check, find_recipe
 from ..state import make_accelerator, make_denoiser, make_state
 from ..step import train_step
 
@@ -42,17 +44,17 @@ examples:
       -m vidfill.train.preflight shards run --config base --zero_stage 2
 """
 
-WAIT = 10.0  # seconds that a shared folder has to show a file to another node
+WAIT = 10.0  # seconds until a shared folder must show a file to another node
 WIDTH = 110  # columns where there is no terminal
 OPEN_FILES = 4096  # that a process should be allowed
-GPUS = "GPUs"  # the check without which the others cannot be
+GPUS = "GPUs"  # the check that has to be good before the others
 
 Level = Literal["good", "warning", "bad"]
 MARKS = {"good": "[green]good[/]", "warning": "[yellow]look[/]", "bad": "[red]bad[/]"}
 
 
-class Finding(NamedTuple):
-    """What a check of one process found."""
+class Diagnosis(NamedTuple):
+    """What a check found on one process."""
 
     check: str
     level: Level
@@ -61,40 +63,40 @@ class Finding(NamedTuple):
 
 
 def doctor(config: TrainConfig) -> None:
-    """Check what `vidfill train` with the same options would meet, and print it.
+    """Check whether `vidfill train` with the same options would work, and print the outcome.
 
-    Every process of the launcher checks for itself; the first one prints what all found.
+    Every process of the launcher makes the checks; the first one prints what all of them found.
 
     Raises:
         BadInputEverywhere: Something is bad.
     """
     check(config)
-    findings = [*_look_around()]
-    _refuse_shared_gpus(findings)
+    found = [
+        *check_versions(importlib.metadata.requires("vidfill") or []),
+        *check_launcher(os.environ),
+        *check_gpus(os.environ, torch.cuda.device_count()),
+        _check_open_files(),
+    ]
+    if any(one.check == GPUS for one in found):  # NCCL cannot share one: no process could go on
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _show(found, int(os.environ.get("WORLD_SIZE", "1")))
+        raise BadInputEverywhere("processes share GPUs (see above): correct that first")
     accelerator = make_accelerator(config)
-    findings += _look_at_processes(accelerator)
-    findings += _look_at_folder(config.out, accelerator)
-    findings += _try(config, accelerator)
-    everyone: list[tuple[int, Finding]] = gather_object(
-        [(accelerator.process_index, finding) for finding in findings]
+    found += [*_check_processes(accelerator), _check_folder(config.out, accelerator)]
+    found += _try_step(config, accelerator)
+    everyone: list[tuple[int, Diagnosis]] = gather_object(
+        [(accelerator.process_index, one) for one in found]
     )
     merged = merge(everyone)
     if accelerator.is_main_process:
         _show(merged, accelerator.num_processes)
     accelerator.end_training()
-    bad = sum(finding.level == "bad" for finding in merged)
+    bad = sum(one.level == "bad" for one in merged)
     if bad:
         raise BadInputEverywhere(f"{bad} of {len(merged)} checks are bad: see above")
 
 
-def _look_around() -> Iterator[Finding]:
-    yield from check_versions(importlib.metadata.requires("vidfill") or [])
-    yield from check_launcher(os.environ)
-    yield from check_gpus(os.environ, torch.cuda.device_count())
-    yield _check_open_files()
-
-
-def check_versions(requirements: Sequence[str]) -> Iterator[Finding]:
+def check_versions(requirements: Sequence[str]) -> list[Diagnosis]:
     """Are the installed packages within the ranges that vidfill was made for?"""
     wrong = []
     for text in requirements:
@@ -108,268 +110,207 @@ def check_versions(requirements: Sequence[str]) -> Iterator[Finding]:
             continue
         if not wanted.specifier.contains(version, prereleases=True):
             wrong.append(f"{wanted.name} {version} is not {wanted.specifier}")
-    remedy = "pip install again, in the environment that the job runs in"
     if wrong:
-        yield Finding("versions", "bad", ", ".join(wrong), remedy)
-    else:
-        yield Finding("versions", "good", f"torch {torch.__version__}, and all others in range")
+        remedy = "run pip install again, in the environment that the job uses"
+        return [Diagnosis("versions", "bad", ", ".join(wrong), remedy)]
+    return [Diagnosis("versions", "good", f"torch {torch.__version__}, and all others in range")]
 
 
-def check_launcher(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Does the environment say what a launcher of several processes has to say?"""
+def check_launcher(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
+    """Does the environment contain what a launcher of several processes has to set?"""
     world = int(environment.get("WORLD_SIZE", "1"))
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and world == 1:
-        yield Finding(
-            "launcher",
-            "bad",
-            f"srun started {tasks} tasks and WORLD_SIZE is not set: each trains alone",
-            "start one task a node, and in it `accelerate launch`: `vidfill launch` writes it",
-        )
+        said = f"srun started {tasks} tasks and WORLD_SIZE is not set: each trains alone"
+        remedy = "start one task a node, and in it `accelerate launch`: `vidfill launch` does that"
+        yield Diagnosis("launcher", "bad", said, remedy)
         return
-    yield Finding("launcher", "good", f"WORLD_SIZE is {world}")
+    yield Diagnosis("launcher", "good", f"WORLD_SIZE is {world}")
     nodes = int(environment.get("SLURM_NNODES", "1"))
     if world > 1 and nodes > 1 and environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         chosen = environment.get("ACCELERATE_DEEPSPEED_MULTINODE_LAUNCHER", "pdsh")
         if chosen != "standard":
-            yield Finding(
-                "launcher",
-                "bad",
-                f"Accelerate starts the nodes by {chosen}, which needs ssh between them",
-                "use an Accelerate configuration without DeepSpeed (--zero_stage turns it on)",
-            )
+            said = f"Accelerate starts the nodes by {chosen}, which needs ssh between them"
+            remedy = "use an Accelerate configuration without DeepSpeed (--zero_stage turns it on)"
+            yield Diagnosis("launcher", "bad", said, remedy)
     if "SLURM_JOB_ID" in environment and world > 1:
-        yield _check_signals(environment)
+        handled = "SIGUSR1" in environment.get("PET_SIGNALS_TO_HANDLE", "")
+        ignored = signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN  # inherited from the launcher
+        if handled or ignored:
+            yield Diagnosis("signals", "good", "the launcher survives Slurm's warning")
+        else:
+            said = "Slurm's warning signal kills the launcher and leaves its processes orphaned"
+            remedy = "start it by `vidfill launch`, or after trap '' USR1"
+            yield Diagnosis("signals", "warning", said, remedy)
 
 
-def check_gpus(environment: Mapping[str, str], gpus: int) -> Iterator[Finding]:
-    """Has each process of this node a GPU of its own, where there are any?"""
+def check_gpus(environment: Mapping[str, str], gpus: int) -> list[Diagnosis]:
+    """Does each process of this node have a GPU of its own, if there are any?"""
     local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if local > gpus > 0:
-        yield Finding(
-            GPUS,
-            "bad",
-            f"{local} processes on this node share {gpus} GPU(s)",
-            "give --num_processes as nodes times GPUs of a node",
-        )
+    if not local > gpus > 0:
+        return []
+    said = f"{local} processes on this node share {gpus} GPU(s)"
+    return [Diagnosis(GPUS, "bad", said, "set --num_processes to nodes times GPUs of a node")]
 
 
-def _refuse_shared_gpus(findings: Sequence[Finding]) -> None:
-    """End here, for NCCL cannot share a GPU: the processes cannot tell one another anything."""
-    if any(finding.check == GPUS for finding in findings):
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            _show(findings, int(os.environ.get("WORLD_SIZE", "1")))
-        raise BadInputEverywhere("processes share GPUs: see above; all else waits for that")
-
-
-def _check_signals(environment: Mapping[str, str]) -> Finding:
-    handled = "SIGUSR1" in environment.get("PET_SIGNALS_TO_HANDLE", "")
-    ignored = signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN  # as this process inherited it
-    if handled or ignored:
-        return Finding("signals", "good", "the launcher outlives Slurm's warning")
-    return Finding(
-        "signals",
-        "warning",
-        "the launcher dies of Slurm's warning signal, and its processes are orphans then",
-        "start it by `vidfill launch`, or after trap '' USR1",
-    )
-
-
-def _check_open_files() -> Finding:
-    import resource
-
+def _check_open_files() -> Diagnosis:
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    said = f"{allowed} allowed"
     if allowed >= OPEN_FILES or allowed == resource.RLIM_INFINITY:
-        return Finding("open files", "good", f"{allowed} allowed")
-    return Finding(
-        "open files", "warning", f"{allowed} allowed: shards stay open", f"ulimit -n {OPEN_FILES}"
+        return Diagnosis("open files", "good", said)
+    return Diagnosis(
+        "open files", "warning", f"{said}: shards stay open", f"ulimit -n {OPEN_FILES}"
     )
 
 
-def _look_at_processes(accelerator: Accelerator) -> Iterator[Finding]:
+def _check_processes(accelerator: Accelerator) -> Iterator[Diagnosis]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world:
-        yield Finding(
-            "processes",
-            "bad",
-            f"the launcher started {world}, and each believes in {accelerator.num_processes}",
-            "start by `accelerate launch --multi_gpu`, without --cpu",
-        )
+        said = f"the launcher started {world}, but each counts {accelerator.num_processes}"
+        remedy = "start by `accelerate launch --multi_gpu`, without --cpu"
+        yield Diagnosis("processes", "bad", said, remedy)
         return
     one = torch.ones(1, device=accelerator.device)
     summed = int(accelerator.reduce(one, "sum").item())
     place = f"{accelerator.device}, by {accelerator.state.backend or 'no backend'}"
-    yield Finding("processes", "good", f"{summed} add up; each on its {place}")
+    yield Diagnosis("processes", "good", f"{summed} add up; each on its {place}")
 
 
-def _look_at_folder(out: Path, accelerator: Accelerator) -> Iterator[Finding]:
-    """Do all processes see in the run's folder what the first one writes there?"""
+def _check_folder(out: Path, accelerator: Accelerator) -> Diagnosis:
+    """Do all processes see what the first one writes into the run's folder?"""
     folder = next(parent for parent in (out, *out.resolve().parents) if parent.is_dir())
     token = [uuid.uuid4().hex]
     broadcast_object_list(token)
     mark = folder / f"{PARTIAL}doctor-{token[0]}"
-    written = _attempt(mark.touch) if accelerator.is_main_process else None
+    refusal = ""
+    if accelerator.is_main_process:
+        try:
+            mark.touch()
+        except OSError as error:
+            refusal = describe(error)
     accelerator.wait_for_everyone()
-    seen = _appears(mark)
+    ends = time.monotonic() + WAIT
+    while not mark.exists() and time.monotonic() < ends:
+        os.listdir(folder)  # makes a network file system look again
+        time.sleep(0.1)
+    seen = mark.exists()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         mark.unlink(missing_ok=True)
-    if written:
-        yield Finding("run's folder", "bad", f"{folder}: {written}", "name a folder of your own")
-    elif seen:
-        yield Finding("run's folder", "good", f"{folder}: what process 0 writes is seen")
-    else:
-        yield Finding(
-            "run's folder",
-            "bad",
-            f"{folder}: what process 0 writes is not seen here after {WAIT:g} s",
-            "name a folder on a file system that all nodes share",
-        )
+    if refusal:
+        return Diagnosis("run's folder", "bad", f"{folder}: {refusal}", "name a folder of your own")
+    if seen:
+        return Diagnosis("run's folder", "good", f"{folder}: what process 0 writes is seen")
+    said = f"{folder}: what process 0 writes is not seen here after {WAIT:g} s"
+    return Diagnosis("run's folder", "bad", said, "name a folder that all nodes share")
 
 
-def _attempt(action: Callable[[], object]) -> str | None:
-    try:
-        action()
-    except OSError as error:
-        return describe(error)
-    return None
+def _try_step(config: TrainConfig, accelerator: Accelerator) -> Iterator[Diagnosis]:
+    """Open the shards, make the model, and take one real step whose result is discarded.
 
-
-def _appears(path: Path) -> bool:
-    ends = time.monotonic() + WAIT
-    while not path.exists() and time.monotonic() < ends:
-        os.listdir(path.parent)  # which makes a network file system look again
-        time.sleep(0.1)
-    return path.exists()
-
-
-def _try(config: TrainConfig, accelerator: Accelerator) -> Iterator[Finding]:
-    """Open the shards, make the model, and take one real step that is kept nowhere.
-
-    A step is for all processes or for none: who cannot take it would let the others wait.
+    All processes take the step or none does: one that cannot would keep the others waiting.
     """
-    findings: list[Finding] = []
-    ready = _prepare(config, accelerator, findings)
-    yield from findings
-    if all(gather_object([ready is not None])):
-        assert ready
-        yield _take_step(config, *ready, accelerator)
-    elif ready:
-        yield Finding("one step", "warning", "not tried: another process cannot take it")
-
-
-def _prepare(
-    config: TrainConfig, accelerator: Accelerator, findings: list[Finding]
-) -> tuple[Denoiser, Batch] | None:
-    """What a step needs, if this process has it; nothing here waits for another process."""
+    ready: tuple[Denoiser, Batch] | None = None
     try:
         dataset = ShardedDataset(config.shards, "train", config.data.cache)
         manifest = dataset.manifest
         shape = "×".join(map(str, manifest.latent_shape))
         said = f"{manifest.examples} examples of {shape} in {len(manifest.shards.bytes)} shards"
-        findings.append(Finding("shards", "good", said))
-        findings += [_check_held_out(config), _check_attention(config, accelerator)]
+        yield Diagnosis("shards", "good", said)
+        yield _check_held_out(config.shards)
+        yield _check_attention(config.model, config.precision, accelerator.device)
         denoiser = make_denoiser(config, manifest)
-        findings.append(_check_disk(config, denoiser))
+        parameters = sum(parameter.numel() for parameter in denoiser.network.parameters())
+        checkpoint = 4 * parameters * (3 + len(config.optimizer.ema_decays))
+        yield _check_disk(config.out, checkpoint * (config.keep_checkpoints + 1))
         process, processes = accelerator.process_index, accelerator.num_processes
         stream = Stream(dataset, config.batch_size, config.seed, process, processes)
-        return denoiser, stream.batch(0)
+        ready = denoiser, stream.batch(0)
     except (BadInput, OSError) as error:
-        findings.append(Finding("shards and network", "bad", describe(error)))
-        return None
+        yield Diagnosis("shards and network", "bad", describe(error))
+    if all(gather_object([ready is not None])):
+        assert ready
+        yield _take_step(config, *ready, accelerator)
+    elif ready:
+        yield Diagnosis("one step", "warning", "not tried: another process cannot take it")
 
 
-def _check_held_out(config: TrainConfig) -> Finding:
-    if has_split(config.shards, "validation"):
-        return Finding("held-out clips", "good", "there is a validation split")
-    return Finding(
-        "held-out clips",
-        "warning",
-        "there is no validation split: no held-out loss and no samples",
-        "encode videos of a folder named validation too",
-    )
+def _check_held_out(shards: str) -> Diagnosis:
+    if has_split(shards, "validation"):
+        return Diagnosis("held-out clips", "good", "there is a validation split")
+    said = "there is no validation split: no held-out loss and no samples"
+    remedy = "encode videos of a folder named validation too"
+    return Diagnosis("held-out clips", "warning", said, remedy)
 
 
-def _check_attention(config: TrainConfig, accelerator: Accelerator) -> Finding:
-    device, dtype = accelerator.device.type, getattr(torch, config.precision)
+def _check_attention(model: ModelConfig, precision: Precision, device: torch.device) -> Diagnosis:
+    remedy = "--model.attention_backend auto"
     try:
-        backend = attention_backend(device, dtype, config.model.attention_backend)
+        backend = attention_backend(device.type, getattr(torch, precision), model.attention_backend)
     except BadInput as error:
-        return Finding("attention", "bad", str(error), "--model.attention_backend auto")
-    if device == "cuda" and backend == "reference":
-        return Finding(
-            "attention",
-            "warning",
-            "the reference holds all scores in memory",
-            "--model.attention_backend auto",
-        )
-    return Finding("attention", "good", f"{backend} works, forward and backward")
+        return Diagnosis("attention", "bad", str(error), remedy)
+    if device.type == "cuda" and backend == "reference":
+        said = "the reference holds all scores in memory"
+        return Diagnosis("attention", "warning", said, remedy)
+    return Diagnosis("attention", "good", f"{backend} works, forward and backward")
 
 
-def _check_disk(config: TrainConfig, denoiser: Denoiser) -> Finding:
-    parameters = sum(parameter.numel() for parameter in denoiser.network.parameters())
-    checkpoint = 4 * parameters * (3 + len(config.optimizer.ema_decays))
-    wanted = checkpoint * (config.keep_checkpoints + 1)
-    folder = next(path for path in (config.out, *config.out.resolve().parents) if path.is_dir())
+def _check_disk(out: Path, wanted: int) -> Diagnosis:
+    folder = next(path for path in (out, *out.resolve().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     said = f"{free / 1e9:.1f} GB free for {wanted / 1e9:.2g} GB of checkpoints"
     if free > wanted:
-        return Finding("disk", "good", said)
-    return Finding("disk", "bad", said, "make room, or keep fewer (--keep_checkpoints)")
+        return Diagnosis("disk", "good", said)
+    return Diagnosis("disk", "bad", said, "make room, or keep fewer (--keep_checkpoints)")
 
 
 def _take_step(
     config: TrainConfig, denoiser: Denoiser, batch: Batch, accelerator: Accelerator
-) -> Finding:
+) -> Diagnosis:
     try:
-        with tempfile.TemporaryDirectory() as scratch:  # for what a bad step would list
+        with tempfile.TemporaryDirectory() as scratch:  # for the list of a step that is not finite
             elsewhere = dataclasses.replace(config, out=Path(scratch))
             state = make_state(elsewhere, accelerator, denoiser.network)
             began = time.perf_counter()
             result = train_step(state, batch, denoiser, accelerator, elsewhere)
             loss = float(accelerator.reduce(result.loss, "mean"))
     except BadInput as error:
-        return Finding("one step", "bad", str(error))
+        return Diagnosis("one step", "bad", str(error))
     except torch.OutOfMemoryError:
-        return Finding(
-            "one step",
-            "bad",
-            "the GPU's memory does not hold a step",
-            "a larger --gradient_accumulation, --model.gradient_checkpointing, or --zero_stage 2",
-        )
+        said = "the GPU's memory does not hold a step"
+        remedy = "--gradient_accumulation, --model.gradient_checkpointing, or --zero_stage 2"
+        return Diagnosis("one step", "bad", said, remedy)
     seconds = time.perf_counter() - began
-    return Finding("one step", "good", f"loss {loss:.3f} on real clips, in {seconds:.1f} s")
+    return Diagnosis("one step", "good", f"loss {loss:.3f} on real clips, in {seconds:.1f} s")
 
 
-def merge(everyone: Sequence[tuple[int, Finding]]) -> list[Finding]:
-    """Each finding once, with the processes that made it where not all did."""
-    ranks: dict[Finding, list[int]] = {}
-    processes = {rank for rank, _ in everyone}
-    for rank, finding in everyone:
-        same = next((other for other in ranks if _is_alike(other, finding)), finding)
-        ranks.setdefault(same, []).append(rank)
+def merge(everyone: Sequence[tuple[int, Diagnosis]]) -> list[Diagnosis]:
+    """Each diagnosis once, with the processes that made it unless all did.
+
+    Good ones of a check count as one: they differ only in seconds and devices.
+    """
+    ranks: dict[Hashable, list[int]] = {}
+    first: dict[Hashable, Diagnosis] = {}
+    for rank, one in everyone:
+        key = one.check if one.level == "good" else one
+        first.setdefault(key, one)
+        ranks.setdefault(key, []).append(rank)
+    processes = len({rank for rank, _ in everyone})
     return [
-        finding
-        if len(found) == len(processes)
-        else finding._replace(said=f"process {', '.join(map(str, found))}: {finding.said}")
-        for finding, found in ranks.items()
+        one
+        if len(ranks[key]) == processes
+        else one._replace(said=f"process {', '.join(map(str, ranks[key]))}: {one.said}")
+        for key, one in first.items()
     ]
 
 
-def _is_alike(one: Finding, other: Finding) -> bool:
-    """Good ones differ in seconds and devices, which nobody needs of each process."""
-    return one == other or (one.check == other.check and one.level == other.level == "good")
-
-
-def _show(findings: Sequence[Finding], processes: int) -> None:
+def _show(found: Sequence[Diagnosis], processes: int) -> None:
     console = Console()
     table = Table("check", "", "found", "remedy", box=box.SIMPLE, title=f"{processes} process(es)")
     for column in table.columns:
         column.overflow = "fold"  # a long path is shown whole
-    for finding in findings:
-        table.add_row(
-            finding.check, MARKS[finding.level], escape(finding.said), escape(finding.remedy)
-        )
+    for one in found:
+        table.add_row(one.check, MARKS[one.level], escape(one.said), escape(one.remedy))
     (console if console.is_terminal else Console(width=WIDTH)).print(table)
 
 

@@ -24,7 +24,7 @@ from ...data.shards.stream import Stream
 from ...errors import BadInput, BadInputEverywhere
 from ...modeling.attention import attention_backend
 from ...modeling.cost import cost_of
-from ...modeling.precision import autocast
+from ...modeling.precision import Precision, autocast
 from ...modeling.unet import VideoUNet
 from ..config import TrainConfig
 from ..monitor.rates import measure_rate
@@ -32,25 +32,26 @@ from ..state import make_accelerator, make_denoiser, make_state
 from ..step import train_step
 
 WARM_UP, MEASURED = 2, 3  # steps
-PATIENCE = 10.0  # seconds that they may take a processor at its best
+CPU_SECONDS = 10.0  # that these steps may take a CPU at its peak rate
 GPUS_A_NODE = 8
 DEEPSPEED_BUCKETS = 2 * 4 * 50_000_000  # bytes that it reduces and gathers in
-# DeepSpeed's defaults at stage 3: what it always keeps whole, and what only if used again soon.
+# DeepSpeed's defaults at stage 3: smaller parameters stay whole, and gathered ones are kept if they
+# are used again before so many other weights.
 SMALL = 4 * 100_000  # bytes of a parameter
 SOON = 4 * 1_000_000_000  # bytes of weights in between
-SUPPOSED = 100e12  # operations a second of a GPU, where there is none to measure
+ASSUMED = 100e12  # operations a second of a GPU, where there is none to measure
 WIDTH = 100  # columns where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingCost:
     """What a run needs, counted and not measured. Memory and traffic are bytes of one GPU."""
 
     gpus: int
     parameters: int
     operations: int  # of a step, on one GPU
     clips: int  # of a step, on one GPU
-    clips_at_once: int  # of them, in one forward pass
+    clips_at_once: int  # of these, in one forward pass
     memory: dict[str, int]  # by part
     checkpoint: int  # bytes of one checkpoint
     snapshot: int  # bytes of the first node's own memory, from the first checkpoint on
@@ -63,13 +64,13 @@ class Plan:
     cache: int  # bytes that a node keeps of shards behind a URL
 
 
-def make_plan(config: TrainConfig, manifest: Manifest, gpus: int) -> Plan:
+def training_cost(config: TrainConfig, manifest: Manifest, gpus: int) -> TrainingCost:
     """Count what `config` needs on `gpus` GPUs; nothing is computed or allocated."""
     frames, _, height, width = manifest.latent_shape
 
     def make_network() -> VideoUNet:
         network = make_denoiser(config, manifest).network
-        network.set_attention_backend("auto")  # shapes are followed with the CPU's kernels
+        network.set_attention_backend("auto")  # which works on the CPU too
         return network
 
     cost = cost_of(make_network, frames, height, width, config.precision)
@@ -82,16 +83,23 @@ def make_plan(config: TrainConfig, manifest: Manifest, gpus: int) -> Plan:
     lanes = math.ceil(manifest.lanes / nodes)
     readers = max(1.0, nodes / manifest.lanes)  # nodes that need the same shard
     shard_bytes = sum(manifest.shards.bytes)
-    return Plan(
+    return TrainingCost(
         gpus=gpus,
         parameters=cost.parameters,
         operations=clips * cost.training_operations,
         clips=clips,
         clips_at_once=at_once,
         memory=state_memory(weights, averages, config.zero_stage, gpus)
-        | {"activations": activation_memory(config, manifest, make_network, at_once)},
+        | {
+            "activations": activation_memory(
+                make_network,
+                (at_once, *manifest.latent_shape),
+                config.precision,
+                config.model.gradient_checkpointing,
+            )
+        },
         checkpoint=(3 + averages) * weights,
-        # What a GPU copies to while it computes is pinned, in powers of two.
+        # It is pinned memory, which is allocated in powers of two.
         snapshot=(3 + averages) * sum(1 << (size - 1).bit_length() for size in sizes),
         traffic=traffic(sizes, config.zero_stage, min(config.gradient_accumulation, clips), gpus),
         epochs=config.steps * config.batch_size / manifest.examples,
@@ -106,16 +114,16 @@ def make_plan(config: TrainConfig, manifest: Manifest, gpus: int) -> Plan:
 def state_memory(weights: int, averages: int, stage: int, gpus: int) -> dict[str, int]:
     """Bytes of the training state on one of `gpus` GPUs, by part.
 
-    DeepSpeed keeps float32 weights beside the network's own, which it shares out from stage 1 on,
-    like moments and averages; gradients from stage 2 on; the network's weights at stage 3
-    (Rajbhandari et al. 2020, "ZeRO", section 5). What it gathers of these for the forward pass it
-    keeps for the backward pass, unless that is far away.
+    DeepSpeed keeps float32 weights beside the network's own. It partitions these, the moments and
+    the averages from stage 1 on, the gradients from stage 2 on, and the network's weights at
+    stage 3 (Rajbhandari et al. 2020, "ZeRO", section 5). It keeps the weights that it gathers for
+    the forward pass for the backward pass too, unless that is far away.
 
     Args:
         weights: Bytes of all weights in float32.
         averages: How many averages of the weights are kept.
         stage: Of ZeRO.
-        gpus: That share.
+        gpus: That take part.
     """
     share = math.ceil(weights / gpus)
     optimizer = (share if stage else weights) * (2 + averages)
@@ -126,30 +134,30 @@ def state_memory(weights: int, averages: int, stage: int, gpus: int) -> dict[str
     }
     if stage == 3:
         parts["gathered weights"] = min(SOON, weights)
-    # Of plain training the buckets are the gradients themselves.
+    # In plain training the gradients themselves are the buckets.
     return parts | ({"buckets": min(DEEPSPEED_BUCKETS, 2 * weights)} if stage else {})
 
 
 def traffic(sizes: Sequence[int], stage: int, parts: int, gpus: int) -> int:
     """Bytes that each of `gpus` GPUs sends, and receives, for the gradients and weights of a step.
 
-    To gather what N GPUs share, or to reduce what each has to shares, moves (N − 1)/N of it
-    through each: one exchange. To reduce it to all takes two (Rajbhandari et al. 2020, "ZeRO",
-    section 7). The exchanges of a step of p parts are, where the paper needs 2, 2, p + 1, 3p:
+    An all-gather or a reduce-scatter among N GPUs moves (N − 1)/N of the data through each: one
+    exchange. An all-reduce takes two (Rajbhandari et al. 2020, "ZeRO", section 7). A step of p
+    parts makes these exchanges, where the paper needs 2, 2, p + 1 and 3p:
 
-    - 2 without ZeRO: gradients are reduced to all, after the last part;
-    - 3 at stage 1, where new weights are gathered too;
-    - 2p + 1 at stage 2, where each part's gradients are reduced, to all, though each GPU keeps its
-      share alone (DeepSpeed's `use_multi_rank_bucket_allreduce`);
-    - 2p at stage 3: each part gathers the weights, and reduces its gradients to shares. Small
-      weights are gathered once a step; of a network so large that DeepSpeed gives up what it has
-      gathered before the backward pass, the others twice a part.
+    - 2 without ZeRO: an all-reduce of the gradients after the last part;
+    - 3 at stage 1, which also gathers the new weights;
+    - 2p + 1 at stage 2, which all-reduces each part's gradients although each GPU keeps only its
+      part of them (DeepSpeed's `use_multi_rank_bucket_allreduce`);
+    - 2p at stage 3, where each part gathers the weights and reduce-scatters its gradients. Small
+      weights are gathered once a step. If the network is so large that DeepSpeed drops gathered
+      weights before the backward pass, the others are gathered twice a part.
 
     Args:
         sizes: Bytes of each parameter in float32.
         stage: Of ZeRO.
         parts: In which a GPU takes its clips.
-        gpus: That share.
+        gpus: That take part.
     """
     weights, small = sum(sizes), sum(size for size in sizes if size < SMALL)
     gathers = 1 if 2 * weights <= SOON else 2  # the first weights are used again last
@@ -163,26 +171,35 @@ def traffic(sizes: Sequence[int], stage: int, parts: int, gpus: int) -> int:
 
 
 def activation_memory(
-    config: TrainConfig, manifest: Manifest, make_network: Callable[[], VideoUNet], clips: int
+    make_network: Callable[[], VideoUNet],
+    shape: tuple[int, ...],
+    precision: Precision,
+    checkpointing: bool,
 ) -> int:
-    """Bytes at the peak of a forward and backward pass over `clips`, without weights and gradients.
+    """Bytes at the peak of a forward and backward pass, without weights and gradients.
 
-    Shapes alone are followed, with the CPU's kernels: a GPU's attention keeps less in 16 bits.
+    No memory is allocated: the pass is simulated on shapes, with the CPU's kernels. A GPU's
+    attention keeps less in 16 bits.
+
+    Args:
+        make_network: Makes the network.
+        shape: Of the latents: clips, frames, channels, height, width.
+        precision: Of the forward pass.
+        checkpointing: Whether activations are recomputed in the backward pass.
     """
-    attention_backend("cpu", getattr(torch, config.precision))  # probes with real tensors
+    attention_backend("cpu", getattr(torch, precision))  # probes with real tensors
     with FakeTensorMode():
         network = make_network().train()
-        if config.model.gradient_checkpointing:
+        if checkpointing:
             network.enable_gradient_checkpointing()
-        frames, channels, height, width = manifest.latent_shape
-        latents = torch.empty(clips, frames, channels, height, width)
-        condition = latents.new_empty(
-            clips, frames, network.config["condition_channels"], height, width
-        )
+        latents = torch.empty(shape)
+        clips, frames, _, height, width = shape
+        channels = network.config["condition_channels"]
+        condition = torch.empty(clips, frames, channels, height, width)
         tracker = MemTracker()
         tracker.track_external(network, latents, condition)
         with tracker:
-            with autocast(torch.device("cpu"), config.precision):
+            with autocast(torch.device("cpu"), precision):
                 predicted = network(latents, torch.zeros(clips), condition)
             (predicted.float() - latents).square().mean().backward()
         (peak,) = tracker.get_tracker_snapshot("peak").values()
@@ -190,12 +207,12 @@ def activation_memory(
 
 
 def measure_step(config: TrainConfig, dataset: ShardedDataset, clips: int) -> tuple[float, int]:
-    """Seconds of a training step with `clips` clips on this machine, and a GPU's peak of bytes.
+    """Seconds of a training step with `clips` clips on this machine, and the GPU's peak in bytes.
 
-    The median of a few real steps in one process, after some to warm up. The peak is 0 without a
-    GPU.
+    The seconds are the median of a few real steps in one process, after some to warm up. The peak
+    is 0 without a GPU.
     """
-    with tempfile.TemporaryDirectory() as scratch:  # for what a bad step would list
+    with tempfile.TemporaryDirectory() as scratch:  # for the list of a step that is not finite
         alone = dataclasses.replace(config, out=Path(scratch), batch_size=clips, zero_stage=0)
         accelerator = make_accelerator(alone)
         denoiser = make_denoiser(alone, dataset.manifest)
@@ -214,25 +231,25 @@ def measure_step(config: TrainConfig, dataset: ShardedDataset, clips: int) -> tu
         return statistics.median(seconds[WARM_UP:]), peak
 
 
-def why_not_here(config: TrainConfig, needs: Plan, memory: int, rate: float) -> str:
-    """Why a processor is not to measure steps; empty where it may.
+def why_not_measured(config: TrainConfig, cost: TrainingCost, memory: int, rate: float) -> str:
+    """Why a CPU should not measure steps; empty if it may.
 
     Args:
         config: The run's.
-        needs: Of the run.
+        cost: The run's.
         memory: Bytes that the machine has.
-        rate: Operations a second that it does at best.
+        rate: Operations a second at the CPU's peak.
     """
     if config.plan_gpus:
-        return "a processor is no GPU"
+        return "a CPU is not a GPU"
     if config.compile:
-        return "to compile the network takes a processor minutes (--compile false)"
-    wanted = sum(needs.memory.values())
+        return "compiling the network takes a CPU minutes (--compile false)"
+    wanted = sum(cost.memory.values())
     if wanted > memory:
-        return f"a step takes {in_bytes(wanted)}, and there are {in_bytes(memory)} of memory"
-    seconds = (WARM_UP + MEASURED) * needs.operations / rate
-    if seconds > PATIENCE:
-        return f"{WARM_UP + MEASURED} steps take this processor {_days(seconds / 86400)} at best"
+        return f"a step takes {in_bytes(wanted)} of memory, and the machine has {in_bytes(memory)}"
+    seconds = (WARM_UP + MEASURED) * cost.operations / rate
+    if seconds > CPU_SECONDS:
+        return f"{WARM_UP + MEASURED} steps take this CPU {_days(seconds / 86400)} at best"
     return ""
 
 
@@ -251,79 +268,74 @@ def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
         raise BadInput(
             f"batch_size is {config.batch_size} and plan_gpus {gpus}: give each GPU a clip or more"
         )
-    needs = make_plan(config, dataset.manifest, gpus)
-    _show(config, needs, *_measure(config, dataset, needs))
-
-
-def _measure(config: TrainConfig, dataset: ShardedDataset, needs: Plan) -> tuple[float | None, int]:
-    """What `measure_step` does, where that makes sense; else None and 0, and why, on stderr."""
-    if not torch.cuda.is_available():
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        rate = measure_rate(torch.device("cpu"), config.precision)
-        reason = why_not_here(config, needs, memory, rate)
-        if reason:
-            print(f"nothing is measured here: {reason}", file=sys.stderr)
-            return None, 0
-    print(f"measuring {MEASURED} steps of {needs.clips} clip(s) here…", file=sys.stderr)
-    try:
-        return measure_step(config, dataset, needs.clips)
-    except torch.OutOfMemoryError:
-        print(
-            "a step does not fit here: give more --plan_gpus, --gradient_accumulation or "
-            "--model.gradient_checkpointing",
-            file=sys.stderr,
-        )
-        return None, 0
-
-
-def _show(config: TrainConfig, needs: Plan, seconds: float | None, peak: int) -> None:
+    cost = training_cost(config, dataset.manifest, gpus)
+    seconds, peak = _measure(config, dataset, cost)
     console = Console()
-    table = Table("", "", title=f"{config.steps} steps on {needs.gpus} GPU(s)", show_header=False)
-    for section in (_size(config, needs), _memory(needs, peak), _time(config, needs, seconds)):
-        for name, value in section:
+    table = Table("", "", title=f"{config.steps} steps on {gpus} GPU(s)", show_header=False)
+    for section in (_size(config, cost), _memory(cost, peak), _time(config, cost, seconds)):
+        for name, value in section.items():
             table.add_row(name, value)
         table.add_section()
     (console if console.is_terminal else Console(width=WIDTH)).print(table)
 
 
-def _size(config: TrainConfig, needs: Plan) -> list[tuple[str, str]]:
+def _measure(
+    config: TrainConfig, dataset: ShardedDataset, cost: TrainingCost
+) -> tuple[float | None, int]:
+    """`measure_step` if that makes sense; otherwise None and 0, with the reason on stderr."""
+    if not torch.cuda.is_available():
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        rate = measure_rate(torch.device("cpu"), config.precision)
+        reason = why_not_measured(config, cost, memory, rate)
+        if reason:
+            print(f"nothing is measured here: {reason}", file=sys.stderr)
+            return None, 0
+    print(f"measuring {MEASURED} steps of {cost.clips} clip(s) here…", file=sys.stderr)
+    try:
+        return measure_step(config, dataset, cost.clips)
+    except torch.OutOfMemoryError:
+        print(
+            "a step does not fit into this GPU's memory: give more --plan_gpus or "
+            "--gradient_accumulation, or --model.gradient_checkpointing",
+            file=sys.stderr,
+        )
+        return None, 0
+
+
+def _size(config: TrainConfig, cost: TrainingCost) -> dict[str, str]:
     accumulated = config.gradient_accumulation
-    per_pass = f", {needs.clips_at_once} in a pass" if accumulated > 1 else ""
-    return [
-        ("parameters", f"{needs.parameters / 1e6:.2f} M"),
-        ("clips a step", f"{config.batch_size}, {needs.clips} on a GPU{per_pass}"),
-        ("epochs", f"{needs.epochs:.1f} of {needs.examples} examples"),
-        ("shards", f"{needs.shards}, {in_bytes(needs.shard_bytes)} in all"),
-        ("cache of a node, behind a URL", f"{in_bytes(needs.cache)} ({GPUS_A_NODE} GPUs a node)"),
-        ("checkpoint", f"{in_bytes(needs.checkpoint)}, {config.keep_checkpoints + 1} at most"),
-        ("memory of the first node, for it", f"{in_bytes(needs.snapshot)}, pinned"),
-    ]
+    per_pass = f", {cost.clips_at_once} in a pass" if accumulated > 1 else ""
+    return {
+        "parameters": f"{cost.parameters / 1e6:.2f} M",
+        "clips a step": f"{config.batch_size}, {cost.clips} on a GPU{per_pass}",
+        "epochs": f"{cost.epochs:.1f} of {cost.examples} examples",
+        "shards": f"{cost.shards}, {in_bytes(cost.shard_bytes)} in all",
+        "cache of a node, for a URL": f"{in_bytes(cost.cache)} ({GPUS_A_NODE} GPUs a node)",
+        "checkpoint": f"{in_bytes(cost.checkpoint)}, {config.keep_checkpoints + 1} at most",
+        "memory of the first node, for it": f"{in_bytes(cost.snapshot)}, pinned",
+    }
 
 
-def _memory(needs: Plan, peak: int) -> list[tuple[str, str]]:
-    rows = [(f"memory of a GPU: {part}", in_bytes(size)) for part, size in needs.memory.items()]
-    rows.append(("memory of a GPU: in all", in_bytes(sum(needs.memory.values()))))
-    if peak:
-        rows.append(("measured here, one GPU without ZeRO", in_bytes(peak)))
-    return rows
+def _memory(cost: TrainingCost, peak: int) -> dict[str, str]:
+    rows = {f"memory of a GPU: {part}": in_bytes(size) for part, size in cost.memory.items()}
+    rows["memory of a GPU: in all"] = in_bytes(sum(cost.memory.values()))
+    return rows | ({"measured here, one GPU without ZeRO": in_bytes(peak)} if peak else {})
 
 
-def _time(config: TrainConfig, needs: Plan, measured: float | None) -> list[tuple[str, str]]:
-    seconds = measured or needs.operations / SUPPOSED
-    rate = needs.operations / seconds / 1e12
+def _time(config: TrainConfig, cost: TrainingCost, measured: float | None) -> dict[str, str]:
+    seconds = measured or cost.operations / ASSUMED
+    rate = cost.operations / seconds / 1e12
     days = config.steps * seconds / 86400
-    source = "measured here" if measured else "supposed, of a GPU"
-    return [
-        ("operations of a step", f"{needs.operations / 1e12:.3g} TFLOP on a GPU"),
-        ("a step", f"{seconds:.3g} s, {rate:.3g} TFLOP/s on a GPU ({source})"),
-        ("clips a second", f"{config.batch_size / seconds:.3g} in all"),
-        (
-            "reading",
-            f"{in_bytes(round(needs.fetched / seconds))}/s in all, where shards lie behind a URL",
-        ),
-        ("traffic", f"{in_bytes(needs.traffic)} a step out of each GPU, and as much in"),
-        ("time, without communication", f"{_days(days)}, {days * 24 * needs.gpus:.3g} GPU hours"),
-    ]
+    source = "measured here" if measured else "assumed, for a GPU"
+    fetched = in_bytes(round(cost.fetched / seconds))
+    return {
+        "operations of a step": f"{cost.operations / 1e12:.3g} TFLOP on a GPU",
+        "a step": f"{seconds:.3g} s, {rate:.3g} TFLOP/s on a GPU ({source})",
+        "clips a second": f"{config.batch_size / seconds:.3g} in all",
+        "reading": f"{fetched}/s in all, if the shards are behind a URL",
+        "traffic": f"{in_bytes(cost.traffic)} a step out of each GPU, and as much in",
+        "time, without communication": f"{_days(days)}, {days * 24 * cost.gpus:.3g} GPU hours",
+    }
 
 
 def in_bytes(count: int) -> str:

@@ -146,6 +146,7 @@ def test_each_clip_is_measured_once_in_each_range_of_timesteps(
     assert len(timesteps.unique()) > 20
 
 
+@pytest.mark.slow
 def test_the_figures_do_not_change_from_one_evaluation_to_the_next(
     config: TrainConfig, denoiser: Denoiser
 ) -> None:
@@ -158,6 +159,7 @@ def test_the_figures_do_not_change_from_one_evaluation_to_the_next(
     assert opened(config, denoiser).measure(denoiser, accelerator) == first
 
 
+@pytest.mark.slow
 def test_the_shares_of_processes_add_up_to_the_whole(
     config: TrainConfig, denoiser: Denoiser
 ) -> None:

@@ -260,6 +260,7 @@ def test_rates_and_shares_of_time_follow_from_the_clock(config: TrainConfig) -> 
     assert values["time/lost_to_restarts"] == pytest.approx({2: 60 / 104, 4: 60 / 118})
 
 
+@pytest.mark.slow
 def test_the_share_of_the_peak_counts_three_forward_passes(config: TrainConfig) -> None:
     """A product of two multiply-adds is two operations; latents of the tiny clips are 4x4."""
     config = dataclasses.replace(
@@ -321,6 +322,7 @@ def test_a_step_without_logging_costs_under_a_thousandth_of_a_tenth_second(
     assert min(costs) < 0.001 * 0.1
 
 
+@pytest.mark.slow
 def test_two_processes_show_what_one_does(config: TrainConfig, tmp_path: Path) -> None:
     """Batches of three clips, which two processes cannot share evenly; over gloo."""
     follow(config)

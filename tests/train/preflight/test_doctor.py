@@ -15,7 +15,7 @@ import pytest
 from vidfill.errors import BadInput
 from vidfill.train.config import DataConfig, TrainConfig
 from vidfill.train.preflight.doctor import (
-    Finding,
+    Diagnosis,
     check_gpus,
     check_launcher,
     check_versions,
@@ -31,7 +31,7 @@ TINY = [
 ]
 
 
-def levels(findings: list[Finding]) -> set[str]:
+def levels(findings: list[Diagnosis]) -> set[str]:
     return {finding.level for finding in findings}
 
 
@@ -124,13 +124,14 @@ def test_versions_are_compared_with_what_the_package_asks_for(requirement: str, 
 
 
 def test_what_only_some_processes_found_names_them() -> None:
-    good, bad = Finding("disk", "good", "much"), Finding("disk", "bad", "none", "make room")
+    good, bad = Diagnosis("disk", "good", "much"), Diagnosis("disk", "bad", "none", "make room")
     other = good._replace(said="plenty")
     assert merge([(0, good), (1, other)]) == [good]
     merged = merge([(0, good), (1, bad), (2, good)])
     assert {finding.said for finding in merged} == {"process 0, 2: much", "process 1: none"}
 
 
+@pytest.mark.slow
 def test_two_processes_are_found_to_add_up(shards: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [
@@ -158,6 +159,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_folders_that_one_of_two_nodes_does_not_see_are_bad(shards: Path, tmp_path: Path) -> None:
     """What each finds is said of it, and the step is for none, or one would wait for ever."""
     for node in ("node-0", "node-1"):

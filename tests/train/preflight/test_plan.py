@@ -10,18 +10,18 @@ from vidfill.errors import BadInput
 from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from vidfill.train.loop import train
 from vidfill.train.preflight.plan import (
-    make_plan,
     measure_step,
     state_memory,
     traffic,
-    why_not_here,
+    training_cost,
+    why_not_measured,
 )
 from vidfill.train.state import make_accelerator, make_denoiser, make_state
 
 
 def test_the_state_counted_is_the_state_allocated(tiny_config: TrainConfig) -> None:
     manifest = ShardedDataset(tiny_config.shards, "train").manifest
-    plan = make_plan(tiny_config, manifest, gpus=1)
+    plan = training_cost(tiny_config, manifest, gpus=1)
     denoiser = make_denoiser(tiny_config, manifest)
     state = make_state(tiny_config, make_accelerator(tiny_config), denoiser.network)
     weights = list(state.network.parameters())
@@ -40,7 +40,7 @@ def test_the_state_counted_is_the_state_allocated(tiny_config: TrainConfig) -> N
 
 
 def test_the_checkpoint_counted_is_the_checkpoint_written(tiny_config: TrainConfig) -> None:
-    plan = make_plan(tiny_config, ShardedDataset(tiny_config.shards, "train").manifest, gpus=1)
+    plan = training_cost(tiny_config, ShardedDataset(tiny_config.shards, "train").manifest, gpus=1)
     train(dataclasses.replace(tiny_config, steps=1))
     (folder,) = (tiny_config.out / "checkpoints").glob("step-*")
     written = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
@@ -60,7 +60,7 @@ def test_each_zero_stage_shares_out_more_than_the_one_before() -> None:
 def test_a_share_is_of_the_gpus_that_were_named(tiny_config: TrainConfig) -> None:
     config = dataclasses.replace(tiny_config, batch_size=12, gradient_accumulation=3)
     manifest = ShardedDataset(config.shards, "train").manifest
-    one, four = make_plan(config, manifest, 1), make_plan(config, manifest, 4)
+    one, four = training_cost(config, manifest, 1), training_cost(config, manifest, 4)
     assert (one.clips, one.clips_at_once) == (12, 4)
     assert (four.clips, four.clips_at_once) == (3, 1)
     assert one.memory["activations"] > 2 * four.memory["activations"]
@@ -82,14 +82,14 @@ def test_an_exchange_of_many_parts_is_one_of_one_part_many_times() -> None:
 
 
 def test_a_processor_measures_only_what_it_can(tiny_config: TrainConfig) -> None:
-    plan = make_plan(tiny_config, ShardedDataset(tiny_config.shards, "train").manifest, gpus=1)
+    plan = training_cost(tiny_config, ShardedDataset(tiny_config.shards, "train").manifest, gpus=1)
     enough = 2 * sum(plan.memory.values())
-    assert not why_not_here(tiny_config, plan, enough, rate=float(plan.operations))
-    assert "memory" in why_not_here(tiny_config, plan, enough // 3, rate=float(plan.operations))
-    assert "8.3 minutes" in why_not_here(tiny_config, plan, enough, rate=plan.operations / 100)
+    assert not why_not_measured(tiny_config, plan, enough, rate=float(plan.operations))
+    assert "memory" in why_not_measured(tiny_config, plan, enough // 3, rate=float(plan.operations))
+    assert "8.3 minutes" in why_not_measured(tiny_config, plan, enough, rate=plan.operations / 100)
     for change in ({"plan_gpus": 2}, {"compile": True}):
         config = dataclasses.replace(tiny_config, **change)
-        assert why_not_here(config, plan, enough, rate=float(plan.operations))
+        assert why_not_measured(config, plan, enough, rate=float(plan.operations))
 
 
 def test_a_step_that_is_measured_writes_nothing_into_the_runs_folder(
@@ -108,8 +108,8 @@ def test_a_step_that_is_measured_writes_nothing_into_the_runs_folder(
 def test_recomputed_activations_are_not_kept(tiny_config: TrainConfig) -> None:
     manifest = ShardedDataset(tiny_config.shards, "train").manifest
     model = dataclasses.replace(tiny_config.model, gradient_checkpointing=True)
-    kept = make_plan(tiny_config, manifest, 1).memory["activations"]
-    recomputed = make_plan(dataclasses.replace(tiny_config, model=model), manifest, 1)
+    kept = training_cost(tiny_config, manifest, 1).memory["activations"]
+    recomputed = training_cost(dataclasses.replace(tiny_config, model=model), manifest, 1)
     assert recomputed.memory["activations"] < 0.7 * kept
 
 
@@ -130,5 +130,5 @@ def test_more_gpus_than_clips_are_refused(tiny_config: TrainConfig) -> None:
 
 def test_a_preset_is_planned_by_its_sizes(tiny_config: TrainConfig) -> None:
     config = dataclasses.replace(tiny_config, model=ModelConfig(preset="base"))
-    plan = make_plan(config, ShardedDataset(config.shards, "train").manifest, gpus=1)
+    plan = training_cost(config, ShardedDataset(config.shards, "train").manifest, gpus=1)
     assert 80e6 < plan.parameters < 90e6
