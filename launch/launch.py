@@ -18,7 +18,7 @@ from .. import jobs, options
 from ..errors import BadInput
 from ..files import write_atomically
 from ..options import NonNegativeInt, PositiveInt
-from ..train.config import TrainConfig, check, find_recipe
+from ..train.config import MARKER, TrainConfig, check, find_recipe
 from ..train.deepspeed import deepspeed_config
 
 EXAMPLES = """\
@@ -38,7 +38,6 @@ MODULES = {
     "encode": "vidfill.data.encode",
     "sweep": "vidfill.sampling.sweep",
 }
-MARKER = "stopped.json"  # what a training run that was told to end leaves in its folder
 NAME = r"[\w.,-]+"
 TITLES = {
     ".sbatch": "for Slurm: --submit submits it",

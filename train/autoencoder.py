@@ -45,16 +45,16 @@ EXAMPLES = f"""examples:
   vidfill encode videos shards --autoencoder autoencoder
 """
 
-STAGES = 4  # three halvings: 8 pixels to a latent, as in Stable Diffusion
+LEVELS = 4  # three halvings: 8 pixels to a latent, as in Stable Diffusion
 WARMUP = 100  # steps
 GRADIENT_CLIP = 1.0
 HOLDS_OUT = 10  # where there is no validation split: one video in so many
 HIDES = 4  # one frame in so many has a hole, for the masked videos to be coded as well as others
 
-Side = Annotated[int, Ge(2 ** (STAGES - 1)), MultipleOf(2 ** (STAGES - 1))]
-Blocks = Annotated[tuple[NonNegativeInt, ...], Len(STAGES, STAGES)]
-Network = Any  # diffusers' AutoencoderTiny, whose methods type checkers do not see
-Frames = dict[int, UInt8[np.ndarray, "_ _ _ 3"]]  # frames, height, width; by size
+Side = Annotated[int, Ge(2 ** (LEVELS - 1)), MultipleOf(2 ** (LEVELS - 1))]
+Blocks = Annotated[tuple[NonNegativeInt, ...], Len(LEVELS, LEVELS)]
+TinyNetwork = Any  # diffusers' AutoencoderTiny, whose methods type checkers do not see
+FramesBySize = dict[int, UInt8[np.ndarray, "_ _ _ 3"]]  # frames, height, width; by size
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class AutoencoderConfig:
     steps: PositiveInt = 4500
     """Optimizer steps."""
     batch: PositiveInt = 16
-    """Frames of a step at the smallest size; at the others as many as have as many pixels."""
+    """FramesBySize of a step at the smallest size; at the others as many as have as many pixels."""
     learning_rate: PositiveFloat = 1e-3
     """Adam's at its highest; it rises over 100 steps and falls to 0 along a cosine."""
     l1: NonNegativeFloat = 0.05
@@ -141,7 +141,7 @@ def _split(videos: Path) -> tuple[list[Path], list[Path]]:
     return [video for video in everything if video not in held_out], held_out
 
 
-def _read(videos: Sequence[Path], config: AutoencoderConfig, description: str) -> Frames:
+def _read(videos: Sequence[Path], config: AutoencoderConfig, description: str) -> FramesBySize:
     read: dict[int, list[np.ndarray]] = {size: [] for size in config.sizes}
     with show_progress(description, len(videos), "videos") as progress:
         for video in videos:
@@ -159,20 +159,20 @@ def _read_evenly(video: Path, size: int, count: int) -> UInt8[np.ndarray, "frame
     return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
-def build_network(config: AutoencoderConfig) -> Network:
+def build_network(config: AutoencoderConfig) -> TinyNetwork:
     """The network at its first weights, which the seed alone decides."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "first weights"))
         return AutoencoderTiny(
-            encoder_block_out_channels=(config.width,) * STAGES,
-            decoder_block_out_channels=(config.width,) * STAGES,
+            encoder_block_out_channels=(config.width,) * LEVELS,
+            decoder_block_out_channels=(config.width,) * LEVELS,
             num_encoder_blocks=config.encoder_blocks,
             num_decoder_blocks=config.decoder_blocks,
             latent_channels=config.latent_channels,
         )
 
 
-def _train(config: AutoencoderConfig, network: Network, frames: Frames) -> float:
+def _train(config: AutoencoderConfig, network: TinyNetwork, frames: FramesBySize) -> float:
     """Train to the end, from the newest state if there is one; return the seconds of it all."""
     optimizer = torch.optim.Adam(network.parameters())
     done, seconds = _load_state(config.out / STATE, network, optimizer)
@@ -201,7 +201,7 @@ def learning_rate(config: AutoencoderConfig, step: int) -> float:
 
 
 def draw_batch(
-    config: AutoencoderConfig, frames: Frames, step: int
+    config: AutoencoderConfig, frames: FramesBySize, step: int
 ) -> Float[Tensor, "batch 3 height width"]:
     """The frames of a step, a pure function of the seed and the step; some have a hole."""
     size = config.sizes[step % len(config.sizes)]
@@ -217,7 +217,7 @@ def draw_batch(
 
 def _loss(
     config: AutoencoderConfig,
-    network: Network,
+    network: TinyNetwork,
     pixels: Float[Tensor, "batch 3 height width"],
     step: int,
 ) -> tuple[Float[Tensor, ""], float]:
@@ -235,7 +235,7 @@ def _loss(
 
 
 def _save_state(
-    path: Path, network: Network, optimizer: torch.optim.Adam, step: int, seconds: float
+    path: Path, network: TinyNetwork, optimizer: torch.optim.Adam, step: int, seconds: float
 ) -> None:
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
@@ -244,7 +244,7 @@ def _save_state(
     write_atomically(path, save(whole, {"step": str(step), "seconds": str(seconds)}))
 
 
-def _load_state(path: Path, network: Network, optimizer: torch.optim.Adam) -> tuple[int, float]:
+def _load_state(path: Path, network: TinyNetwork, optimizer: torch.optim.Adam) -> tuple[int, float]:
     """Restore the state, if there is one; return the steps and seconds that it took."""
     if not path.is_file():
         return 0, 0.0
@@ -264,7 +264,7 @@ def _load_state(path: Path, network: Network, optimizer: torch.optim.Adam) -> tu
 
 
 @torch.no_grad()
-def _latent_deviation(network: Network, frames: Frames) -> float:
+def _latent_deviation(network: TinyNetwork, frames: FramesBySize) -> float:
     """The standard deviation of all latents of at most 256 frames of each size."""
     latents = [
         network.encode(to_pixels(chosen).to(network.device)).latents.flatten()
@@ -274,7 +274,7 @@ def _latent_deviation(network: Network, frames: Frames) -> float:
     return torch.cat(latents).std().item()
 
 
-def _save(out: Path, network: Network, latent_deviation: float) -> None:
+def _save(out: Path, network: TinyNetwork, latent_deviation: float) -> None:
     network.register_to_config(scaling_factor=1.0 / latent_deviation)
     config = json.loads(network.to_json_string())
     config.pop("block_out_channels", None)  # diffusers derives it, and warns where it finds it
@@ -283,7 +283,7 @@ def _save(out: Path, network: Network, latent_deviation: float) -> None:
     write_atomically(out / WEIGHTS, save(weights, {"format": "pt"}))
 
 
-def evaluate(folder: Path, held_out: Frames, frames_per_video: int) -> dict[int, float]:
+def evaluate(folder: Path, held_out: FramesBySize, frames_per_video: int) -> dict[int, float]:
     """Mean PSNR (dB, `sampling.metrics.psnr`) of what the autoencoder makes of held-out videos."""
     autoencoder = load_autoencoder(str(folder))
     figures = {}

@@ -15,7 +15,7 @@ from ..sampling.report.tables import rounded
 from ..sampling.sweep.measures import Row
 from ..sampling.sweep.results import Sweep
 
-CARD = """\
+CARD_TEMPLATE = """\
 ---
 library_name: diffusers
 tags: [video-inpainting]
@@ -98,7 +98,7 @@ def write_card(
     unit = autoencoder["downsampling"]
     size = f"{width * unit}x{height * unit}"
     manifest = _find_manifest(options["shards"])
-    return CARD.format(
+    return CARD_TEMPLATE.format(
         name=name,
         clips=f"{frames} frames of {size}",
         data=public_name(options["shards"]),

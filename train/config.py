@@ -190,8 +190,9 @@ class TrainConfig:
 
 
 RECIPES = Path(__file__).parent / "recipes"
+MARKER = "stopped.json"  # in the run's folder: it ended early, and the same command continues
 
-MAY_CHANGE = (  # options, and whole groups of them, that a run may continue with
+RUN_MAY_CHANGE = (  # options, and whole groups of them, that a run may continue with
     "steps",
     "gradient_accumulation",
     "compile",

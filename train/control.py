@@ -21,10 +21,9 @@ from torch.distributed import distributed_c10d
 
 from ..errors import BadInputEverywhere, describe
 from ..files import write_atomically
+from .config import MARKER
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-MARKER = "stopped.json"  # in the run's folder: the run ended early, and the same command continues
-
 _KEY = "vidfill/stop"
 
 

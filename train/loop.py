@@ -19,10 +19,10 @@ from ..files import hold, locate
 from ..modeling.denoiser import Denoiser
 from ..progress import Progress, show_progress
 from .checkpoints import Checkpoints
-from .config import MAY_CHANGE, TrainConfig, check, find_recipe
+from .config import RUN_MAY_CHANGE, TrainConfig, check, find_recipe
 from .control import Control, StoppedBySignal
 from .monitor.held_out import HeldOut, open_held_out
-from .monitor.previews import Preview, open_preview
+from .monitor.previews import PreviewClips, open_preview
 from .monitor.tensorboard import Monitor, tensorboard_command
 from .preflight.plan import plan
 from .state import TrainState, averaged_network, make_accelerator, make_denoiser, make_state
@@ -107,13 +107,13 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 
 def _open_and_claim(
     config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator, stack: contextlib.ExitStack
-) -> tuple[Preview | None, HeldOut | None]:
+) -> tuple[PreviewClips | None, HeldOut | None]:
     """Claim the folder, and open the previews and held-out clips; fail on all processes or none.
 
     Each process opens its own held-out clips. The first one also opens the previews, and holds the
     folder until `stack` is closed.
     """
-    preview: Preview | None = None
+    preview: PreviewClips | None = None
     held_out: HeldOut | None = None
     refusal = ""
     try:
@@ -123,7 +123,7 @@ def _open_and_claim(
         if accelerator.is_main_process:
             preview = open_preview(config, denoiser, accelerator.device)
             located = dataclasses.replace(config, shards=locate(config.shards))
-            jobs.claim(config.out, "train", located, MAY_CHANGE)
+            jobs.claim(config.out, "train", located, RUN_MAY_CHANGE)
             # The others give up a collective after the timeout: wait half of that at most.
             stack.enter_context(hold(config.out, min(LOCK_WAIT, 30 * config.timeout)))
     except (BadInput, OSError) as error:  # the others are waiting for the outcome

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from vidfill.errors import BadInputEverywhere
-from vidfill.train.control import MARKER, Control, StoppedBySignal
+from vidfill.train.config import MARKER
+from vidfill.train.control import Control, StoppedBySignal
 
 # Steps of 10 ms in which no process finishes before all have come to it, as in training; process 1
 # is told to end when it has begun its fourth step, in the way that the first argument names.

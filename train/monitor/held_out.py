@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ...data.masks import latent_mask
-from ...data.shards.format import DamagedShard, Example
+from ...data.shards.format import DamagedShard
 from ...data.shards.reading import ShardedDataset, has_split
 from ...data.shards.stream import Batch
 from ...files import hide_secrets
@@ -28,7 +28,7 @@ from ..step import draw_latents, draw_noise
 Sums = Float64[Tensor, "quantiles 6"]
 
 
-class Clip(NamedTuple):
+class HeldOutClip(NamedTuple):
     """What the loss of a held-out clip needs; latents as the shards hold them."""
 
     number: int  # in the split
@@ -41,9 +41,9 @@ class Clip(NamedTuple):
 class HeldOut:
     """A process's share of the held-out clips, in memory.
 
-    A draw depends on the seed, the clip's index in its split and the range of timesteps alone. So
-    the figures of two evaluations differ by the network only, and they are the same on any number
-    of processes, to rounding.
+    A draw depends only on the seed, the clip's index in its split and the range of timesteps. So
+    the figures of two evaluations differ by the network only, and are the same on any number of
+    processes, up to rounding.
 
     Args:
         clips: This process's share.
@@ -52,7 +52,9 @@ class HeldOut:
         at_once: Clips in a batch.
     """
 
-    def __init__(self, clips: Sequence[Clip], quantiles: int, seed: int, at_once: int) -> None:
+    def __init__(
+        self, clips: Sequence[HeldOutClip], quantiles: int, seed: int, at_once: int
+    ) -> None:
         self.clips = clips
         self.quantiles = quantiles
         self.seed = seed
@@ -69,7 +71,7 @@ class HeldOut:
 
     @torch.no_grad()
     def sums(self, denoiser: Denoiser, device: torch.device) -> Sums:
-        """This process's part of the sums that `figures` takes; parts are added."""
+        """This process's part of the sums that `figures` takes; the parts are to be added."""
         rows = []
         for quantile in range(self.quantiles):
             row = torch.zeros(6, dtype=torch.float64, device=device)
@@ -88,11 +90,15 @@ class HeldOut:
         seed = derive_seed(self.seed, "held out", quantile)
         latents = denoiser.normalise(draw_latents(batch, seed))
         noise = draw_noise(batch.positions, seed, latents.shape[1:]).to(latents.device)
-        timestep = self._draw_timesteps(batch, seed, quantile, denoiser.timesteps)
+        # ⌊(q + u)/Q · T⌋ for a uniform draw u of each clip.
+        sources = [generator(seed, index, "timestep") for index in batch.positions]
+        draws = [torch.rand(1, generator=source, dtype=torch.float64) for source in sources]
+        share = (quantile + torch.cat(draws)) / self.quantiles
+        timestep = timesteps_at(share, denoiser.timesteps, LossConfig()).to(latents.device)
         condition = denoiser.condition(batch.masked_latents, batch.latent_mask)
-        noisy, target = denoiser.training_pair(latents, noise, timestep.to(latents.device))
+        noisy, target = denoiser.training_pair(latents, noise, timestep)
         with autocast(latents.device, denoiser.precision):
-            prediction = denoiser.network(noisy, timestep.to(latents.device), condition)
+            prediction = denoiser.network(noisy, timestep, condition)
         error = (prediction.to(target.dtype) - target).square().double()
         hole = batch.latent_mask.double().expand_as(error)
         return torch.stack(
@@ -106,14 +112,6 @@ class HeldOut:
             ]
         )
 
-    def _draw_timesteps(
-        self, batch: Batch, seed: int, quantile: int, timesteps: int
-    ) -> Int[Tensor, " batch"]:
-        """⌊(q + u)/Q · T⌋ for a uniform draw u of each clip."""
-        sources = [generator(seed, index, "timestep") for index in batch.positions]
-        draws = [torch.rand(1, generator=source, dtype=torch.float64) for source in sources]
-        return timesteps_at((quantile + torch.cat(draws)) / self.quantiles, timesteps, LossConfig())
-
 
 def figures(sums: Sums) -> dict[str, float]:
     """Mean squared errors of the training target, without the training loss's weights.
@@ -121,7 +119,7 @@ def figures(sums: Sums) -> dict[str, float]:
     Returns:
         `loss`, over all places and ranges; `loss_quantile_1`, the least noisy range, and so on;
         `loss_hole` and `loss_visible`, over all latents of all clips, each weighted by the share
-        of it that is in the hole, or is not. What no clip has is left out.
+        of it inside or outside the hole. Figures that no clip contributes to are left out.
     """
     named: dict[str, Tensor] = {"loss": sums[:, :2].sum(dim=0)}
     named |= {"loss_hole": sums[:, 2:4].sum(dim=0), "loss_visible": sums[:, 4:].sum(dim=0)}
@@ -136,11 +134,11 @@ def open_held_out(
     """Read this process's share of the held-out clips.
 
     They are spread evenly over the split; a process takes neighbours, which lie in few shards. All
-    is read at once, so that a shard that is damaged or gone shows before the first step.
+    are read now, so that a damaged or missing shard is found before the first step.
 
     Returns:
-        None where there is nothing to measure: none is wanted, or the shards have no validation
-        split, which the first process says.
+        None if there is nothing to measure: no clips are wanted, or the shards have no validation
+        split, which the first process reports.
 
     Raises:
         DamagedShard: A clip is not what was written, and `data.damaged` is "stop".
@@ -163,31 +161,26 @@ def open_held_out(
     return HeldOut(clips, wanted.quantiles, config.seed, at_once)
 
 
-def _read(dataset: ShardedDataset, index: int, may_skip: bool) -> Clip | None:
-    """A clip, or None where it is damaged and may be left out, which is said."""
+def _read(dataset: ShardedDataset, index: int, may_skip: bool) -> HeldOutClip | None:
+    """A clip, or None if it is damaged and may be left out, which is reported."""
     try:
-        return _clip_of(index, dataset[index])
+        example = dataset[index]
     except DamagedShard as damage:
         if not may_skip:
             raise
         print(f"vidfill train: left out of the held-out clips: {damage}", file=sys.stderr)
         return None
-
-
-def _clip_of(number: int, example: Example) -> Clip:
-    latents = torch.from_numpy(example.latents)
-    hole = latent_mask(example.mask, *latents.shape[-2:])
-    log_variance = example.log_variance
-    return Clip(
-        number,
-        latents,
-        torch.from_numpy(example.masked_latents),
-        hole,
-        None if log_variance is None else torch.from_numpy(log_variance),
+    latents, log_variance = torch.from_numpy(example.latents), example.log_variance
+    return HeldOutClip(
+        number=index,
+        latents=latents,
+        masked_latents=torch.from_numpy(example.masked_latents),
+        latent_mask=latent_mask(example.mask, *latents.shape[-2:]),
+        log_variance=None if log_variance is None else torch.from_numpy(log_variance),
     )
 
 
-def _collate(clips: Sequence[Clip]) -> Batch:
+def _collate(clips: Sequence[HeldOutClip]) -> Batch:
     """A batch as the stream gives it; a clip's position is its index in the split."""
     log_variances = [clip.log_variance for clip in clips if clip.log_variance is not None]
     return Batch(

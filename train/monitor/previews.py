@@ -25,14 +25,14 @@ from ...sampling.sweep.baselines import fill
 from ..config import TrainConfig
 
 COLUMNS = 8  # frames of a clip in a picture
-GAP = 4  # pixels between clips, and between the three versions of a frame
+PREVIEW_GAP = 4  # pixels between clips, and between the three versions of a frame
 SECONDS = 0.125  # per frame of a film
 
-Picture = UInt8[np.ndarray, "rows columns 3"]
+FilmStrips = UInt8[np.ndarray, "rows columns 3"]
 
 
 @dataclass(frozen=True)
-class Preview:
+class PreviewClips:
     """What a preview needs: some held-out clips, their autoencoder, a schedule.
 
     One process draws while the others wait in their next step, so a preview has to be short: few
@@ -58,7 +58,9 @@ class Preview:
         return [_join([fill(e), results[e.key], pixels_of(e)], axis=2) for e in self.examples]
 
 
-def open_preview(config: TrainConfig, denoiser: Denoiser, device: torch.device) -> Preview | None:
+def open_preview(
+    config: TrainConfig, denoiser: Denoiser, device: torch.device
+) -> PreviewClips | None:
     """Load what previews need; None, with a line on stderr, if the shards have nothing to show.
 
     Raises:
@@ -80,22 +82,22 @@ def open_preview(config: TrainConfig, denoiser: Denoiser, device: torch.device) 
         return None
     name = wanted.autoencoder or denoiser.autoencoder["name"]
     autoencoder = load_autoencoder(name, device, denoiser.precision)
-    return Preview(examples, autoencoder, wanted.schedule, config.seed)
+    return PreviewClips(examples, autoencoder, wanted.schedule, config.seed)
 
 
-def picture_of(clips: Sequence[Frames]) -> Picture:
-    """Film strips of clips as `Preview.draw` gives them, the three versions below each other."""
+def picture_of(clips: Sequence[Frames]) -> FilmStrips:
+    """Film strips of clips as `PreviewClips.draw` gives them, the three versions below each other."""
     return _join([_join(_strips(clip), axis=0) for clip in clips], axis=0)
 
 
 def _strips(clip: Frames) -> list[np.ndarray]:
     chosen = np.linspace(0, len(clip) - 1, min(COLUMNS, len(clip))).round().astype(int)
-    width = (clip.shape[2] - 2 * GAP) // 3
-    versions = [clip[chosen, :, n * (width + GAP) :][:, :, :width] for n in range(3)]
+    width = (clip.shape[2] - 2 * PREVIEW_GAP) // 3
+    versions = [clip[chosen, :, n * (width + PREVIEW_GAP) :][:, :, :width] for n in range(3)]
     return [np.concatenate(list(version), axis=1) for version in versions]
 
 
-def png_of(picture: Picture) -> bytes:
+def png_of(picture: FilmStrips) -> bytes:
     """A picture as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
@@ -115,7 +117,7 @@ def film_of(clips: Sequence[Frames]) -> bytes:
 def _join(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
     """Side by side along `axis`, white in between."""
     shape = list(arrays[0].shape)
-    shape[axis] = GAP
+    shape[axis] = PREVIEW_GAP
     gap = np.full(shape, 255, np.uint8)
     parts = [part for array in arrays for part in (gap, array)]
     return np.concatenate(parts[1:], axis=axis)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ...errors import BadInputEverywhere
 from ...files import aside
+
+if TYPE_CHECKING:
+    import torch
 
 
 def profiled_steps(text: str) -> range:
@@ -44,6 +46,8 @@ class Profile:
     def step(self, finished: int) -> None:
         """Begin or end, where `finished` steps are the border; called before the first step too."""
         if self._running is None and finished in self._steps:
+            import torch
+
             self._first = finished
             self._running = torch.profiler.profile()
             self._running.start()

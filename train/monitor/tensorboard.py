@@ -34,7 +34,7 @@ from ...modeling.unet import VideoUNet
 from ..config import TrainConfig
 from ..state import TrainState
 from ..step import StepResult
-from .previews import Preview, film_of, picture_of, png_of
+from .previews import PreviewClips, film_of, picture_of, png_of
 from .profiling import Profile, profiled_steps
 from .rates import peak_rate
 from .tags import HPARAMS, IMAGES, LAYOUT, SCALARS
@@ -128,7 +128,7 @@ class Monitor:
         state: TrainState,
         denoiser: Denoiser,
         stream: Stream,
-        preview: Preview | None,
+        preview: PreviewClips | None,
         accelerator: Accelerator,
         clock: Callable[[], float] = time.time,
     ) -> None:

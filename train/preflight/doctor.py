@@ -45,11 +45,11 @@ examples:
 """
 
 WAIT = 10.0  # seconds until a shared folder must show a file to another node
-WIDTH = 110  # columns where there is no terminal
+DOCTOR_WIDTH = 110  # columns where there is no terminal
 OPEN_FILES = 4096  # that a process should be allowed
 GPUS = "GPUs"  # the check that has to be good before the others
 
-Level = Literal["good", "warning", "bad"]
+Severity = Literal["good", "warning", "bad"]
 MARKS = {"good": "[green]good[/]", "warning": "[yellow]look[/]", "bad": "[red]bad[/]"}
 
 
@@ -57,7 +57,7 @@ class Diagnosis(NamedTuple):
     """What a check found on one process."""
 
     check: str
-    level: Level
+    level: Severity
     said: str
     remedy: str = ""
 
@@ -311,7 +311,7 @@ def _show(found: Sequence[Diagnosis], processes: int) -> None:
         column.overflow = "fold"  # a long path is shown whole
     for one in found:
         table.add_row(one.check, MARKS[one.level], escape(one.said), escape(one.remedy))
-    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+    (console if console.is_terminal else Console(width=DOCTOR_WIDTH)).print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

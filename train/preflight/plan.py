@@ -40,7 +40,7 @@ DEEPSPEED_BUCKETS = 2 * 4 * 50_000_000  # bytes that it reduces and gathers in
 SMALL = 4 * 100_000  # bytes of a parameter
 SOON = 4 * 1_000_000_000  # bytes of weights in between
 ASSUMED = 100e12  # operations a second of a GPU, where there is none to measure
-WIDTH = 100  # columns where there is no terminal
+PLAN_WIDTH = 100  # columns where there is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +276,7 @@ def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
         for name, value in section.items():
             table.add_row(name, value)
         table.add_section()
-    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+    (console if console.is_terminal else Console(width=PLAN_WIDTH)).print(table)
 
 
 def _measure(

@@ -19,7 +19,7 @@ from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.noise import DiffusionConfig, LossConfig
 from vidfill.modeling.unet import VideoUNet
 from vidfill.train.config import DataConfig, EvaluationConfig, TrainConfig
-from vidfill.train.monitor.held_out import Clip, HeldOut, figures, open_held_out
+from vidfill.train.monitor.held_out import HeldOut, HeldOutClip, figures, open_held_out
 from vidfill.train.state import make_denoiser
 from vidfill.train.step import diffusion_loss
 
@@ -71,7 +71,7 @@ def test_the_loss_of_a_network_that_predicts_zero_is_the_targets_mean_square() -
     config = DiffusionConfig(timesteps=10, process="flow", target="clean", normalise=False)
     hole = torch.zeros(2, 1, 4, 4)
     hole[0, :, :2, :2] = 1
-    clip = Clip(3, 1 + hole, torch.zeros(2, 1, 4, 4), hole, None)
+    clip = HeldOutClip(3, 1 + hole, torch.zeros(2, 1, 4, 4), hole, None)
     held_out = HeldOut([clip], quantiles=2, seed=0, at_once=1)
     found = figures(held_out.sums(Denoiser(network.eval(), config, space), CPU))
     mean = (4 * 4 + 28 * 1) / 32
@@ -85,7 +85,7 @@ def test_a_latent_half_in_the_hole_counts_half_on_either_side() -> None:
     denoiser = Denoiser(network.eval(), config, LatentSpace([1, 1, 2, 2], [0.0], [1.0], {}))
     latents = torch.tensor([[[[3.0, 1.0], [1.0, 1.0]]]])
     hole = torch.tensor([[[[0.5, 0.5], [0.0, 0.0]]]])
-    held_out = HeldOut([Clip(0, latents, torch.zeros_like(latents), hole, None)], 1, 0, 1)
+    held_out = HeldOut([HeldOutClip(0, latents, torch.zeros_like(latents), hole, None)], 1, 0, 1)
     found = figures(held_out.sums(denoiser, CPU))
     assert found["loss_hole"] == pytest.approx((0.5 * 9 + 0.5 * 1) / 1)
     assert found["loss_visible"] == pytest.approx((0.5 * 9 + 0.5 * 1 + 1 + 1) / 3)

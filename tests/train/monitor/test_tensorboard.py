@@ -39,7 +39,7 @@ from vidfill.train.config import (
     TrainConfig,
 )
 from vidfill.train.monitor.held_out import open_held_out
-from vidfill.train.monitor.previews import GAP, film_of, open_preview, picture_of
+from vidfill.train.monitor.previews import PREVIEW_GAP, film_of, open_preview, picture_of
 from vidfill.train.monitor.profiling import Profile, profiled_steps
 from vidfill.train.monitor.rates import measure_rate
 from vidfill.train.monitor.tags import IMAGES, LAYOUT, SCALARS
@@ -357,8 +357,12 @@ def test_two_processes_show_what_one_does(config: TrainConfig, tmp_path: Path) -
 def a_clip(seed: int) -> np.ndarray:
     """Three versions of 16×16 in 5 frames; few colours, which a GIF's palette holds."""
     random = np.random.default_rng(seed)
-    version = random.choice(np.uint8([0, 100, 200]), (5, 16, 3 * (16 + GAP) - GAP, 3))
-    version[:, :, 16 : 16 + GAP] = version[:, :, 2 * 16 + GAP : 2 * (16 + GAP)] = 255
+    version = random.choice(
+        np.uint8([0, 100, 200]), (5, 16, 3 * (16 + PREVIEW_GAP) - PREVIEW_GAP, 3)
+    )
+    version[:, :, 16 : 16 + PREVIEW_GAP] = version[
+        :, :, 2 * 16 + PREVIEW_GAP : 2 * (16 + PREVIEW_GAP)
+    ] = 255
     return version
 
 
@@ -371,17 +375,17 @@ def test_a_film_is_a_gif_of_the_frames() -> None:
         frame = np.asarray(film.convert("RGB"))
         assert film.info["duration"] == 120  # a GIF counts hundredths of a second
         assert np.array_equal(frame[:16], clips[0][number])
-        assert (frame[16 : 16 + GAP] == 255).all()
-        assert np.array_equal(frame[16 + GAP :], clips[1][number])
+        assert (frame[16 : 16 + PREVIEW_GAP] == 255).all()
+        assert np.array_equal(frame[16 + PREVIEW_GAP :], clips[1][number])
 
 
 def test_a_picture_has_a_film_strip_for_each_version_of_each_clip() -> None:
     clips = [a_clip(0), a_clip(1)]
     picture = picture_of(clips)
-    assert picture.shape == (6 * 16 + 5 * GAP, 5 * 16, 3)
+    assert picture.shape == (6 * 16 + 5 * PREVIEW_GAP, 5 * 16, 3)
     for strip in range(6):
         clip, version = divmod(strip, 3)
-        top, left = strip * (16 + GAP), version * (16 + GAP)
+        top, left = strip * (16 + PREVIEW_GAP), version * (16 + PREVIEW_GAP)
         for frame in range(5):
             shown = picture[top : top + 16, frame * 16 : (frame + 1) * 16]
             assert np.array_equal(shown, clips[clip][frame, :, left : left + 16])
@@ -395,7 +399,9 @@ def test_a_preview_shows_the_truth_outside_the_hole(config: TrainConfig) -> None
     (clip,) = preview.draw(run.denoiser)
     example: Example = preview.examples[0]
     width = example.mask.shape[2]
-    masked, filled, truth = (clip[:, :, n * (width + GAP) :][:, :, :width] for n in range(3))
+    masked, filled, truth = (
+        clip[:, :, n * (width + PREVIEW_GAP) :][:, :, :width] for n in range(3)
+    )
     outside = example.mask == 0
     assert example.pixels is not None
     assert np.array_equal(truth, example.pixels)
