@@ -86,7 +86,7 @@ def open_preview(
 
 
 def picture_of(clips: Sequence[Frames]) -> FilmStrips:
-    """Film strips of clips as `PreviewClips.draw` gives them, the three versions below each other."""
+    """Film strips of clips from `PreviewClips.draw`, the three versions below each other."""
     return _join([_join(_strips(clip), axis=0) for clip in clips], axis=0)
 
 
