@@ -1,4 +1,4 @@
-"""The storage, network and memory that a run needs on clusters of several sizes, by `training_cost`.
+"""Storage, network and memory that a run needs on clusters of several sizes, by `training_cost`.
 
 Calculated for a data set that exists only on paper; nothing is measured, and no GPU is needed. The
 time of a step is that of its operations at `--rate`, without communication.
