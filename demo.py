@@ -97,7 +97,7 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
         str(out / "shards"),
         out / "sweep",
         schedules=config.schedules,
-        clips=2 * config.validation,
+        examples=2 * config.validation,
         seed=seed,
         precision="bfloat16",
     )

@@ -1,4 +1,4 @@
-"""How many trajectories a device holds at a time."""
+"""How many trajectories a device samples at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .sampler import Condition, Request, sample
 from .schedules.language import parse
 from .schedules.program import compile_schedule
 
-CAPACITY = 16  # slots, where no accelerator's memory says more
+CAPACITY = 16  # slots on the CPU
 
 
 def find_capacity(denoiser: Denoiser, requests: Sequence[Request]) -> int:
-    """The slots with which the requests are sampled fastest.
+    """The number of slots that samples the requests fastest.
 
     As many as an accelerator's memory holds, found by trying; `CAPACITY` on the CPU. Never more
-    than it takes to end with the longest program: with more none would end sooner.
+    than it takes to end with the longest program, as more would not end sooner.
     """
     nfes = [request.program.nfe for request in requests]
     fewest = math.ceil(sum(nfes) / max(nfes))
@@ -35,18 +35,26 @@ def find_capacity(denoiser: Denoiser, requests: Sequence[Request]) -> int:
 
 
 def _calls(nfes: Sequence[int], slots: int) -> int:
-    """Network calls until all have ended, the longest started first."""
+    """Network calls until all have ended, if the longest start first."""
     ends = [0] * slots
     for nfe in sorted(nfes, reverse=True):
         heapq.heapreplace(ends, ends[0] + nfe)
     return max(ends)
 
 
+def share_capacity(capacity: int, requests: Sequence[Request], processes: int) -> int:
+    """The slots for one of several processes: no more than leave work for the others."""
+    if processes == 1 or not requests:
+        return capacity
+    nfes = [request.program.nfe for request in requests]
+    return min(capacity, math.ceil(sum(nfes) / max(nfes) / processes))
+
+
 @torch.no_grad()
 def largest_batch(denoiser: Denoiser, condition: Condition, most: int) -> int:
     """The most examples, 1 to `most`, that the network evaluates at once without running out.
 
-    An eighth more are tried than found, for what else needs memory beside the network.
+    An eighth more are tried than are returned, to leave memory for everything else.
 
     Raises:
         BadInput: not even one fits.
@@ -70,14 +78,14 @@ def largest_batch(denoiser: Denoiser, condition: Condition, most: int) -> int:
         fitting, failing = (tried, failing) if fits(tried) else (fitting, tried)
     if not fitting:
         raise BadInput(
-            f"one clip does not fit into the memory of {condition.device}: "
+            f"one example does not fit into the memory of {condition.device}: "
             "take a larger device, or precision bfloat16"
         )
     return fitting
 
 
 def time_evaluation(denoiser: Denoiser, condition: Condition, slots: int) -> float:
-    """Wall seconds of one network call on `slots` clips, the second of two."""
+    """Wall seconds of one network call on `slots` trajectories, the second of two."""
     program = compile_schedule(parse("ddim:2"), denoiser.timesteps)
     requests = [Request(str(slot), "ddim:2", program, lambda: condition) for slot in range(slots)]
     moments: list[float] = []

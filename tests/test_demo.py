@@ -66,7 +66,7 @@ def test_the_path_runs_on_real_videos(tmp_path: Path) -> None:
     assert not cli.main(["encode", videos, shards, "--autoencoder", taesd, *masks, *fast])
     assert not cli.main(["train", shards, run, *steps, *fast])
     assert not cli.main(
-        ["sweep", run, shards, swept, "--clips", "2", "--schedules", "ddim:1", *fast]
+        ["sweep", run, shards, swept, "--examples", "2", "--schedules", "ddim:1", *fast]
     )
     assert not cli.main(["report", swept])
     with (tmp_path / "sweep" / "results.csv").open(newline="") as file:

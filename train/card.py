@@ -12,7 +12,7 @@ from ..data.shards.reading import ShardedDataset, has_split
 from ..errors import BadInput, describe
 from ..files import hide_secrets
 from ..sampling.report.tables import rounded
-from ..sampling.sweep.measures import Row
+from ..sampling.sweep.measures import ResultRow
 from ..sampling.sweep.results import Sweep
 
 CARD_TEMPLATE = """\
@@ -157,11 +157,11 @@ def _figures(losses: Mapping[str, tuple[int, float]], sweep: Sweep | None) -> li
 
 
 def _table_of(sweep: Sweep) -> str:
-    rows: list[Row] = [*sweep.baselines, *sweep.schedules]
+    rows: list[ResultRow] = [*sweep.baselines, *sweep.schedules]
     said = SWEPT.format(
         clips=rows[0].texts["clips"],
-        data=public_name(sweep.about["shards"]),
-        masks=", ".join(sweep.about["masks"]),
+        data=public_name(sweep.about.shards),
+        masks=", ".join(sweep.about.masks),
     )
     shown = [measure for measure in sweep.measures if measure.column != "clips"]
     lines = [["schedule", *(f"{m.title} ({m.unit}) {m.arrow}".rstrip() for m in shown)]]

@@ -100,7 +100,7 @@ def _open(
             f"the run has removed {checkpoint} meanwhile: give the same command again"
         ) from None
     autoencoder = load_trained_autoencoder(denoiser.autoencoder, config.autoencoder)
-    if sweep and sweep.about["autoencoder"]["sha256"] != autoencoder.sha256:
+    if sweep and sweep.about.autoencoder["sha256"] != autoencoder.sha256:
         raise BadInput(f"{config.sweep} is of a model with another autoencoder: give its own")
     if config.precision == "float16":
         denoiser.network.half()

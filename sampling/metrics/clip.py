@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from . import pixels
 from .i3d import I3d, fvd_features, vfid_features
@@ -19,10 +20,16 @@ from .warping import follow, warping_error
 
 @dataclass(frozen=True)
 class Judges:
-    """The networks that judge results; what none was given for is left out."""
+    """The networks that judge results; the measures of a missing one are left out."""
 
     lpips: Lpips | None = None
     i3d: I3d | None = None
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Those that are there, by name."""
+        both = {"lpips": self.lpips, "i3d": self.i3d}
+        return {name: network for name, network in both.items() if network is not None}
 
 
 def load_judges(lpips: str, i3d: str, device: torch.device) -> Judges:

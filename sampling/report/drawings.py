@@ -14,7 +14,7 @@ from markupsafe import Markup
 from ...data.shards.format import family_of
 from ...errors import BadInput
 from ..schedules.language import Schedule, parse
-from ..sweep.measures import Row, front_of
+from ..sweep.measures import ResultRow, front_of
 from ..sweep.results import Sweep
 from .film import Strip, draw_film
 from .markup import code
@@ -152,7 +152,7 @@ def _choose(sweep: Sweep, clips: Sequence[str], asked: str) -> tuple[str, Markup
     return fullest, Markup("Clip {}{}").format(code(fullest), reason)
 
 
-def _draw_clip(sweep: Sweep, clip: str, generated: Sequence[tuple[str, Row]]) -> bytes:
+def _draw_clip(sweep: Sweep, clip: str, generated: Sequence[tuple[str, ResultRow]]) -> bytes:
     strips = [
         Strip("masked", "", sweep.frames("masked", clip)),
         Strip("ground\ntruth", "", sweep.frames("truth", clip)),
@@ -160,18 +160,18 @@ def _draw_clip(sweep: Sweep, clip: str, generated: Sequence[tuple[str, Row]]) ->
     for label, row in generated:
         note = f"{sweep.hole_psnr[row.name, clip]:.1f} dB"
         strips.append(Strip(label, note, sweep.frames(sweep.slug(row.name), clip)))
-    count = sweep.about["clip"]["frames"]
+    count = sweep.about.clip.frames
     shown = range(0, count, math.ceil(count / COLUMNS_SHOWN))
     return draw_film(strips, sweep.mask(clip), shown)
 
 
-def group_lines(schedules: Sequence[Row]) -> dict[str, list[Row]]:
+def group_lines(schedules: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
     """The lines of a plot, by their names and in the order of their solvers.
 
     A line has the schedules that differ only in n, or one solver's that differ only in steps.
     """
-    lines: dict[str, list[Row]] = {}
-    plain: dict[str, list[Row]] = {}
+    lines: dict[str, list[ResultRow]] = {}
+    plain: dict[str, list[ResultRow]] = {}
     for family in _families(schedules):
         first = parse(family[0].name)
         if len(family) > 1:
@@ -188,7 +188,7 @@ def group_lines(schedules: Sequence[Row]) -> dict[str, list[Row]]:
     return dict(sorted(lines.items(), key=lambda line: parse(line[1][0].name).solver.name))
 
 
-def _largest_family(schedules: Sequence[Row]) -> list[Row]:
+def _largest_family(schedules: Sequence[ResultRow]) -> list[ResultRow]:
     """Of the families with several members the largest, of equally large the best; else empty."""
     family = max(
         _families(schedules), key=lambda rows: (len(rows), max(row["psnr_hole"] for row in rows))
@@ -196,13 +196,13 @@ def _largest_family(schedules: Sequence[Row]) -> list[Row]:
     return family if len(family) > 1 else []
 
 
-def _families(schedules: Sequence[Row]) -> list[list[Row]]:
+def _families(schedules: Sequence[ResultRow]) -> list[list[ResultRow]]:
     """The schedules grouped with those that differ only in n, each group in its order."""
     ordered = sorted(schedules, key=lambda row: (str(_without_n(row)), _resamplings(row)))
     return [list(rows) for _, rows in itertools.groupby(ordered, key=_without_n)]
 
 
-def _without_n(row: Row) -> Schedule:
+def _without_n(row: ResultRow) -> Schedule:
     """What a family has in common: how far up it resamples belongs to that."""
     schedule = parse(row.name)
     others = tuple(
@@ -215,6 +215,6 @@ def _without_n(row: Row) -> Schedule:
     return dataclasses.replace(schedule, moves=others)
 
 
-def _resamplings(row: Row) -> int:
+def _resamplings(row: ResultRow) -> int:
     """The paper's n."""
     return sum(move.get("n", int) for move in parse(row.name).moves if move.name == "resample")

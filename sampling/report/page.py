@@ -53,7 +53,7 @@ def render_page(sweep: Sweep, drawings: Sequence[Drawing], pictures: Sequence[by
         clips=[make_player(sweep, clip) for clip in sweep.kept],
         left_out=[
             f"{count} clips of {titles.get(column, column)}"
-            for column, count in sweep.about["without_value"].items()
+            for column, count in sweep.about.without_value.items()
         ],
         meanings={measure.title: measure.meaning for measure in sweep.measures},
         baselines=BASELINES,

@@ -16,14 +16,16 @@ from matplotlib.transforms import offset_copy
 
 from ..figure_style import DPI, FAINT, FAMILY_LOOKS, INK, LARGE, REFERENCE, SMALL, STYLE, render_png
 from ..schedules.language import parse
-from ..sweep.measures import Measure, Row, front_of
+from ..sweep.measures import Measure, ResultRow, front_of
 
 COSTS = {"nfe": "network evaluations", "seconds_per_clip": "network seconds"}
 LINE = 1.25 * SMALL  # points from one name to the next
 LEADER = {"arrowstyle": "-", "lw": 0.5, "color": REFERENCE}
 LEGEND = 125  # characters across a figure
 
-Lines = Mapping[str, Sequence[Row]]  # schedules that belong together, by the name of their line
+Lines = Mapping[
+    str, Sequence[ResultRow]
+]  # schedules that belong together, by the name of their line
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,14 @@ class Panel:
     """Draw the Pareto front, and name its points, instead of joining each line's points."""
 
 
-def draw_plots(panels: Sequence[Panel], lines: Lines, baselines: Sequence[Row]) -> bytes:
+def draw_plots(panels: Sequence[Panel], lines: Lines, baselines: Sequence[ResultRow]) -> bytes:
     """A PNG of the panels side by side, the names of the lines below."""
     with matplotlib.style.context(["default", STYLE]):
         figure = plot_figure(panels, lines, baselines)
         return render_png(figure, bbox_inches="tight", pad_inches=0.02)
 
 
-def plot_figure(panels: Sequence[Panel], lines: Lines, baselines: Sequence[Row]) -> Figure:
+def plot_figure(panels: Sequence[Panel], lines: Lines, baselines: Sequence[ResultRow]) -> Figure:
     """What `draw_plots` draws."""
     columns = max(1, min(4, LEGEND // (max(map(len, lines)) + 6)))
     height = 2.7 + 0.15 * math.ceil(len(lines) / columns)
@@ -103,7 +105,7 @@ def _draw_lines(axes: Axes, panel: Panel, lines: Lines) -> list[Line2D]:
     return drawn
 
 
-def _style_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
+def _style_panel(axes: Axes, panel: Panel, rows: Sequence[ResultRow]) -> None:
     costs = [row[panel.cost] for row in rows]
     decades = math.log10(max(costs) / min(costs))
     before = 0.3 * decades + 0.15 if panel.front else 0.15  # names stand left of their points
@@ -119,7 +121,7 @@ def _style_panel(axes: Axes, panel: Panel, rows: Sequence[Row]) -> None:
     axes.set_title(title, loc="left", fontsize=LARGE)
 
 
-def _draw_baselines(axes: Axes, panel: Panel, lines: Lines, baselines: Sequence[Row]) -> None:
+def _draw_baselines(axes: Axes, panel: Panel, lines: Lines, baselines: Sequence[ResultRow]) -> None:
     """Horizontal lines, named beyond the right edge, where they lie near the schedules' values."""
     column, better = panel.measure.column, panel.measure.better
     values = [row[column] for rows in lines.values() for row in rows]

@@ -65,7 +65,7 @@ def cheapest_first(sweep: Sweep) -> Sweep:
     """The sweep with its schedules, and what compares them, in the order that a report has."""
     schedules = sorted(sweep.schedules, key=lambda row: row["nfe"])
     ranks = {row.name: rank for rank, row in enumerate(schedules)}
-    masks = (*sweep.about["masks"], *(line["masks"] for line in sweep.comparison))
+    masks = (*sweep.about.masks, *(line["masks"] for line in sweep.comparison))
     families = list(dict.fromkeys(masks))
     comparison = sorted(
         sweep.comparison,

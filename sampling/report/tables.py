@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from ..sweep.comparison import MARGINS
-from ..sweep.measures import LEADING, Measure, Row, best_of, front_of
+from ..sweep.measures import LEADING, Measure, ResultRow, best_of, front_of
 from ..sweep.results import Sweep
 from .markup import code
 
@@ -67,7 +66,7 @@ class Table:
     """The one chosen at first."""
 
 
-def rounded(row: Row, measure: Measure) -> str:
+def rounded(row: ResultRow, measure: Measure) -> str:
     """A value as a reader wants it."""
     value = row[measure.column]
     return "–" if math.isnan(value) else f"{value:,.{measure.digits}f}"
@@ -84,7 +83,7 @@ def tabulate_results(sweep: Sweep) -> Table:
         if best and len(sweep.schedules) > 1:
             bests[measure.column] = rounded(best, measure)
 
-    def fill_row(row: Row, bests: Mapping[str, str]) -> TableRow:
+    def fill_row(row: ResultRow, bests: Mapping[str, str]) -> TableRow:
         texts = {m.column: rounded(row, m) for m in measures}
         cells = [
             TableCell(text, row.texts[column], is_best=text == bests.get(column))
@@ -118,7 +117,7 @@ Line = Mapping[str, str]  # of comparison.csv
 class Contender:
     """A schedule against the sweep's reference, under one family of masks."""
 
-    schedule: Row
+    schedule: ResultRow
     masks: str
     cost: float
     """Its NFE over the reference's."""
@@ -133,7 +132,7 @@ class Contender:
 
 def find_contenders(sweep: Sweep) -> list[Contender]:
     """By families of masks, the cheapest first."""
-    reference = next(row for row in sweep.schedules if row.name == sweep.about["reference"])
+    reference = next(row for row in sweep.schedules if row.name == sweep.about.reference)
     families = dict.fromkeys(line["masks"] for line in sweep.comparison)
     found = []
     for masks in families:
@@ -152,7 +151,7 @@ def find_contenders(sweep: Sweep) -> list[Contender]:
 
 def answer(sweep: Sweep, contenders: Sequence[Contender]) -> Markup:
     """A sentence for each family of masks: the cheapest schedule that holds."""
-    said, reference = [], code(sweep.about["reference"])
+    said, reference = [], code(sweep.about.reference)
     for family in dict.fromkeys(one.masks for one in contenders):
         cheaper = [one for one in contenders if one.masks == family and one.cost < 1]
         found = next((one for one in cheaper if one.holds), None)
@@ -192,7 +191,7 @@ def tabulate_answer(sweep: Sweep, contenders: Sequence[Contender]) -> Table:
             cells.append(TableCell(verdict, note=note, is_text=True, kind=verdict))
         rows.append(TableRow(code(one.schedule.name), cells, "holds" if one.holds else ""))
     names = [TableHead(title, is_text=True) for title in ("Schedule", "Masks")]
-    compared = [TableHead(m.title, f"±{MARGINS[m.column]:g}", is_text=True) for m in measures]
+    compared = [TableHead(m.title, f"±{m.margin:g}", is_text=True) for m in measures]
     heads = [*names, TableHead("NFE"), TableHead("Cost"), *compared]
     return Table("answer", heads, {"": rows})
 

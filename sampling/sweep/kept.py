@@ -1,10 +1,11 @@
-"""What a sweep keeps of each clip: frames, completions, features."""
+"""The files of a sweep's folder other than its tables: frames, completions, maps, features."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,60 @@ from ..metrics.frechet import FeatureSet
 from ..metrics.networks import Features
 from ..metrics.pixels import Frames, Mask
 
+Spread = Float[np.ndarray, "frames height width"]  # standard deviations, in 8-bit units
+
+SPREAD_SCALE = 256  # a map that is kept counts in this fraction of an 8-bit unit
+
+
+class CompletionKey(NamedTuple):
+    """Which completion: the columns by which a row of clips.csv is known."""
+
+    schedule: str
+    """Or a baseline."""
+    example: str
+    completion: int = 0
+
+
+def slug(name: str) -> str:
+    """A schedule as the name of a file: ddpm:50+resample(n=4) is ddpm-50-resample-n-4."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """Where the files of a sweep are; `name` is a schedule's slug, a baseline, or "truth"."""
+
+    path: Path
+
+    def strip(self, name: str, example: str) -> Path:
+        return self.path / "frames" / name / f"{example}.png"
+
+    def spread(self, name: str, example: str) -> Path:
+        return self.path / "spread" / name / f"{example}.png"
+
+    def completion(self, key: CompletionKey) -> Path:
+        folder = self.path / "completions" / slug(key.schedule)
+        return folder / key.example / f"{key.completion}.png"
+
+    def features(self, column: str, name: str, example: str) -> Path:
+        return self.path / "features" / column / name / f"{example}.npy"
+
+    def write_features(self, name: str, example: str, features: Mapping[str, Features]) -> None:
+        """Keep what `metrics.clip.describe_clip` gives."""
+        for column, vector in features.items():
+            content = io.BytesIO()
+            np.save(content, vector, allow_pickle=False)
+            write_atomically(self.features(column, name, example), content.getvalue())
+
+    def read_features(self, column: str, name: str, examples: Sequence[str]) -> FeatureSet:
+        """A row for each example."""
+        paths = [self.features(column, name, example) for example in examples]
+        return np.stack([np.load(path, allow_pickle=False) for path in paths])
+
 
 def write_strip(path: Path, frames: Frames) -> None:
-    """Write a clip's frames as a PNG; it appears whole or not at all."""
-    strip = rearrange(frames, "f h w rgb -> h (f w) rgb")
-    written, png = cv2.imencode(".png", cv2.cvtColor(strip, cv2.COLOR_RGB2BGR))
-    assert written
-    write_atomically(path, png.tobytes())
+    """Write frames side by side as a PNG."""
+    _write_png(path, rearrange(frames[..., ::-1], "f h w bgr -> h (f w) bgr"))
 
 
 def read_strip(
@@ -45,36 +93,13 @@ def read_strip(
     return rearrange(strip[..., ::-1], "h (f w) rgb -> f h w rgb", f=frames)
 
 
-def write_features(out: Path, folder: str, clip: str, features: Mapping[str, Features]) -> None:
-    """Keep what `scores.describe_clip` gave for a clip; `folder` is its schedule's."""
-    for column, vector in features.items():
-        content = io.BytesIO()
-        np.save(content, vector, allow_pickle=False)
-        write_atomically(_path(out, column, folder, clip), content.getvalue())
-
-
-def has_features(out: Path, column: str, folder: str, clip: str) -> bool:
-    """Whether a clip's features for this column are there."""
-    return _path(out, column, folder, clip).is_file()
-
-
-def read_features(out: Path, column: str, folder: str, clips: Sequence[str]) -> FeatureSet:
-    """A row for each clip."""
-    paths = [_path(out, column, folder, clip) for clip in clips]
-    return np.stack([np.load(path, allow_pickle=False) for path in paths])
-
-
-def _path(out: Path, column: str, folder: str, clip: str) -> Path:
-    return out / "features" / column / folder / f"{clip}.npy"
-
-
-Spread = Float[np.ndarray, "frames height width"]
-
-PARTS = 256  # of an 8-bit unit, in a map that is kept
+def write_completion(path: Path, frames: Frames, mask: Mask) -> None:
+    """Keep what a completion puts into the hole; the rest is 0."""
+    write_strip(path, np.where(mask[..., None] == 1, frames, np.uint8(0)))
 
 
 def spread_of(completions: UInt8[np.ndarray, "completions frames height width 3"]) -> Spread:
-    """The standard deviation of each pixel over two completions or more, in 8-bit units.
+    """The standard deviation of each pixel over two completions or more.
 
     The root of the variance over N − 1, averaged over R, G and B.
     """
@@ -82,21 +107,18 @@ def spread_of(completions: UInt8[np.ndarray, "completions frames height width 3"
 
 
 def diversity(spread: Spread, mask: Mask) -> float:
-    """The root of the mean squared spread of the hole's pixels; NaN where there is no hole."""
+    """The root of the mean squared spread of the hole's pixels; NaN if there is no hole."""
     hole = spread[mask == 1]
     return float(np.sqrt(np.mean(hole**2))) if hole.size else float("nan")
 
 
 def write_spread(path: Path, spread: Spread) -> None:
-    """Keep a map as a grey strip of 16 bits, in parts of an 8-bit unit."""
-    strip = rearrange(np.round(spread * PARTS).astype(np.uint16), "f h w -> h (f w)")
-    written, png = cv2.imencode(".png", strip)
-    assert written
-    write_atomically(path, png.tobytes())
+    """Keep a map as a grey strip of 16 bits, in units of 1/`SPREAD_SCALE`."""
+    _write_png(path, rearrange(np.round(spread * SPREAD_SCALE), "f h w -> h (f w)").astype("u2"))
 
 
 def read_spread(path: Path, frames: int, height: int, width: int) -> Spread:
-    """What `write_spread` kept.
+    """The map that `write_spread` kept.
 
     Raises:
         BadInput: the file is no map of so many frames of this size.
@@ -107,37 +129,10 @@ def read_spread(path: Path, frames: int, height: int, width: int) -> Spread:
             f"{path} is no map of {frames} frames of {width}x{height}: "
             "run the same sweep command again"
         )
-    return rearrange(strip, "h (f w) -> f h w", f=frames) / PARTS
+    return rearrange(strip, "h (f w) -> f h w", f=frames) / SPREAD_SCALE
 
 
-def write_completion(path: Path, frames: Frames, mask: Mask) -> None:
-    """Keep what a completion puts into the hole."""
-    write_strip(path, np.where(mask[..., None] == 1, frames, np.uint8(0)))
-
-
-def read_completions(
-    paths: list[Path], mask: Mask
-) -> UInt8[np.ndarray, "completions frames height width 3"]:
-    """What `write_completion` kept; 0 outside the hole."""
-    return np.stack([read_strip(path, *mask.shape) for path in paths])
-
-
-class Task(NamedTuple):
-    """A clip to finish under a schedule or a baseline; under `TRUTH`, to be described."""
-
-    name: str
-    clip: str
-    completion: int = 0
-
-
-def strip_of(out: Path, folder: str, clip: str) -> Path:
-    return out / "frames" / folder / f"{clip}.png"
-
-
-def completion_of(out: Path, task: Task) -> Path:
-    return out / "completions" / slug(task.name) / task.clip / f"{task.completion}.png"
-
-
-def slug(name: str) -> str:
-    """A schedule's text as a file's name: ddpm:50+resample(n=4) is ddpm-50-resample-n-4."""
-    return re.sub(r"[^\w.]+", "-", name).strip("-")
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    written, png = cv2.imencode(".png", np.ascontiguousarray(picture))
+    assert written
+    write_atomically(path, png.tobytes())

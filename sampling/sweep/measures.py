@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of results.csv as a reader wants it; docs/metrics.md has the exact definitions."""
+    """A column of results.csv; docs/metrics.md has the exact definitions."""
 
     column: str
     title: str
@@ -19,121 +19,97 @@ class Measure:
     digits: int
     better: int
     """1: higher is better; -1: lower is better; 0: neither."""
-    meaning: str
+    margin: float = 0.0
+    """The difference that counts as none, in the unit; 0 where there is no such difference."""
     needs: str = ""
-    """The network without which there is no such column: lpips or i3d."""
-    of: Literal["completion", "clip", "set"] = "completion"
-    """Of what it is one value: a completion, averaged over a clip's; all completions of a clip; all
-    clips of a schedule."""
+    """The network without which the column is left out: lpips or i3d."""
+    of: Literal["completion", "example", "set"] = "completion"
+    """What has one value: a completion, averaged over an example's; all completions of an example;
+    all examples of a schedule."""
     best_of: str = ""
-    """The column whose best value among a clip's completions this is."""
+    """The column whose best value among an example's completions this is."""
 
     @property
     def arrow(self) -> str:
         return {1: "↑", -1: "↓", 0: ""}[self.better]
 
+    @property
+    def meaning(self) -> str:
+        if self.best_of:
+            return f"{BY_COLUMN[self.best_of].title} of an example's best completion by it"
+        return MEANINGS[self.column]
 
+
+# The margins come from what rounding and an autoencoder cost, not from what schedules reached
+# (docs/metrics.md). FVD and VFID have none: their scale depends on the number of examples.
 MEASURES = (
-    Measure("nfe", "NFE", "evaluations", 0, -1, "what one completion of a clip costs the network"),
-    Measure(
-        *("seconds_per_clip", "Time", "s", 2, -1),
-        "of one completion of a clip; for the schedules, and for mean: the network's share of the "
-        "wall time of sampling, an evaluation shared by several split evenly among them, without "
-        "decoding; for the other baselines: the wall time of computing the clip",
-    ),
-    Measure(
-        *("lpips", "LPIPS", "0 at best", 4, -1),
-        "how different the whole frames look: LPIPS 0.1 with AlexNet, averaged over the frames",
-        needs="lpips",
-    ),
-    Measure(
-        *("temporal_error", "Temporal error", "8-bit units", 2, -1),
-        "mean |change of the result − change of the truth| from one frame to the next, over the "
-        "hole's pixels: flicker, and motion that is not the true one",
-    ),
-    Measure(
-        *("colour_error", "Colour error", "8-bit units", 2, -1),
-        "|mean of result − truth over the hole's pixels of all frames|, averaged over R, G and B: "
-        "how far the colour of the whole hole is off",
-    ),
-    Measure(
-        *("flicker", "Flicker", "8-bit units", 2, -1),
-        "how much the mean colour error of the hole jumps from one frame to the next",
-    ),
-    Measure(
-        *("seam_error", "Seam error", "8-bit units", 2, -1),
-        "mean ||step of the result| − |step of the truth|| across the hole's border",
-    ),
-    Measure(
-        *("warping_error", "Warping error", "of [0, 1]²", 6, 0),
-        "mean squared difference of each frame and the next one warped back along the truth's DIS "
-        "flow; a blurred result has less than the truth, so lower is not better",
-    ),
-    Measure(
-        *("psnr", "PSNR", "dB", 2, 1),
-        "10·log10(255² / mean squared error) of each whole frame, averaged over the frames, where "
-        "a frame without error counts as 100",
-    ),
-    Measure(
-        *("psnr_hole", "PSNR of the hole", "dB", 2, 1),
-        "the same over the hole's pixels only; frames without a hole are left out",
-    ),
-    Measure(
-        *("ssim", "SSIM", "1 at best", 4, 1),
-        "structural similarity of each whole frame, in a Gaussian window of 11×11 pixels with "
-        "σ = 1.5, averaged over RGB and frames",
-    ),
-    Measure(
-        *("ssim_65", "SSIM 65", "1 at best", 4, 1),
-        "the same in a flat window of 65×65 pixels, as papers of video inpainting have it",
-    ),
-    Measure(
-        *("fvd", "FVD", "of the set", 1, -1),
-        "Fréchet distance between the I3D logits of a schedule's clips and of the true ones; "
-        "comparable only at an equal number of clips",
-        *("i3d", "set"),
-    ),
-    Measure(
-        *("vfid", "VFID", "of the set", 2, -1),
-        "the same between the averages of I3D's last layer before its classifier",
-        *("i3d", "set"),
-    ),
-    Measure("clips", "Clips", "", 0, 0, "how many a row is averaged over"),
+    Measure("nfe", "NFE", "evaluations", 0, -1),
+    Measure("seconds_per_clip", "Time", "s", 2, -1),
+    Measure("lpips", "LPIPS", "0 at best", 4, -1, margin=0.002, needs="lpips"),
+    Measure("temporal_error", "Temporal error", "8-bit units", 2, -1, margin=0.25),
+    Measure("colour_error", "Colour error", "8-bit units", 2, -1, margin=0.5),
+    Measure("flicker", "Flicker", "8-bit units", 2, -1, margin=0.1),
+    Measure("seam_error", "Seam error", "8-bit units", 2, -1, margin=0.25),
+    Measure("warping_error", "Warping error", "of [0, 1]²", 6, 0, margin=1e-5),
+    Measure("psnr", "PSNR", "dB", 2, 1, margin=0.25),
+    Measure("psnr_hole", "PSNR of the hole", "dB", 2, 1, margin=0.25),
+    Measure("ssim", "SSIM", "1 at best", 4, 1, margin=0.002),
+    Measure("ssim_65", "SSIM 65", "1 at best", 4, 1, margin=0.002),
+    Measure("fvd", "FVD", "of the set", 1, -1, needs="i3d", of="set"),
+    Measure("vfid", "VFID", "of the set", 2, -1, needs="i3d", of="set"),
+    Measure("clips", "Examples", "", 0, 0),
 )
-
-COMPARED = (
-    *("masks", "schedule", "reference", "measure", "clips"),
-    *("difference", "low", "high", "improved", "margin", "verdict"),
-)  # the columns of comparison.csv
-LEADING = ("lpips", "temporal_error", "colour_error")
-BEST_OF = (*LEADING, "psnr_hole")
-DIVERSITY = Measure(
-    *("diversity", "Diversity", "8-bit units", 2, 0),
-    "root mean squared standard deviation of the hole's pixels over the completions of a clip; a "
-    "model that knows what it does not know has 1/√2 of its completions' root mean squared error",
-    of="clip",
-)
+DIVERSITY = Measure("diversity", "Diversity", "8-bit units", 2, 0, margin=0.5, of="example")
+MEANINGS = {
+    "nfe": "the network evaluations of one completion",
+    "seconds_per_clip": "of one completion; for the schedules and for mean: its share of the "
+    "network's wall time, where an evaluation of several is split evenly among them, without "
+    "decoding; for the other baselines: the wall time of computing it",
+    "lpips": "how different the whole frames look: LPIPS 0.1 with AlexNet, averaged over frames",
+    "temporal_error": "mean |change of the result − change of the truth| from one frame to the "
+    "next, over the hole's pixels: flicker, and motion that differs from the true one",
+    "colour_error": "|mean of result − truth over the hole's pixels of all frames|, averaged over "
+    "R, G and B: how far the colour of the whole hole is off",
+    "flicker": "how much the mean colour error of the hole jumps from one frame to the next",
+    "seam_error": "mean ||step of the result| − |step of the truth|| across the hole's border",
+    "warping_error": "mean squared difference of each frame and the next one warped back along the "
+    "truth's DIS flow; a blurred result has less than the truth, so lower is not better",
+    "psnr": "10·log10(255² / mean squared error) of each whole frame, averaged over the frames, "
+    "where a frame without error counts as 100",
+    "psnr_hole": "the same over the hole's pixels only; frames without a hole are left out",
+    "ssim": "structural similarity of each whole frame, in a Gaussian window of 11×11 pixels with "
+    "σ = 1.5, averaged over RGB and frames",
+    "ssim_65": "the same in a flat window of 65×65 pixels, as papers of video inpainting use it",
+    "fvd": "Fréchet distance between the I3D logits of a schedule's completions and of the true "
+    "clips; comparable only at an equal number of examples",
+    "vfid": "the same between the averages of I3D's last layer before its classifier",
+    "clips": "how many a row is averaged over",
+    "diversity": "root mean squared standard deviation of the hole's pixels over the completions "
+    "of an example; a model that knows what it does not know has 1/√2 of its completions' root "
+    "mean squared error",
+}
+BY_COLUMN = {measure.column: measure for measure in MEASURES}
+LEADING = ("lpips", "temporal_error", "colour_error")  # what schedules are judged by first
 
 
 def measures_with(networks: Collection[str], completions: int = 1) -> list[Measure]:
-    """The columns of a sweep that was given these networks, and filled each hole so often."""
-    there = [measure for measure in MEASURES if not measure.needs or measure.needs in networks]
+    """The columns of a sweep with these networks and this number of completions."""
+    found = [measure for measure in MEASURES if not measure.needs or measure.needs in networks]
     if completions == 1:
-        return there
-    bests = [_best_of(m, completions) for m in there if m.column in BEST_OF]
-    return [*there[:-1], *bests, DIVERSITY, there[-1]]
-
-
-def _best_of(measure: Measure, completions: int) -> Measure:
-    return dataclasses.replace(
-        measure,
-        column=f"best_{measure.column}",
-        title=f"{measure.title}, best",
-        unit=f"of {completions}",
-        meaning=f"{measure.title} of whichever completion of a clip has the best",
-        of="clip",
-        best_of=measure.column,
-    )
+        return found
+    bests = [
+        dataclasses.replace(
+            measure,
+            column=f"best_{measure.column}",
+            title=f"{measure.title}, best",
+            unit=f"of {completions}",
+            of="example",
+            best_of=measure.column,
+        )
+        for measure in found
+        if measure.column in (*LEADING, "psnr_hole")
+    ]
+    return [*found[:-1], *bests, DIVERSITY, found[-1]]
 
 
 def clip_columns(measures: Sequence[Measure]) -> list[str]:
@@ -143,7 +119,7 @@ def clip_columns(measures: Sequence[Measure]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """A line of results.csv."""
 
     name: str
@@ -154,17 +130,17 @@ class Row:
         return float(self.texts[column])
 
 
-def best_of(rows: Sequence[Row], measure: Measure) -> Row | None:
-    """The best by one measure, of equals the cheapest; none where none has a value."""
+def best_of(rows: Sequence[ResultRow], measure: Measure) -> ResultRow | None:
+    """The best by one measure, of equals the cheapest; None if none has a value."""
     known = [row for row in rows if not math.isnan(row[measure.column])]
     return max(
         known, key=lambda row: (measure.better * row[measure.column], -row["nfe"]), default=None
     )
 
 
-def front_of(rows: Sequence[Row], cost: str, measure: Measure) -> list[Row]:
+def front_of(rows: Sequence[ResultRow], cost: str, measure: Measure) -> list[ResultRow]:
     """The Pareto front, the cheapest first: no other row is as cheap and as good, and more so."""
-    front: list[Row] = []
+    front: list[ResultRow] = []
     known = [row for row in rows if not math.isnan(row[measure.column])]
     for row in sorted(known, key=lambda row: (row[cost], -measure.better * row[measure.column])):
         gain = measure.better * (row[measure.column] - front[-1][measure.column]) if front else 1.0

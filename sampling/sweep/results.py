@@ -1,53 +1,176 @@
-"""What a finished sweep's folder says, and what its columns mean."""
+"""The tables and records of a sweep's folder: written, read and checked."""
 
 from __future__ import annotations
 
 import csv
 import functools
-import json
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
+from pyarrow import csv as arrow_csv
+from pyarrow import float64, int64, parquet, string
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ...errors import BadInput
-from .kept import Spread, read_spread, read_strip
+from ...files import aside, write_atomically
+from ..metrics.comparison import Verdict
+from .kept import CompletionKey, Spread, SweepFolder, read_spread, read_strip
 from .measures import (
-    COMPARED,
+    BY_COLUMN,
     LEADING,
-    MEASURES,
     Measure,
-    Row,
+    ResultRow,
     best_of,
     clip_columns,
     measures_with,
 )
 
+_TEXTS = ("schedule", "clip", "masks", "reference", "measure", "verdict")
+_COUNTS = ("completion", "nfe", "clips")
+
+Line = TypeVar("Line", bound=BaseModel)
+
+
+def _texts_of(values: Mapping[str, str | int | float | None]) -> dict[str, str]:
+    return {column: format_value(value) for column, value in values.items()}
+
+
+def format_value(value: str | int | float | None) -> str:
+    """A value as the tables have it: a number of six digits, "" for None."""
+    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+class _MeasuredRow(BaseModel):
+    """A line of a table with a column for each measure: these are the extra fields."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+    __pydantic_extra__: dict[str, float] = Field(init=False)
+
+    schedule: str
+    """Or a baseline."""
+
+
+class CompletionRow(_MeasuredRow):
+    """A line of clips.csv."""
+
+    example: str = Field(alias="clip")
+    completion: int
+    nfe: int
+
+    @property
+    def key(self) -> CompletionKey:
+        return CompletionKey(self.schedule, self.example, self.completion)
+
+    def __getitem__(self, column: str) -> float:
+        return self.__pydantic_extra__[column]
+
+    def texts(self) -> dict[str, str]:
+        return _texts_of(self.model_dump(by_alias=True))
+
+
+_NumberOrNone = Annotated[
+    float | None, BeforeValidator(lambda value: None if value == "" else value)
+]
+
+
+class ComparisonRow(BaseModel):
+    """A line of comparison.csv: a schedule compared with a reference by one measure."""
+
+    masks: str
+    """The family of masks."""
+    schedule: str
+    reference: str
+    measure: str
+    """Its column."""
+    clips: int
+    """Examples where both have a value."""
+    difference: float
+    low: float
+    high: float
+    improved: _NumberOrNone
+    margin: _NumberOrNone
+    verdict: Verdict
+
+    def texts(self) -> dict[str, str]:
+        return _texts_of(self.model_dump())
+
+
+COMPARISON_COLUMNS = list(ComparisonRow.model_fields)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class ClipSize(_Record):
+    """Of each example."""
+
+    frames: int
+    height: int
+    width: int
+
+
+class ScheduleRecord(_Record):
+    """A schedule in sweep.json."""
+
+    schedule: str
+    slug: str
+    """The name of its folders."""
+    nfe: int
+
+
+class SweepRecord(_Record):
+    """sweep.json: what was swept, with what, and where its frames are."""
+
+    model: str
+    shards: str
+    autoencoder: dict[str, Any]
+    """Its identity: name, kind, hash, downsampling."""
+    networks: list[str]
+    """Of lpips and i3d, those that were there."""
+    masks: list[str]
+    """The families of masks."""
+    clip: ClipSize
+    kept: list[str]
+    """The examples whose frames were kept."""
+    completions: int
+    """Of each example under each schedule."""
+    schedules: list[ScheduleRecord] = Field(min_length=1)
+    baselines: list[str]
+    timesteps: int
+    seconds: float
+    processes: int = 1
+    batch_size: int = 0
+    device: str
+    reference: str
+    without_value: dict[str, int]
+    """By column the examples without a value, the most that a schedule has."""
+
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a finished sweep's folder says."""
+    """A finished sweep's folder."""
 
     folder: Path
-    about: Mapping[str, Any]
-    """sweep.json."""
-    baselines: Sequence[Row]
-    schedules: Sequence[Row]
+    about: SweepRecord
+    baselines: Sequence[ResultRow]
+    schedules: Sequence[ResultRow]
     measures: Sequence[Measure]
-    """Those that it has columns of."""
+    """Those that it has columns for."""
     hole_psnr: Mapping[tuple[str, str], float]
-    """Decibels by (schedule, clip), of the first completion, whose frames are kept."""
+    """Decibels by (schedule, example), of the first completion, whose frames are kept."""
     comparison: Sequence[Mapping[str, str]]
-    """The lines of comparison.csv."""
+    """The lines of comparison.csv, checked as `ComparisonRow`."""
 
     @functools.cached_property
-    def best(self) -> Row:
+    def best(self) -> ResultRow:
         """The schedule with the highest PSNR of the hole; of equals the cheapest."""
-        measure = next(measure for measure in MEASURES if measure.column == "psnr_hole")
-        return best_of(self.schedules, measure) or self.schedules[0]
+        return best_of(self.schedules, BY_COLUMN["psnr_hole"]) or self.schedules[0]
 
     @functools.cached_property
     def lead(self) -> Measure:
@@ -58,113 +181,137 @@ class Sweep:
 
     @property
     def kept(self) -> Sequence[str]:
-        return self.about["kept"]
+        return self.about.kept
 
     @property
     def completions(self) -> int:
-        """Of each clip under each schedule."""
-        return self.about["completions"]
+        """Of each example under each schedule."""
+        return self.about.completions
 
     def slug(self, name: str) -> str:
         """The folder of a baseline's or a schedule's frames."""
-        return {entry["schedule"]: entry["slug"] for entry in self.about["schedules"]}.get(
-            name, name
-        )
+        return next((own.slug for own in self.about.schedules if own.schedule == name), name)
 
-    def frames(self, slug: str, clip: str) -> UInt8[np.ndarray, "frames height width 3"]:
-        return read_strip(self.strip(slug, clip), *self._shape)
+    def strip(self, slug: str, example: str) -> Path:
+        return SweepFolder(self.folder).strip(slug, example)
 
-    def spread(self, slug: str, clip: str) -> Spread:
+    def frames(self, slug: str, example: str) -> UInt8[np.ndarray, "frames height width 3"]:
+        size = self.about.clip
+        return read_strip(self.strip(slug, example), size.frames, size.height, size.width)
+
+    def spread(self, slug: str, example: str) -> Spread:
         """The map of the completions' standard deviation, in 8-bit units."""
-        return read_spread(self.folder / "spread" / slug / f"{clip}.png", *self._shape)
+        path, size = SweepFolder(self.folder).spread(slug, example), self.about.clip
+        return read_spread(path, size.frames, size.height, size.width)
 
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        size = self.about["clip"]
-        return size["frames"], size["height"], size["width"]
-
-    def strip(self, slug: str, clip: str) -> Path:
-        return self.folder / "frames" / slug / f"{clip}.png"
-
-    def mask(self, clip: str) -> UInt8[np.ndarray, "frames height width"]:
-        return np.any(self.frames("mask", clip) > 0, axis=-1).astype(np.uint8)
+    def mask(self, example: str) -> UInt8[np.ndarray, "frames height width"]:
+        return np.any(self.frames("mask", example) > 0, axis=-1).astype(np.uint8)
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """What a finished sweep's folder says.
+    """Read a finished sweep's folder.
 
     Raises:
         BadInput: something that a finished sweep has is missing or malformed.
     """
-    about = _read_about(folder)
-    measures = measures_with(about["networks"], about["completions"])
-    columns = ["schedule", *(m.column for m in measures)]
-    rows = [Row(line["schedule"], line) for line in _read_csv(folder, "results.csv", columns)]
-    named = [row.name for row in rows]
-    for name in [*about["baselines"], *(entry["schedule"] for entry in about["schedules"])]:
+    if not folder.is_dir():
+        raise BadInput(f"sweep is {folder}, which is no folder: give `vidfill sweep`'s output")
+    try:
+        return _read(folder)
+    except _Unfinished as error:
+        raise BadInput(
+            f"{folder} is no finished sweep ({error}): give the output folder of `vidfill sweep`; "
+            "the same sweep command continues one that was interrupted"
+        ) from error
+
+
+class _Unfinished(Exception):
+    """What is missing or malformed."""
+
+
+def _read(folder: Path) -> Sweep:
+    if not (folder / "sweep.json").is_file():
+        raise _Unfinished("sweep.json is missing")
+    try:
+        about = SweepRecord.model_validate_json((folder / "sweep.json").read_bytes())
+    except ValidationError as error:
+        raise _Unfinished(f"sweep.json {_describe(error)}") from error
+    measures = measures_with(about.networks, about.completions)
+    columns = ["schedule", *(measure.column for measure in measures)]
+    lines, _ = _read_csv(folder / "results.csv", columns, _MeasuredRow)
+    results = [ResultRow(line["schedule"], line) for line in lines]
+    named = [row.name for row in results]
+    for name in [*about.baselines, *(own.schedule for own in about.schedules)]:
         if name not in named:
-            raise _unfinished(folder, f"results.csv has no row {name}")
+            raise _Unfinished(f"results.csv has no row {name}")
+    _, clips = _read_csv(folder / "clips.csv", clip_columns(measures), CompletionRow)
+    comparison, _ = _read_csv(folder / "comparison.csv", COMPARISON_COLUMNS, ComparisonRow)
     sweep = Sweep(
         folder,
         about,
-        baselines=[row for row in rows if row.name in about["baselines"]],
-        schedules=[row for row in rows if row.name not in about["baselines"]],
+        baselines=[row for row in results if row.name in about.baselines],
+        schedules=[row for row in results if row.name not in about.baselines],
         measures=measures,
         hole_psnr={
-            (line["schedule"], line["clip"]): float(line["psnr_hole"])
-            for line in _read_csv(folder, "clips.csv", clip_columns(measures))
-            if line["completion"] == "0"
+            (row.schedule, row.example): row["psnr_hole"] for row in clips if not row.completion
         },
-        comparison=_read_csv(folder, "comparison.csv", list(COMPARED)),
+        comparison=comparison,
     )
-    for slug in ["truth", "masked", "mask", *(sweep.slug(row.name) for row in rows)]:
-        for clip in sweep.kept:
-            if not sweep.strip(slug, clip).is_file():
-                raise _unfinished(folder, f"frames/{slug}/{clip}.png is missing")
+    for slug in ["truth", "masked", "mask", *map(sweep.slug, named)]:
+        for example in sweep.kept:
+            if not sweep.strip(slug, example).is_file():
+                raise _Unfinished(f"frames/{slug}/{example}.png is missing")
     return sweep
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise BadInput(f"sweep is {folder}, which is no folder: give `vidfill sweep`'s output")
-    if not (folder / "sweep.json").is_file():
-        raise _unfinished(folder, "sweep.json is missing")
-    try:
-        about = json.loads((folder / "sweep.json").read_text())
-    except json.JSONDecodeError as error:
-        raise _unfinished(folder, f"sweep.json: {error}") from None
-    wanted = ("model", "shards", "autoencoder", "masks", "clip", "kept", "schedules")
-    for field in (
-        *wanted,
-        "networks",
-        "completions",
-        "reference",
-        "without_value",
-        "baselines",
-        "timesteps",
-        "seconds",
-        "device",
-    ):
-        if field not in about:
-            raise _unfinished(folder, f"sweep.json has no {field}")
-    if not about["schedules"]:
-        raise _unfinished(folder, "it has no schedules")
-    return about
-
-
-def _read_csv(folder: Path, name: str, columns: list[str]) -> list[dict[str, str]]:
-    if not (folder / name).is_file():
-        raise _unfinished(folder, f"{name} is missing")
-    with (folder / name).open(newline="") as file:
+def _read_csv(
+    path: Path, columns: Sequence[str], model: type[Line]
+) -> tuple[list[dict[str, str]], list[Line]]:
+    """The lines of a table, as texts and as records."""
+    if not path.is_file():
+        raise _Unfinished(f"{path.name} is missing")
+    with path.open(newline="") as file:
         reader = csv.DictReader(file)
         lines = list(reader)
-    if reader.fieldnames != columns:
-        raise _unfinished(folder, f"the columns of {name} are not {','.join(columns)}")
-    return lines
+    if reader.fieldnames != list(columns):
+        raise _Unfinished(f"the columns of {path.name} are not {','.join(columns)}")
+    try:
+        return lines, [model.model_validate(line) for line in lines]
+    except ValidationError as error:
+        raise _Unfinished(f"{path.name} {_describe(error)}") from error
 
 
-def _unfinished(folder: Path, reason: str) -> BadInput:
-    return BadInput(
-        f"{folder} is no finished sweep ({reason}): give the output folder of `vidfill sweep`; "
-        "the same sweep command continues one that was interrupted"
+def _describe(error: ValidationError) -> str:
+    """The first thing that is wrong with a record."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"has no {field}"
+    return f"{field} is {first['input']!r}: {first['msg']}".strip()
+
+
+def write_table(
+    folder: Path, name: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
+) -> None:
+    """Write NAME.parquet, then NAME.csv, with the same values; "" is null."""
+    content = as_csv(columns, rows)
+    types = {
+        column: string() if column in _TEXTS else int64() if column in _COUNTS else float64()
+        for column in columns
+    }
+    options = arrow_csv.ConvertOptions(
+        column_types=types, null_values=[""], strings_can_be_null=True
     )
+    table = arrow_csv.read_csv(io.BytesIO(content), convert_options=options)
+    with aside(folder / f"{name}.parquet") as partial:
+        parquet.write_table(table, partial)
+    write_atomically(folder / f"{name}.csv", content)
+
+
+def as_csv(columns: Sequence[str], rows: Sequence[Mapping[str, str]], header: bool = True) -> bytes:
+    content = io.StringIO()
+    writer = csv.DictWriter(content, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return content.getvalue().encode()

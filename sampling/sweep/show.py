@@ -7,27 +7,24 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from ..capacity import find_capacity, time_evaluation
-from ..examples import condition_of
+from ..capacity import find_capacity, share_capacity, time_evaluation
 from .baselines import BASELINES
-from .inputs import Inputs
-from .requests import _share_of, make_requests
+from .inputs import SweepInputs, make_requests
 
 TABLE_WIDTH = 200  # characters, where there is no terminal to ask
 
 
-def show_plan(inputs: Inputs, batch_size: int, processes: int = 1) -> None:
+def show_plan(inputs: SweepInputs, batch_size: int, processes: int = 1) -> None:
     """Print each schedule's evaluations, and the network's time from one measured evaluation.
 
-    The time is t(C) · max(ΣNFE / C, longest), t(C) that of one evaluation of a full batch of C,
-    of all processes together.
+    The time is t(C) · max(ΣNFE / C, longest), where t(C) is that of one evaluation of a full batch
+    of C, of all processes together.
     """
-    count = len(inputs.clips) * inputs.completions
-    requests = make_requests(inputs)
+    count = len(inputs.examples) * inputs.completions
+    requests = list(make_requests(inputs).values())
     batch = batch_size or find_capacity(inputs.denoiser, requests)
-    batch = min(_share_of(batch, requests, processes), len(requests))
-    condition = condition_of(inputs.denoiser, inputs.dataset[next(iter(inputs.clips.values()))])
-    seconds = time_evaluation(inputs.denoiser, condition, batch)
+    batch = min(share_capacity(batch, requests, processes), len(requests))
+    seconds = time_evaluation(inputs.denoiser, requests[0].condition(), batch)
     slots = batch * processes
     shown = Table("schedule", "NFE", "completions", "evaluations", "network time")
     for name, program in inputs.sampled.items():
@@ -46,7 +43,7 @@ def show_plan(inputs: Inputs, batch_size: int, processes: int = 1) -> None:
 
 
 def show_results(rows: Sequence[Mapping[str, str]]) -> None:
-    """Print the results as a table, where there are any."""
+    """Print the results as a table, if there are any."""
     if not rows:
         return
     shown = Table(*(column.replace("_", " ") for column in rows[0]))

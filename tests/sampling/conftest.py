@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +17,7 @@ from vidfill.sampling.pipeline import VideoInpaintPipeline
 FRAMES, SIZE, CHANNELS = 3, 16, 4  # of the smallest clips; their latents are 4x4
 
 
-@pytest.fixture
-def autoencoder() -> Autoencoder:
+def make_autoencoder() -> Autoencoder:
     torch.manual_seed(0)
     widths = (8, 8, 8)
     network = AutoencoderTiny(
@@ -30,8 +30,7 @@ def autoencoder() -> Autoencoder:
     return Autoencoder(network, "tiny")
 
 
-@pytest.fixture
-def denoiser(autoencoder: Autoencoder) -> Denoiser:
+def make_denoiser(autoencoder: Autoencoder) -> Denoiser:
     """Random weights, none of them zero: every input matters to every output."""
     network = VideoUNet(
         latent_channels=CHANNELS,
@@ -51,6 +50,29 @@ def denoiser(autoencoder: Autoencoder) -> Denoiser:
 
 
 @pytest.fixture
+def autoencoder() -> Autoencoder:
+    return make_autoencoder()
+
+
+@pytest.fixture
+def denoiser(autoencoder: Autoencoder) -> Denoiser:
+    return make_denoiser(autoencoder)
+
+
+@pytest.fixture(scope="session")
+def model_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The denoiser's folder, whose record names the autoencoder's."""
+    folder = tmp_path_factory.mktemp("model")
+    autoencoder = make_autoencoder()
+    autoencoder.network.save_pretrained(folder / "autoencoder")
+    denoiser = make_denoiser(autoencoder)
+    denoiser.autoencoder["name"] = str(folder / "autoencoder")
+    (folder / "model").mkdir()
+    denoiser.save(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
 def make_example() -> Callable[[str], Example]:
     def make(key: str) -> Example:
         random = np.random.default_rng(len(key) * sum(key.encode()))

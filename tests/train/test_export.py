@@ -68,7 +68,7 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def swept(run: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("swept") / "sweep"
-    sweep(SweepConfig(run, str(shards), out, "ddim:1 ddim:2", clips=1, keep=1, device="cpu"))
+    sweep(SweepConfig(run, str(shards), out, "ddim:1 ddim:2", examples=1, keep=1, device="cpu"))
     return out
 
 
@@ -190,7 +190,7 @@ def test_the_exported_folder_is_swept_by_the_autoencoder_in_it(
     model = tmp_path / "model"
     assert main([str(run), str(model)]) == 0
     out = tmp_path / "sweep"
-    sweep(SweepConfig(model, str(shards), out, "ddim:1 ddim:2", clips=1, keep=1, device="cpu"))
+    sweep(SweepConfig(model, str(shards), out, "ddim:1 ddim:2", examples=1, keep=1, device="cpu"))
     about = json.loads((out / "sweep.json").read_text())
     assert about["autoencoder"]["name"] == str(model / "vae")
     ours, theirs = (

@@ -13,7 +13,7 @@ from vidfill.sampling.metrics.frechet import frechet_distance
 from vidfill.sampling.metrics.i3d import I3d
 from vidfill.sampling.metrics.lpips import Lpips
 from vidfill.sampling.metrics.pixels import composite, measure
-from vidfill.sampling.sweep.comparison import MARGINS
+from vidfill.sampling.sweep.measures import MEASURES
 
 CPU = torch.device("cpu")
 RANDOM = np.random.default_rng(0)
@@ -54,8 +54,10 @@ def test_with_lpips_its_column_is_there_and_no_other_changes(judges: Judges) -> 
     assert scores == score_clip(RESULT, TRUTH, MASK, Judges())
 
 
-def test_every_score_of_a_clip_has_its_margin(judges: Judges) -> None:
-    assert {*score_clip(RESULT, TRUTH, MASK, judges), "diversity"} == set(MARGINS)
+def test_every_score_of_a_clip_is_a_measure_of_a_completion(judges: Judges) -> None:
+    columns = {measure.column for measure in MEASURES if measure.of == "completion"}
+    costs_and_counts = {"nfe", "seconds_per_clip", "clips"}
+    assert set(score_clip(RESULT, TRUTH, MASK, judges)) == columns - costs_and_counts
 
 
 def test_the_truth_has_no_error_but_its_own_along_its_motion(judges: Judges) -> None:

@@ -17,8 +17,8 @@ from vidfill.sampling.report.drawings import plan_drawings
 from vidfill.sampling.report.page import render_page
 from vidfill.sampling.report.run import cheapest_first
 from vidfill.sampling.sweep.kept import write_spread
-from vidfill.sampling.sweep.measures import COMPARED, clip_columns, measures_with
-from vidfill.sampling.sweep.results import read_sweep
+from vidfill.sampling.sweep.measures import clip_columns, measures_with
+from vidfill.sampling.sweep.results import COMPARISON_COLUMNS
 
 FRAMES, SIZE = 4, 16
 BASELINES = ("fill", "classic", "mean", "autoencoder")
@@ -88,7 +88,7 @@ def _make_sweep(
         for measure in ("temporal_error", "colour_error")
         if name != reference
     ]
-    write_csv(folder / "comparison.csv", list(COMPARED), compared)
+    write_csv(folder / "comparison.csv", COMPARISON_COLUMNS, compared)
     for slug in ("truth", "masked", "mask", *BASELINES, *slugs.values()):
         for clip in kept:
             strip = random.integers(0, 256, (SIZE, FRAMES * SIZE, 3), np.uint8)

@@ -13,15 +13,15 @@ from vidfill.errors import BadInput
 from vidfill.sampling.report.drawings import group_lines, plan_drawings
 from vidfill.sampling.report.film import GAP, WIDEST, Strip, draw_film, hole_outline
 from vidfill.sampling.report.plots import Panel, plot_figure, short_name
-from vidfill.sampling.sweep.measures import MEASURES, Row, front_of
+from vidfill.sampling.sweep.measures import MEASURES, ResultRow, front_of
 from vidfill.sampling.sweep.results import read_sweep
 
 MakeSweep = Callable[..., Path]
 BY_COLUMN = {measure.column: measure for measure in MEASURES}
 
 
-def row_of(name: str, values: Mapping[str, float]) -> Row:
-    return Row(name, {column: str(value) for column, value in values.items()})
+def row_of(name: str, values: Mapping[str, float]) -> ResultRow:
+    return ResultRow(name, {column: str(value) for column, value in values.items()})
 
 
 @pytest.mark.parametrize(

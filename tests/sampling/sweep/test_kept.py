@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from vidfill.errors import BadInput
 from vidfill.sampling.sweep.kept import (
+    SweepFolder,
     diversity,
-    read_completions,
     read_spread,
     read_strip,
+    slug,
     spread_of,
     write_completion,
     write_spread,
@@ -68,7 +69,7 @@ def test_of_a_completion_the_hole_is_kept_and_a_map_to_a_part_of_a_unit(tmp_path
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path, frames in zip(paths, completions, strict=True):
         write_completion(path, frames, mask)
-    kept = read_completions(paths, mask)
+    kept = np.stack([read_strip(path, *SHAPE) for path in paths])
     assert (kept == completions * mask[..., None]).all()
     spread = spread_of(kept)
     np.testing.assert_allclose(spread[mask == 1], spread_of(completions)[mask == 1])
@@ -78,3 +79,16 @@ def test_of_a_completion_the_hole_is_kept_and_a_map_to_a_part_of_a_unit(tmp_path
     assert (np.abs(again - spread) <= 0.5 / 256).all()
     with pytest.raises(BadInput, match="is no map of 2 frames of 6x8"):
         read_spread(tmp_path / "map.png", 2, 8, 6)
+
+
+def test_features_are_read_back_a_row_for_each_example(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    vectors = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    for example, vector in zip("abc", vectors, strict=True):
+        folder.write_features("ddim-2", example, {"fvd": vector, "vfid": 2 * vector})
+    assert (folder.read_features("fvd", "ddim-2", "abc") == vectors).all()
+    assert (folder.read_features("vfid", "ddim-2", "b") == 2 * vectors[1:2]).all()
+
+
+def test_slugs_are_safe_names_of_files() -> None:
+    assert slug("ddpm:50(variance=large)+resample(n=4)") == "ddpm-50-variance-large-resample-n-4"

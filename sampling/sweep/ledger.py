@@ -1,0 +1,107 @@
+"""What a sweep has done so far, kept so that nothing is done twice."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from ...errors import BadInput
+from ...files import write_atomically
+from .kept import CompletionKey
+from .results import CompletionRow, as_csv, write_table
+
+
+class Ledger:
+    """clips.csv: a row for each finished completion.
+
+    While a sweep runs, each of its processes writes its rows to a file of its own,
+    clips-PROCESS.csv, flushed row by row; `gather` puts them all into clips.csv and clips.parquet.
+    """
+
+    def __init__(self, out: Path, columns: Sequence[str], process: int = 0) -> None:
+        self.rows: dict[CompletionKey, CompletionRow] = {}
+        self._out = out
+        self._columns = columns
+        self._part = out / f"clips-{process}.csv"
+
+    def read(self) -> None:
+        """Read the rows of all processes; a row that a kill cut short does not count."""
+        table = self._out / "clips.csv"
+        for path in [table] * table.is_file() + self._parts():
+            content = path.read_text()
+            lines = content[: content.rfind("\n") + 1].splitlines()
+            for line in csv.DictReader(lines[path == table :], self._columns):
+                row = CompletionRow.model_validate(line)
+                self.rows[row.key] = row
+
+    def gather(self) -> None:
+        """Write what was read as one table and remove the parts, while no other process works."""
+        rows = [row.texts() for _, row in sorted(self.rows.items())]
+        write_table(self._out, "clips", self._columns, rows)
+        for part in self._parts():
+            part.unlink()
+
+    def add(self, row: CompletionRow) -> None:
+        with self._part.open("ab") as file:
+            file.write(as_csv(self._columns, [row.texts()], header=False))
+            file.flush()
+            os.fsync(file.fileno())
+        # With the digits that the file has: a sweep that is continued must come to the same.
+        self.rows[row.key] = CompletionRow.model_validate(row.texts())
+
+    def _parts(self) -> list[Path]:
+        return sorted(self._out.glob("clips-*.csv"))
+
+
+class RunRecord(BaseModel):
+    """run.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    inputs: dict[str, str]
+    """Hashes of all that must not change while the sweep goes on."""
+    capacity: int
+    """Trajectories that a process's network evaluates at once, at most."""
+    seconds: float
+    """Wall time of all runs of the command."""
+
+
+class RunLog:
+    """Keeps run.json over all runs of a sweep's command."""
+
+    def __init__(
+        self, out: Path, inputs: Mapping[str, str], find_capacity: Callable[[], int]
+    ) -> None:
+        """Go on with the record of earlier runs, or begin one.
+
+        Raises:
+            BadInput: the model, the shards or a network has changed since.
+        """
+        self._path = out / "run.json"
+        before = None
+        if self._path.is_file():
+            before = RunRecord.model_validate_json(self._path.read_bytes())
+        for name, was in before.inputs.items() if before else ():
+            if was != inputs.get(name):
+                raise BadInput(
+                    f"the {name} has changed since the sweep in {out} began: "
+                    "choose another folder for the results"
+                )
+        self._inputs = dict(inputs)
+        self.capacity = before.capacity if before else find_capacity()
+        self._began = time.monotonic() - (before.seconds if before else 0.0)
+        self.save()
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of all runs, each up to when it was last saved."""
+        return time.monotonic() - self._began
+
+    def save(self) -> None:
+        record = RunRecord(inputs=self._inputs, capacity=self.capacity, seconds=self.seconds)
+        write_atomically(self._path, record.model_dump_json(indent=2).encode())
