@@ -78,7 +78,6 @@ def sample(
     *,
     capacity: int,
     seed: int,
-    padded: bool = False,
     on_evaluations: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Completion]:
     """Run every request, the longest program first, and yield each completion when it is done.
@@ -91,9 +90,6 @@ def sample(
 
     Args:
         capacity: Slots: the most trajectories in one network call, 1 or more.
-        padded: Evaluate the empty slots too. A completion is then the same bit for bit at the same
-            slot, capacity, number of threads and device, whatever the other slots hold; it costs
-            time when fewer trajectories are left than slots.
         on_evaluations: Called after each network call with the number of evaluations in it.
 
     Raises:
@@ -104,7 +100,6 @@ def sample(
         sorted(requests, key=lambda request: -request.program.nfe),
         capacity=capacity,
         seed=seed,
-        padded=padded,
         on_evaluations=on_evaluations,
     )
 
@@ -115,12 +110,11 @@ def sample_in_order(
     *,
     capacity: int,
     seed: int,
-    padded: bool = False,
     on_evaluations: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Completion]:
     """As `sample`, but takes the requests in the order given, each when a slot is free."""
     waiting = iter(requests)
-    slots = _Slots(denoiser, capacity, seed, padded)
+    slots = _Slots(denoiser, capacity, seed)
     while True:
         for request in itertools.islice(waiting, len(slots.free)):
             slots.start(request)
@@ -154,10 +148,9 @@ class _Trajectory:
 class _Slots:
     """The states of the running trajectories: one tensor of normalised latents, a row a slot."""
 
-    def __init__(self, denoiser: Denoiser, capacity: int, seed: int, padded: bool) -> None:
+    def __init__(self, denoiser: Denoiser, capacity: int, seed: int) -> None:
         self.denoiser = denoiser
         self.seed = seed
-        self.padded = padded
         self.free = list(reversed(range(capacity)))
         self.running: dict[int, _Trajectory] = {}
         self.latents: Tensor = torch.empty(0)
@@ -211,15 +204,12 @@ class _Slots:
 
     def _evaluate(self, slots: list[int]) -> Batch:
         """The clean estimates of these slots."""
-        rows = range(len(self.latents)) if self.padded else slots
-        levels = [self.running[slot].level if slot in self.running else 0 for slot in rows]
-        timestep = torch.tensor(levels, device=self.latents.device)
+        timestep = torch.tensor([self.running[slot].level for slot in slots])
         began = self._clock()
-        given = slice(None) if self.padded else slots
-        clean = self.denoiser.denoise(self.latents[given], timestep, self.conditions[given])
+        clean = self.denoiser.denoise(
+            self.latents[slots], timestep.to(self.latents.device), self.conditions[slots]
+        )
         share = (self._clock() - began) / len(slots)
-        if self.padded:
-            clean = clean[slots]
         for row, slot in enumerate(slots):
             trajectory = self.running[slot]
             trajectory.seconds += share

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ... import options
 from ...data.shards.format import Example, family_of
 from ...data.shards.reading import ShardedDataset
 from ...data.storage.names import MANIFEST
@@ -18,6 +19,7 @@ from ...files import hide_secrets
 from ...modeling.autoencoder import Autoencoder, hash_weights, identify, load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
 from ...modeling.precision import Precision
+from ...options import NonNegativeInt, PositiveInt
 from ...processes import choose_device
 from ..examples import condition_of, known_of, pixels_of
 from ..metrics.clip import Judges, load_judges
@@ -59,16 +61,16 @@ class SweepConfig:
     reference: str = ""
     """The schedule that each one is compared with, beside the same one without resampling; empty
     is the first."""
-    examples: int = 16
+    examples: NonNegativeInt = 16
     """Examples to fill, the first of the split; 0 takes all. A clip under two masks is two."""
-    completions: int = 1
+    completions: PositiveInt = 1
     """How often a schedule fills each example, each time with other noise. With two or more, the
     best of them and their spread are measured, and what they put into the hole is kept."""
     masks: str = ""
     """Take only examples with these mask families, separated by spaces; empty takes all."""
     split: str = "validation"
     """Split of the shards; it must keep the clips' pixels."""
-    batch_size: int = 0
+    batch_size: NonNegativeInt = 0
     """Trajectories that the network evaluates at once; 0 finds once what is fastest."""
     seed: int = 0
     """Seed of the noise."""
@@ -78,7 +80,7 @@ class SweepConfig:
     """LPIPS's network, a safetensors file or hf://OWNER/NAME/FILE; empty leaves LPIPS out."""
     i3d: str = ""
     """I3D, for FVD and VFID, likewise; FVD wants clips of ten frames or more."""
-    keep: int = 4
+    keep: NonNegativeInt = 4
     """How many examples' frames are kept as pictures, the first ones."""
     precision: Precision = "float32"
     """Of the networks; bfloat16 is several times faster on hardware that supports it."""
@@ -129,9 +131,7 @@ def open_inputs(config: SweepConfig) -> SweepInputs:
     Raises:
         BadInput: naming what does not fit.
     """
-    for field, least in {"examples": 0, "completions": 1, "batch_size": 0, "keep": 0}.items():
-        if getattr(config, field) < least:
-            raise BadInput(f"{field} is {getattr(config, field)}: give {least} or more")
+    options.check(config)
     schedules = read_schedules(config.schedules)
     reference = _choose_reference(config.reference, schedules)
     device = choose_device(config.device)

@@ -34,10 +34,8 @@ NFES = [15, 7, 3, 4, 6, 7, 9, 3]
 CLIPS = ["a", "bb", "ccc"]
 
 
-def run(
-    denoiser: Denoiser, requests: Sequence[Request], capacity: int, padded: bool = False
-) -> dict[str, Completion]:
-    results = sample(denoiser, requests, capacity=capacity, seed=1, padded=padded)
+def run(denoiser: Denoiser, requests: Sequence[Request], capacity: int) -> dict[str, Completion]:
+    results = sample(denoiser, requests, capacity=capacity, seed=1)
     return {f"{result.request.key} {result.request.name}": result for result in results}
 
 
@@ -91,22 +89,6 @@ def test_draws_are_those_of_seed_clip_and_number_whatever_the_batch(
     assert by_capacity[0] == by_capacity[1] == by_capacity[2]
     # Of ddpm:5+resample(n=2): the start, 2 ups a level, and 3 downs at all levels but the last.
     assert set(by_capacity[0]) == {(1, "a", draw) for draw in range(1 + 10 + 12)}
-
-
-@pytest.mark.parametrize("watched", [1, 4, 5, 6])
-def test_a_padded_result_is_the_same_bit_for_bit_whatever_the_other_slots_hold(
-    denoiser: Denoiser, make_example: MakeExample, watched: int
-) -> None:
-    # The longest programs start first, in the order given: the watched one takes the first slot
-    # beside any that are no longer.
-    (request,) = requests_for(denoiser, make_example, [MIXED[watched]], ["a"])
-    others = requests_for(denoiser, make_example, MIXED, ["bb", "ccc"])
-    beside = [other for other in others if other.program.nfe <= request.program.nfe]
-    name = f"a {MIXED[watched]}"
-    alone = run(denoiser, [request], capacity=4, padded=True)[name]
-    for company in (beside[:1], beside):
-        together = run(denoiser, [request, *company], capacity=4, padded=True)[name]
-        assert torch.equal(together.latents, alone.latents)
 
 
 def test_the_order_of_the_requests_does_not_matter(
@@ -273,7 +255,7 @@ def test_a_clip_that_does_not_fit_is_refused_with_a_remedy(
     denoiser: Denoiser, make_example: MakeExample
 ) -> None:
     small = SmallMemory(denoiser.network, denoiser.config, denoiser.space)
-    with pytest.raises(BadInput, match="one clip does not fit into the memory of cpu"):
+    with pytest.raises(BadInput, match="one example does not fit into the memory of cpu"):
         largest_batch(small, condition_of(denoiser, make_example("a")), 4)
 
 
