@@ -31,7 +31,7 @@ def inpaint(
 ) -> Iterator[tuple[Example, Frames]]:
     """Fill the holes of a few examples under one schedule; yields each as it is finished.
 
-    The network is used as it stands: put it into evaluation mode first.
+    Put the network into evaluation mode first.
 
     Raises:
         BadInput: the schedule cannot be read, or an example's shard keeps no pixels.
@@ -54,15 +54,16 @@ def inpaint(
 
 
 def condition_of(denoiser: Denoiser, example: Example) -> Condition:
-    """What the network is told of an example, on the network's device."""
+    """The network's condition for an example, on the network's device."""
     masked_latents, hole = _masked(denoiser, example)
     return denoiser.condition(masked_latents, hole)[0]
 
 
 def known_of(denoiser: Denoiser, example: Example) -> Known:
-    """What is known of an example: the masked video's latents, on the network's device.
+    """The masked clip's latents, on the network's device.
 
-    Not the video's own: those near the hole tell of it, the autoencoder looks beyond its cells.
+    Not the clip's own: the autoencoder sees beyond a latent's cell, so those near the hole would
+    reveal some of it.
     """
     masked_latents, hole = _masked(denoiser, example)
     return Known(denoiser.normalise(masked_latents)[0], hole[0])
@@ -76,7 +77,7 @@ def _masked(denoiser: Denoiser, example: Example) -> tuple[Batch, Float[Tensor, 
 
 
 def decode_result(autoencoder: Autoencoder, example: Example, latents: Latents) -> Frames:
-    """Latents, as the autoencoder scales them, to frames: the example's own outside its hole.
+    """Decode latents, and put the example's own pixels outside its hole.
 
     Raises:
         BadInput: the example's shard keeps no pixels.

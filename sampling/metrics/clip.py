@@ -1,6 +1,6 @@
-"""All that a sweep measures of a clip: its scores, and its part in the distance of a set.
+"""What a sweep measures on one clip: its scores, and its features for the distance of a set.
 
-A set's `fvd` and `vfid` are `frechet.frechet_distance` of what `describe_clip` gives for each clip.
+`fvd` and `vfid` are `frechet.frechet_distance` of what `describe_clip` gives for each clip.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def score_clip(result: Frames, truth: Frames, mask: Mask, judges: Judges) -> dic
         result: The composited result.
         truth: The clip as it was.
         mask: 1 is the hole.
-        judges: LPIPS's column is there if it is.
+        judges: Without LPIPS its column is left out.
     """
     scores = pixels.measure(result, truth, mask)
     if judges.lpips:
@@ -63,9 +63,7 @@ def score_clip(result: Frames, truth: Frames, mask: Mask, judges: Judges) -> dic
 
 
 def describe_clip(frames: Frames, judges: Judges) -> dict[str, Features]:
-    """What the distance of a set needs of one clip, by the name of its column: FVD's and VFID's.
-
-    Nothing without I3D.
+    """A clip's features for FVD and VFID, by the names of their columns; none without I3D.
 
     Raises:
         BadInput: the clip is too short for the FVD.

@@ -19,14 +19,14 @@ from .pixels import Frames
 Video = Float[Tensor, "batch _ _ _ _"]  # channels, frames, height, width
 
 I3D_SIZE = 224  # pixels; the height and width that I3D was trained at
-FVD_FRAMES = 10  # the fewest that the FVD's authors take
+FVD_FRAMES = 10  # the fewest that the authors of FVD allow
 
 
 def pad_same(video: Video, kernel: Sequence[int], stride: Sequence[int]) -> Video:
     """Zeros around a video, so that ⌈size / stride⌉ windows fit: TensorFlow's SAME.
 
-    Of an odd number of them the larger half comes after. A maximum over what a ReLU gave may be
-    padded with zeros too.
+    If their number is odd, the larger half comes after. A maximum pool may be padded with zeros
+    too, as it follows a ReLU.
     """
     padding: list[int] = []
     for size, window, step in zip(video.shape[:1:-1], kernel[::-1], stride[::-1], strict=True):
@@ -122,7 +122,7 @@ class I3d(nn.Module):
 
 @torch.no_grad()
 def fvd_features(network: I3d, frames: Frames) -> Features:
-    """What a video is to the FVD: 400 logits, of frames resized to 224×224 and in [-1, 1].
+    """FVD's features of a video: 400 logits, of frames resized to 224×224 and in [-1, 1].
 
     Bilinear, between the middles of pixels.
 
@@ -141,7 +141,7 @@ def fvd_features(network: I3d, frames: Frames) -> Features:
 
 @torch.no_grad()
 def vfid_features(network: I3d, frames: Frames) -> Features:
-    """What a video is to the VFID: 1024 averages, of frames at their own size and in [0, 1]."""
+    """VFID's features of a video: 1024 averages, of frames at their own size and in [0, 1]."""
     pixels = (to_pixels(frames).to(_device(network)) + 1) / 2
     return network.describe(pixels).cpu().numpy()
 

@@ -1,7 +1,4 @@
-"""The two frozen networks that judge results, LPIPS's AlexNet and I3D, from safetensors files.
-
-A file is all that is needed; where none is given, what its network would measure is left out.
-"""
+"""Loads the two frozen networks that judge results, LPIPS's AlexNet and I3D."""
 
 from __future__ import annotations
 
@@ -20,15 +17,13 @@ from ...errors import BadInput
 
 Features = Float[np.ndarray, " features"]
 
-HUB = "hf://"  # begins the name of a file on the Hugging Face hub
+HUB = "hf://"  # prefix of a file on the Hugging Face hub
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def load(network: type[Network], name: str, device: str | torch.device = "cpu") -> Network:
-    """A frozen `Lpips` or `I3d` with the weights of a safetensors file, float16 or float32.
-
-    It computes in float32.
+    """A frozen `Lpips` or `I3d` in float32, with the weights of a float16 or float32 file.
 
     Args:
         network: The class.

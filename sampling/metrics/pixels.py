@@ -18,7 +18,7 @@ Mask = UInt8[np.ndarray, "frames height width"]
 PEAK = 255.0  # the largest 8-bit value
 SSIM_RADIUS = 5  # pixels from the middle of the window to its edge
 SSIM_65 = 65  # pixels; the side of E2FGVI's and ProPainter's window
-PSNR_CAP = 100.0  # dB; what a frame without any error counts as
+PSNR_CAP = 100.0  # dB; counted for a frame without error
 
 
 def composite(truth: Frames, result: Frames, mask: Mask) -> Frames:
@@ -27,7 +27,7 @@ def composite(truth: Frames, result: Frames, mask: Mask) -> Frames:
 
 
 def measure(result: Frames, truth: Frames, mask: Mask) -> dict[str, float]:
-    """The metrics of one clip that a sweep cannot do without, by the names of their columns.
+    """The basic metrics of one clip, by the names of their columns.
 
     Args:
         result: The composited result.

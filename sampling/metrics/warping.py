@@ -12,17 +12,17 @@ from .pixels import PEAK, Frames
 
 Flow = Float32[np.ndarray, "height width 2"]  # x and y, in pixels
 
-LEAST_SIDE = 12  # pixels; the flow wants one side of a frame to be as long
+LEAST_SIDE = 12  # pixels; the flow needs one side of a frame to be this long
 
 
 @dataclass(frozen=True)
 class Motion:
-    """Where what each frame shows is in the next one."""
+    """Where the pixels of each frame are in the next one."""
 
     places: Float32[np.ndarray, "pairs height width 2"]
     """x and y in frame t + 1 of each pixel of frame t, in pixels."""
     seen: Bool[np.ndarray, "pairs height width"]
-    """What frame t + 1 shows too."""
+    """Whether frame t + 1 shows the pixel too."""
 
 
 def follow(truth: Frames) -> Motion:

@@ -1,4 +1,4 @@
-"""`vidfill schedule`: what a schedule does and costs, before anything runs."""
+"""`vidfill schedule`: shows what a schedule does and costs, without running it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Say what a sampling schedule does: its moves, its network evaluations, and a plot of them."""
+    """Show what a sampling schedule does: its transitions, its network evaluations, and a plot."""
 
     schedule: str
     """The schedule, in quotes: SOLVER:STEPS[(key=value,…)][+MOVE[(key=value,…)]]…, as below."""
@@ -64,7 +64,7 @@ class ScheduleConfig:
 
 
 def describe(config: ScheduleConfig) -> Program:
-    """Print what is asked for, draw it where asked, and return the program.
+    """Print the schedule, draw it if a file is given, and return the program.
 
     Raises:
         BadInput: the schedule cannot be read, or cannot be walked on so many timesteps.
@@ -82,7 +82,7 @@ def describe(config: ScheduleConfig) -> Program:
 
 
 def summarise(program: Program) -> dict[str, str | int]:
-    """The schedule in canonical form, its network evaluations, and its moves of each kind."""
+    """The schedule in canonical form, its network evaluations, and its transitions by kind."""
     counts = {f"{kind.value}_moves": program.count(kind) for kind in Kind}
     return {
         "schedule": str(program.schedule),
@@ -93,7 +93,7 @@ def summarise(program: Program) -> dict[str, str | int]:
 
 
 def cost_by_part(program: Program) -> list[tuple[str, tuple[int, ...]]]:
-    """What each part of the schedule adds: network evaluations, and moves DOWN, UP and INJECT."""
+    """What each part of the schedule adds: network evaluations, and DOWN, UP and INJECT."""
     schedule = program.schedule
     costs: list[tuple[str, tuple[int, ...]]] = []
     before: tuple[int, ...] = (0, 0, 0, 0)
@@ -132,7 +132,7 @@ def _plain_walk(program: Program) -> str:
 
 
 def plot(program: Program) -> str:
-    """The level of the state after each move, in Braille characters: pure noise is at the top."""
+    """The level after each transition, in Braille characters; pure noise is at the top."""
     levels = np.array(program.levels, dtype=float)
     across, down = 2 * COLUMNS, 4 * ROWS
     heights = (levels - CLEAN) / (program.timesteps - 1 - CLEAN) * (down - 1)

@@ -1,9 +1,9 @@
-"""What a schedule has to beat, and what it can reach at best.
+"""The baselines: what a schedule has to beat, and the best that it can reach.
 
-    fill         the hole in the colour with which the model's input was filled
+    fill         the model's input, its hole in one colour
     classic      no learning: the nearest frame in which a pixel is visible, else its surroundings
-    mean         one network evaluation, at pure noise: the model's posterior mean
-    autoencoder  the clip as the autoencoder gives it back: the ceiling of everything latent
+    mean         one network evaluation at pure noise: the model's posterior mean
+    autoencoder  the clip encoded and decoded: the ceiling for a model of latents
 
 `mean` is the schedule `MEAN` and runs in the sampler; the other three are functions here.
 """
@@ -21,11 +21,11 @@ from ..examples import decode_result, pixels_of
 from ..metrics.pixels import Frames, Mask
 
 MEAN = "ddim:1"  # from T − 1 to the clean estimate in one step
-INPAINT_RADIUS = 3  # pixels around a missing one that OpenCV looks at
+INPAINT_RADIUS = 3  # pixels around a missing one that OpenCV uses
 
 
 def fill(example: Example) -> Frames:
-    """The masked input itself, its hole in the recorded fill colour."""
+    """The masked input, its hole in the recorded fill colour."""
     red, green, blue = example.record["fill"]
     return fill_hole(pixels_of(example), example.mask, (red, green, blue))
 
@@ -33,8 +33,8 @@ def fill(example: Example) -> Frames:
 def classic(truth: Frames, mask: Mask) -> Frames:
     """Each hole pixel from the nearest frame in time in which that place is visible.
 
-    Of two frames equally near it is the earlier one. What is visible in no frame is then inpainted
-    frame by frame (Telea 2004, by OpenCV). Of `truth` only visible pixels are used.
+    The earlier of two that are equally near. What no frame shows is then inpainted frame by frame
+    (Telea 2004, by OpenCV). Only visible pixels of `truth` are used.
     """
     result = np.where(mask[..., None] == 1, 0, truth).astype(np.uint8)
     missing = mask == 1
@@ -52,7 +52,7 @@ def classic(truth: Frames, mask: Mask) -> Frames:
 
 
 def autoencoder(model: Autoencoder, example: Example) -> Frames:
-    """The clip encoded (its latents, as the shard keeps them) and decoded again, composited."""
+    """The clip encoded (its latents are in the shard) and decoded again, composited."""
     return decode_result(model, example, torch.from_numpy(example.latents).float())
 
 

@@ -84,12 +84,7 @@ def read_strip(
     Raises:
         BadInput: the file is no strip of so many frames of this size.
     """
-    strip = cv2.imread(str(path))
-    if strip is None or strip.shape != (height, frames * width, 3):
-        raise BadInput(
-            f"{path} is no strip of {frames} frames of {width}x{height}: "
-            "run the sweep again into a new folder"
-        )
+    strip = _read_png(path, (height, frames * width, 3), "strip", "into a new folder")
     return rearrange(strip[..., ::-1], "h (f w) rgb -> f h w rgb", f=frames)
 
 
@@ -118,17 +113,8 @@ def write_spread(path: Path, spread: Spread) -> None:
 
 
 def read_spread(path: Path, frames: int, height: int, width: int) -> Spread:
-    """The map that `write_spread` kept.
-
-    Raises:
-        BadInput: the file is no map of so many frames of this size.
-    """
-    strip = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if strip is None or strip.shape != (height, frames * width) or strip.dtype != np.uint16:
-        raise BadInput(
-            f"{path} is no map of {frames} frames of {width}x{height}: "
-            "run the same sweep command again"
-        )
+    """The map that `write_spread` kept; raises as `read_strip` does."""
+    strip = _read_png(path, (height, frames * width), "map", "with the same command")
     return rearrange(strip, "h (f w) -> f h w", f=frames) / SPREAD_SCALE
 
 
@@ -136,3 +122,13 @@ def _write_png(path: Path, picture: np.ndarray) -> None:
     written, png = cv2.imencode(".png", np.ascontiguousarray(picture))
     assert written
     write_atomically(path, png.tobytes())
+
+
+def _read_png(path: Path, shape: tuple[int, ...], kind: str, how: str) -> np.ndarray:
+    picture = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    wanted = np.uint8 if len(shape) == 3 else np.uint16
+    if picture is None or picture.shape != shape or picture.dtype != wanted:
+        raise BadInput(
+            f"{path} is no {kind} of {shape[1]}x{shape[0]} pixels: run the sweep again {how}"
+        )
+    return picture

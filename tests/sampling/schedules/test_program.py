@@ -15,7 +15,7 @@ from vidfill.sampling.schedules.solvers import SOLVERS
 
 T = 1000
 
-examples = settings(max_examples=50, deadline=None)
+examples = settings(max_examples=20, deadline=None)
 
 
 def share(draw: st.DrawFn, least: int = 0, most: int = 1000) -> str:

@@ -30,7 +30,7 @@ def test_a_strip_is_read_back_as_it_was_and_one_of_another_size_is_refused(
     (frames,) = draw(1)
     write_strip(tmp_path / "a.png", frames)
     assert (read_strip(tmp_path / "a.png", *SHAPE) == frames).all()
-    with pytest.raises(BadInput, match="is no strip of 4 frames of 6x8"):
+    with pytest.raises(BadInput, match="is no strip of 24x8 pixels: run the sweep again"):
         read_strip(tmp_path / "a.png", 4, 8, 6)
 
 
@@ -77,7 +77,7 @@ def test_of_a_completion_the_hole_is_kept_and_a_map_to_a_part_of_a_unit(tmp_path
     write_spread(tmp_path / "map.png", spread)
     again = read_spread(tmp_path / "map.png", *SHAPE)
     assert (np.abs(again - spread) <= 0.5 / 256).all()
-    with pytest.raises(BadInput, match="is no map of 2 frames of 6x8"):
+    with pytest.raises(BadInput, match="is no map of 12x8 pixels: run the sweep again"):
         read_spread(tmp_path / "map.png", 2, 8, 6)
 
 
