@@ -62,8 +62,8 @@ MEASURES = (
 DIVERSITY = Measure("diversity", "Diversity", "8-bit units", 2, 0, margin=0.5, of="example")
 MEANINGS = {
     "nfe": "the network evaluations of one completion",
-    "seconds_per_clip": "of one completion; for the schedules and for mean: its share of the "
-    "network's wall time, where an evaluation of several is split evenly among them, without "
+    "seconds_per_clip": "of one completion; for the schedules and for mean: the network's share of "
+    "the wall time of sampling, where an evaluation of several is split evenly among them, without "
     "decoding; for the other baselines: the wall time of computing it",
     "lpips": "how different the whole frames look: LPIPS 0.1 with AlexNet, averaged over frames",
     "temporal_error": "mean |change of the result − change of the truth| from one frame to the "

@@ -18,7 +18,7 @@ from vidfill.sampling.report.page import render_page
 from vidfill.sampling.report.run import cheapest_first
 from vidfill.sampling.sweep.kept import write_spread
 from vidfill.sampling.sweep.measures import clip_columns, measures_with
-from vidfill.sampling.sweep.results import COMPARISON_COLUMNS
+from vidfill.sampling.sweep.results import COMPARISON_COLUMNS, read_sweep
 
 FRAMES, SIZE = 4, 16
 BASELINES = ("fill", "classic", "mean", "autoencoder")
