@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -86,12 +86,6 @@ _KERNELS: dict[Backend, Kernel] = {
 }
 
 
-def check_word(name: str, value: str, words: Any) -> None:
-    """Raise BadInput unless `value` is one of a Literal's words."""
-    if value not in get_args(words):
-        raise BadInput(f"{name} is {value!r}: give one of {', '.join(get_args(words))}")
-
-
 # Which kernel
 
 
@@ -107,7 +101,6 @@ def attention_backend(device: str, dtype: torch.dtype, choice: Choice = "auto") 
 
 @functools.cache
 def _find_backend(device: str, dtype: torch.dtype, choice: Choice) -> Backend:
-    check_word("the attention backend", choice, Choice)
     candidates = AUTOMATIC.get(device, ("sdpa",)) if choice == "auto" else (choice,)
     faults: list[str] = []
     for backend in candidates:
@@ -147,26 +140,23 @@ def _forward_and_backward(kernel: Kernel, device: str, dtype: torch.dtype) -> li
 
 # Positions
 
+ROTARY_BASE = 1000.0  # the ratio of the fastest frequency to the slowest
+
 
 def angles(
-    positions: Sequence[Float[Tensor, " _"]], channels: int, base: float = 1000.0
+    positions: Sequence[Float[Tensor, " _"]], channels: int
 ) -> Float[Tensor, "*grid 1 half"]:
-    """Rotary angles of every point of a grid, for heads of `channels`.
+    """Rotary angles of every point of a grid, given its positions along each axis.
 
-    Each axis rotates an equal share of the channels, the first also the remainder (Su et al. 2021,
-    Eq. 15, with a base that suits the lengths of clips).
-
-    Args:
-        positions: Of the grid's points along each of its axes.
-        channels: Of a head; even.
-        base: The ratio of the fastest frequency to the slowest.
+    Each axis rotates an equal share of a head's `channels`, an even number; the first also the
+    remainder (Su et al. 2021, Eq. 15, with a base that suits the lengths of clips).
     """
     share, rest = divmod(channels // 2, len(positions))
     grid = [len(position) for position in positions]
     turned = []
     for axis, position in enumerate(positions):
         count = share + rest if axis == 0 else share
-        frequency = base ** -(torch.arange(count, device=position.device) / max(count, 1))
+        frequency = ROTARY_BASE ** -(torch.arange(count, device=position.device) / max(count, 1))
         shape = [-1 if other == axis else 1 for other in range(len(grid))]
         turned.append((position.view(*shape, 1) * frequency).expand(*grid, count))
     return torch.cat(turned, dim=-1).unsqueeze(-2)

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import numpy as np
 import torch
@@ -21,17 +21,17 @@ from jaxtyping import Float, UInt8
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from ..errors import BadInput, describe
 from ..progress import say_once
 from .precision import Precision, autocast
 
-SHIPPED = "shipped"  # the name of the package's own small autoencoder
+SHIPPED = "shipped"  # the name of the package's own small autoencoder, and of its own model
+SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
 PAPERS = "stabilityai/sd-vae-ft-mse"  # the one that the paper uses, on the hub
-SHIPPED_FOLDER = Path(__file__).parent / "weights" / "collisions"
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-IDENTITY = ["name", "precision", "kind", "sha256", "scaling_factor", "downsampling", "channels"]
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 PIXELS_PER_CALL = 2**19  # 32 frames of 128x128; bounds the memory of one call of the network
@@ -39,7 +39,19 @@ HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
 HUB_TIMEOUT = 5.0  # seconds; the hub's own client retries for 20 if there is no network
 
 
-class AutoencoderConfig(BaseModel):
+class AutoencoderRecord(TypedDict):
+    """What a manifest or a model records, to tell later whether latents are of one space."""
+
+    name: str
+    precision: NotRequired[str]
+    kind: str
+    sha256: str
+    scaling_factor: float
+    downsampling: int
+    channels: int
+
+
+class DiffusersConfig(BaseModel):
     """What an autoencoder's config.json must say; diffusers reads the rest."""
 
     kind: Literal["AutoencoderKL", "AutoencoderTiny"] = Field(alias="_class_name")
@@ -81,8 +93,7 @@ class Autoencoder:
             encoded = self.network.encode(frames)
             return encoded.latents if self.kind == "AutoencoderTiny" else encoded.latent_dist.mode()
 
-        self._check_size(*pixels.shape[-2:])
-        latents = self._framewise(encode_frames, pixels, PIXELS_PER_CALL, per_call)
+        latents = self._encode(encode_frames, pixels, per_call)
         return (latents - self._shift) * self.scaling_factor
 
     @torch.no_grad()
@@ -106,9 +117,7 @@ class Autoencoder:
 
         if self.kind != "AutoencoderKL":
             raise BadInput(f"{self.name} is an {self.kind}, which has no posterior to draw from")
-        self._check_size(*pixels.shape[-2:])
-        moments = self._framewise(encode_posterior, pixels, PIXELS_PER_CALL, per_call)
-        mean, log_variance = moments.chunk(2, dim=2)
+        mean, log_variance = self._encode(encode_posterior, pixels, per_call).chunk(2, dim=2)
         mean = (mean - self._shift) * self.scaling_factor
         return mean, log_variance + 2 * math.log(self.scaling_factor)
 
@@ -118,42 +127,41 @@ class Autoencoder:
     ) -> Float[Tensor, "batch frames 3 height width"]:
         """Scaled latents to pixels clamped to [-1, 1], on the autoencoder's device."""
         raw = latents / self.scaling_factor + self._shift
-        pixels = self._framewise(
-            lambda frames: self.network.decode(frames).sample,
-            raw,
-            PIXELS_PER_CALL // self.downsampling**2,
-        )
-        return pixels.clamp(-1.0, 1.0)
+        per_call = PIXELS_PER_CALL // self.downsampling**2 // math.prod(raw.shape[-2:])
+        decoded = self._framewise(lambda frames: self.network.decode(frames).sample, raw, per_call)
+        return decoded.clamp(-1.0, 1.0)
 
     def identity(self) -> dict[str, Any]:
-        """What a manifest or a model records, to tell later whether latents are of one space."""
-        return {name: getattr(self, name) for name in IDENTITY}
+        """Its `AutoencoderRecord`."""
+        return {name: getattr(self, name) for name in AutoencoderRecord.__annotations__}
 
-    def _framewise(
-        self,
-        function: Callable[[Tensor], Tensor],
-        video: Float[Tensor, "batch frames _ _ _"],
-        points_per_call: int,
-        per_call: int | None = None,
-    ) -> Float[Tensor, "batch frames _ _ _"]:
-        # Accelerate's offloading keeps the weights elsewhere until a call.
-        hook = getattr(self.network, "_hf_hook", None)
-        device = hook.execution_device if hook else next(self.network.parameters()).device
-        frames = rearrange(video, "b f c h w -> (b f) c h w")
-        per_call = per_call or max(1, points_per_call // (video.shape[-2] * video.shape[-1]))
-        with autocast(device, self.precision):
-            done = [
-                function(chunk.to(device).float().contiguous(memory_format=torch.channels_last))
-                for chunk in frames.split(per_call)
-            ]
-        return rearrange(torch.cat(done).float(), "(b f) c h w -> b f c h w", b=video.shape[0])
-
-    def _check_size(self, height: int, width: int) -> None:
+    def _encode(
+        self, function: Callable[[Tensor], Tensor], pixels: Tensor, per_call: int | None
+    ) -> Tensor:
+        height, width = pixels.shape[-2:]
         if height % self.downsampling or width % self.downsampling:
             raise BadInput(
                 f"frames of {width}x{height} do not fit the autoencoder {self.name}: "
                 f"width and height must be multiples of {self.downsampling}"
             )
+        return self._framewise(function, pixels, per_call or PIXELS_PER_CALL // (height * width))
+
+    def _framewise(
+        self,
+        function: Callable[[Tensor], Tensor],
+        video: Float[Tensor, "batch frames _ _ _"],
+        per_call: int,
+    ) -> Float[Tensor, "batch frames _ _ _"]:
+        # Accelerate's offloading keeps the weights elsewhere until a call.
+        hook = getattr(self.network, "_hf_hook", None)
+        device = hook.execution_device if hook else next(self.network.parameters()).device
+        frames = rearrange(video, "b f c h w -> (b f) c h w")
+        with autocast(device, self.precision):
+            done = [
+                function(chunk.to(device).float().contiguous(memory_format=torch.channels_last))
+                for chunk in frames.split(max(1, per_call))
+            ]
+        return rearrange(torch.cat(done).float(), "(b f) c h w -> b f c h w", b=video.shape[0])
 
 
 def load_autoencoder(
@@ -173,7 +181,7 @@ def load_autoencoder(
     # It remarks on a field that its own AutoencoderTiny writes; what it raises is enough.
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
-        kind = AutoencoderConfig.model_validate_json((folder / CONFIG).read_bytes()).kind
+        kind = DiffusersConfig.model_validate_json((folder / CONFIG).read_bytes()).kind
         network, loaded = KINDS[kind].from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
@@ -181,8 +189,7 @@ def load_autoencoder(
         raise BadInput(f"cannot load {name}: {describe(error)}") from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
-    lacking = sorted(loaded["missing_keys"])
-    if lacking:  # diffusers leaves such weights at random values
+    if lacking := sorted(loaded["missing_keys"]):  # diffusers leaves such weights at random values
         raise BadInput(f"cannot load {name}: {WEIGHTS} lacks {len(lacking)} tensors ({lacking[0]})")
     if name == SHIPPED:
         say_once(
@@ -194,7 +201,7 @@ def load_autoencoder(
 
 def _find_folder(name: str) -> Path:
     if name == SHIPPED:
-        return SHIPPED_FOLDER
+        return SHIPPED_WEIGHTS / "collisions"
     if Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(HUB_NAME, name):

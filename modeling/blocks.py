@@ -8,7 +8,7 @@ token sequences; all of these are views.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +18,10 @@ from einops import rearrange
 from jaxtyping import Float, Num
 from torch import Tensor, nn
 
+from ..options import PositiveInt
 from .attention import Activations, CrossAttention, Over, Positions, SelfAttention, zero
 
-Images = Float[Tensor, "batch rows columns channels"]
+ChannelsLast = Float[Tensor, "batch rows columns channels"]
 Widened = Float[Tensor, "batch frames height width channels_out"]
 Resized = Float[Tensor, "batch frames height_out width_out channels"]
 Convolved = Float[Tensor, "batch frames height_out width_out channels_out"]
@@ -36,15 +37,21 @@ Normalisation = Literal["frame", "clip"]
 class Design:
     """What all levels of a network share; see `VideoUNet`."""
 
-    embedding: int  # channels of the timestep's embedding
-    condition: int  # channels of the condition's features, if levels get any
-    norm_groups: int
-    head_channels: int
+    widths: Sequence[PositiveInt]  # of the levels
+    attention: Sequence[Attention]  # at each level, and in the middle
+    middle_blocks: PositiveInt
+    norm_groups: PositiveInt
+    head_channels: PositiveInt
     heads: int | None
     conditioning: Conditioning
     convolution: Convolution
     normalisation: Normalisation
     positions: Positions
+
+    @property
+    def base(self) -> int:
+        """Channels of the first level and of a condition's features; an embedding has 4 times."""
+        return self.widths[0]
 
     def heads_of(self, channels: int) -> int:
         """Attention heads at a level of that width."""
@@ -89,7 +96,7 @@ class ClipNorm(FrameNorm):
     images = "b f (h w) c"
 
 
-def group_norm(norm: nn.GroupNorm, x: Images) -> Images:
+def group_norm(norm: nn.GroupNorm, x: ChannelsLast) -> ChannelsLast:
     """Group normalisation of channels-last images (Wu & He 2018, Eq. 1 and 7)."""
     # On CUDA torch's own kernel copies to channels-first and back. On the CPU its backward pass
     # crashes if the weight needs a gradient and the input does not, as after frozen layers.
@@ -101,7 +108,7 @@ def group_norm(norm: nn.GroupNorm, x: Images) -> Images:
     return rearrange(normed, "b c h w -> b h w c").contiguous()
 
 
-def group_norm_by_moments(norm: nn.GroupNorm, x: Images) -> Images:
+def group_norm_by_moments(norm: nn.GroupNorm, x: ChannelsLast) -> ChannelsLast:
     """The same from mean and variance in float32: compiled, one reduction and one map."""
     grouped = rearrange(x.float(), "b h w (g c) -> b h w g c", g=norm.num_groups)
     variance, mean = torch.var_mean(grouped, dim=(1, 2, 4), correction=0, keepdim=True)
@@ -184,7 +191,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm_in = make_norm(design, channels_in)
         self.spatial = make_conv(design, channels_in, channels_out)
-        self.modulation = nn.Linear(design.embedding, 2 * channels_out)
+        self.modulation = nn.Linear(4 * design.base, 2 * channels_out)
         self.norm_mid = make_norm(design, channels_out)
         kind = TemporalConv if design.convolution == "split" else JointConv
         self.temporal: nn.Module = zero(kind(channels_out, channels_out))
@@ -192,7 +199,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Linear(channels_in, channels_out)
         self.place_modulation = None
         if design.conditioning == "adaptive":
-            self.place_modulation = zero(nn.Linear(design.condition, 2 * channels_out))
+            self.place_modulation = zero(nn.Linear(design.base, 2 * channels_out))
 
     def forward(
         self,
@@ -226,7 +233,7 @@ class SpaceTimeAttention(nn.Module):
         self.over_condition = None
         if design.conditioning == "cross_attention" and over != "none":
             norm = nn.LayerNorm(channels)
-            self.over_condition = CrossAttention(channels, norm, heads, design.condition)
+            self.over_condition = CrossAttention(channels, norm, heads, design.base)
 
     def forward(
         self, x: Activations, condition: Float[Tensor, "batch frames _ _ condition"] | None = None

@@ -6,24 +6,29 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Len
 from einops import rearrange
 from jaxtyping import Float, Int
-from pydantic import (
-    BaseModel,
-    GetPydanticSchema,
-    ValidationError,
-)
+from pydantic import BaseModel, GetPydanticSchema, ValidationError
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from ..errors import BadInput, describe
 from ..options import FiniteFloat, PositiveFloat, PositiveInt
 from ..progress import say_once
-from .diffusion import LatentMask, Latents, add_noise, clean_of, expand, target_of, to_flow
+from .autoencoder import SHIPPED, SHIPPED_WEIGHTS, AutoencoderRecord
+from .diffusion import (
+    AlphaBar,
+    LatentMask,
+    Latents,
+    add_noise,
+    clean_of,
+    expand,
+    target_of,
+    to_flow,
+)
 from .noise import (
     NO_OTHERS,
     DiffusionConfig,
@@ -37,23 +42,9 @@ from .precision import Precision, autocast
 from .run_folder import LATEST, MODEL, newest_first, newest_whole
 from .unet import VideoUNet
 
-SHIPPED = Path("shipped")  # in place of a folder: the model that the package carries
-SHIPPED_FOLDER = Path(__file__).parent / "weights" / "inpaint"
 INDEX = "model_index.json"  # the record of an exported model, a diffusers pipeline
 RECORD = "denoiser.json"  # the record of a model in a run's checkpoint
 NETWORK, AUTOENCODER = "unet", "vae"  # folders beside either record
-
-
-class AutoencoderRecord(TypedDict):
-    """What a model records of its autoencoder: see `Autoencoder.identity`."""
-
-    name: str
-    sha256: str
-    kind: str
-    scaling_factor: float
-    downsampling: int
-    channels: int
-    precision: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +77,8 @@ class Denoiser:
 
     Samplers work on *normalised* latents; `normalise` and `denormalise` convert to and from them.
     Their states are x_t of `add_noise`, also for a flow, whose network alone sees them scaled.
-
-    Args:
-        network: Predicts the target of `config`.
-        config: The process that the network was trained for.
-        space: The latents that it was trained on.
-        precision: The precision of the network's layers in `denoise`; states keep their own.
+    `config` and `space` are those that the network was trained with; `precision` is that of its
+    layers in `denoise`, while states keep their own.
 
     Raises:
         BadInput: `config` is not a possible process.
@@ -144,15 +131,12 @@ class Denoiser:
         return latents * std + mean
 
     def condition(
-        self,
-        masked_latents: Latents,
-        latent_mask: LatentMask,
+        self, masked_latents: Latents, latent_mask: LatentMask
     ) -> Float[Tensor, "batch frames condition height width"]:
         """The network's input beside the noisy latents.
 
-        Args:
-            masked_latents: Latents of the masked video, as the autoencoder scales them.
-            latent_mask: The hole's share of each latent, 0 to 1.
+        From the masked video's latents, as the autoencoder scales them, and the hole's share of
+        each, 0 to 1.
         """
         known = self.normalise(masked_latents)
         return torch.cat([known, latent_mask], dim=2) if self.config.mask_channel else known
@@ -198,7 +182,7 @@ class Denoiser:
             prediction = self.network(seen, timestep, condition).to(latents)
         return clean_of(self.config.target, prediction, latents, ab).to(latents.dtype)
 
-    def _seen(self, noisy: Latents, ab: Float[Tensor, "..."]) -> Latents:
+    def _seen(self, noisy: Latents, ab: AlphaBar) -> Latents:
         return to_flow(noisy, ab) if self.config.process == "flow" else noisy
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,12 +247,12 @@ def model_folder(folder: Path) -> Path:
     Raises:
         BadInput: There is none.
     """
-    if folder == SHIPPED:
+    if folder == Path(SHIPPED):
         say_once(
             "using the package's own small model (trained on rendered collisions of 128x128; on "
             "other videos it only shows how the tool works)"
         )
-        return SHIPPED_FOLDER
+        return SHIPPED_WEIGHTS / "inpaint"
     checkpoints = folder / "checkpoints"
     if newest_first(checkpoints):
         pointer = checkpoints / LATEST

@@ -1,8 +1,8 @@
 """The diffusion process as pure functions of tensors.
 
 Notation: x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε (Ho et al. 2020, Eq. 4; the video inpainting paper's
-Eq. 2 prints the second factor without its root). `ab` is ᾱ, broadcastable to the latents; clean
-latents have ᾱ = 1 and the timestep −1.
+Eq. 2 prints the second factor without its root). `ab` is ᾱ; clean latents have ᾱ = 1 and the
+timestep −1.
 
 A rectified flow's state (1 − t) · x_0 + t · ε is one of these, times a number that its level fixes
 (Kingma et al. 2021, section 5.1). So a flow is a table of ᾱ (`noise.flow_alpha_bars`), a target and
@@ -22,6 +22,7 @@ from .noise import Target
 
 Latents = Float[Tensor, "batch frames channels height width"]
 LatentMask = Float[Tensor, "batch frames 1 height width"]
+AlphaBar = Float[Tensor, "..."]  # broadcastable to the latents
 Variance = Literal["fixed_small", "fixed_large"]
 
 
@@ -30,12 +31,12 @@ def expand(ab: Float[Tensor, "batch *frames"]) -> Float[Tensor, "batch ... 1 1 1
     return ab[(..., *[None] * (5 - ab.ndim))]
 
 
-def add_noise(clean: Latents, noise: Latents, ab: Float[Tensor, "..."]) -> Latents:
+def add_noise(clean: Latents, noise: Latents, ab: AlphaBar) -> Latents:
     """x_t given x_0 (Ho et al. 2020, Eq. 4)."""
     return ab.sqrt() * clean + (1 - ab).sqrt() * noise
 
 
-def to_flow(noisy: Latents, ab: Float[Tensor, "..."]) -> Latents:
+def to_flow(noisy: Latents, ab: AlphaBar) -> Latents:
     """x_t → (1 − t) · x_0 + t · ε, the flow's state of that level (Liu et al. 2022, section 2.1).
 
     From ᾱ = (1 − t)²/((1 − t)² + t²) the factor √((1 − t)² + t²) is 1/(√ᾱ + √(1 − ᾱ)).
@@ -43,7 +44,7 @@ def to_flow(noisy: Latents, ab: Float[Tensor, "..."]) -> Latents:
     return noisy / (ab.sqrt() + (1 - ab).sqrt())
 
 
-def target_of(kind: Target, clean: Latents, noise: Latents, ab: Float[Tensor, "..."]) -> Latents:
+def target_of(kind: Target, clean: Latents, noise: Latents, ab: AlphaBar) -> Latents:
     """What the network should predict for x_t.
 
     v is √ᾱ · ε − √(1 − ᾱ) · x_0 (Salimans & Ho 2022, section 4), the flow ε − x_0, which is the
@@ -61,9 +62,7 @@ def target_of(kind: Target, clean: Latents, noise: Latents, ab: Float[Tensor, ".
             return noise - clean
 
 
-def clean_of(
-    kind: Target, prediction: Latents, noisy: Latents, ab: Float[Tensor, "..."]
-) -> Latents:
+def clean_of(kind: Target, prediction: Latents, noisy: Latents, ab: AlphaBar) -> Latents:
     """The clean estimate that a prediction stands for; never clamped.
 
     Each case solves `add_noise` and `target_of` for x_0. All are finite at every level except the
@@ -81,9 +80,7 @@ def clean_of(
             return (noisy - (1 - ab).sqrt() * prediction) / (ab.sqrt() + (1 - ab).sqrt())
 
 
-def noise_of(
-    kind: Target, prediction: Latents, noisy: Latents, ab: Float[Tensor, "..."]
-) -> Latents:
+def noise_of(kind: Target, prediction: Latents, noisy: Latents, ab: AlphaBar) -> Latents:
     """The noise estimate that a prediction stands for.
 
     Each case solves `add_noise` and `target_of` for ε. All are finite at every level except the
@@ -100,9 +97,7 @@ def noise_of(
             return (noisy + ab.sqrt() * prediction) / (ab.sqrt() + (1 - ab).sqrt())
 
 
-def posterior_mean(
-    clean: Latents, noisy: Latents, ab_from: Float[Tensor, "..."], ab_to: Float[Tensor, "..."]
-) -> Latents:
+def posterior_mean(clean: Latents, noisy: Latents, ab_from: AlphaBar, ab_to: AlphaBar) -> Latents:
     """Mean of q(x_b | x_a, x_0) from level a down to b (Ho et al. 2020, Eq. 7, for any a > b)."""
     alpha = ab_from / ab_to
     of_clean = ab_to.sqrt() * (1 - alpha) / (1 - ab_from)
@@ -122,8 +117,8 @@ def posterior_variance(
 def ddpm_step(
     noisy: Latents,
     clean: Latents,
-    ab_from: Float[Tensor, "..."],
-    ab_to: Float[Tensor, "..."],
+    ab_from: AlphaBar,
+    ab_to: AlphaBar,
     noise: Latents,
     variance: Variance = "fixed_small",
 ) -> Latents:
@@ -135,8 +130,8 @@ def ddpm_step(
 def ddim_step(
     noisy: Latents,
     clean: Latents,
-    ab_from: Float[Tensor, "..."],
-    ab_to: Float[Tensor, "..."],
+    ab_from: AlphaBar,
+    ab_to: AlphaBar,
     noise: Latents | None = None,
     eta: float = 0.0,
 ) -> Latents:
@@ -158,9 +153,9 @@ def dpmpp_step(
     noisy: Latents,
     clean: Latents,
     clean_before: Latents,
-    ab_from: Float[Tensor, "..."],
-    ab_to: Float[Tensor, "..."],
-    ab_before: Float[Tensor, "..."],
+    ab_from: AlphaBar,
+    ab_to: AlphaBar,
+    ab_before: AlphaBar,
 ) -> Latents:
     """DPM-Solver++ (2M) from level a to b (Lu et al. 2022b, Algorithm 2).
 
@@ -178,8 +173,8 @@ def heun_step(
     clean: Latents,
     noisy_there: Latents,
     clean_there: Latents,
-    ab_from: Float[Tensor, "..."],
-    ab_to: Float[Tensor, "..."],
+    ab_from: AlphaBar,
+    ab_to: AlphaBar,
 ) -> Latents:
     """Heun's step from level a to b, given a first-order step to b and a second estimate there.
 
@@ -199,9 +194,7 @@ def heun_step(
     return there * (ab_to.sqrt() + (1 - ab_to).sqrt())
 
 
-def renoise(
-    latents: Latents, ab_from: Float[Tensor, "..."], ab_to: Float[Tensor, "..."], noise: Latents
-) -> Latents:
+def renoise(latents: Latents, ab_from: AlphaBar, ab_to: AlphaBar, noise: Latents) -> Latents:
     """Go up from level b to a noisier a by the forward process (the paper's resampling step)."""
     alpha = ab_to / ab_from
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from jaxtyping import Float, Int
 from pydantic import ConfigDict
 from torch import Tensor
@@ -24,7 +25,8 @@ from ..options import FiniteFloat, PositiveFloat, PositiveInt
 Process = Literal["ddpm", "flow"]
 Target = Literal["noise", "v", "clean", "flow"]
 BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
-Table = Float[Tensor, " timesteps"]
+Beta = Annotated[float, Interval(gt=0, lt=1)]
+PerTimestep = Float[Tensor, " timesteps"]
 
 NO_OTHERS = ConfigDict(extra="forbid")  # a model's record has no unknown fields
 BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
@@ -44,10 +46,10 @@ class DiffusionConfig:
     beta_schedule: BetaSchedule = "linear"
     """How the betas of ddpm rise: linear, as in DDPM; scaled_linear, as in Stable Diffusion; or
     cosine (Nichol & Dhariwal 2021)."""
-    beta_start: float | None = None
+    beta_start: Beta | None = None
     """Beta of the first step; null takes the schedule's own: linear 1e-4, scaled_linear 0.00085.
     Cosine takes none."""
-    beta_end: float | None = None
+    beta_end: Beta | None = None
     """Beta of the last step; null takes the schedule's own: linear 0.02, scaled_linear 0.012.
     Cosine takes none."""
     zero_terminal_snr: bool = False
@@ -96,56 +98,48 @@ def check_diffusion(config: DiffusionConfig) -> None:
         BadInputEverywhere: It names the field, its value and the remedy.
     """
     options.check(config, "diffusion.")
-    if config.normalise and config.ablate_scale != 1:
-        remedy = "normalised latents have their own scale; give normalise false with it"
-        _refuse("diffusion.ablate_scale", config.ablate_scale, remedy)
-    if config.process == "flow":
-        _check_flow(config)
-    else:
+    if config.normalise:
+        own_scale = "normalised latents have their own scale; give normalise false with it"
+        _refuse_changed(config, ["ablate_scale"], own_scale)
+    if config.process == "ddpm":
         _check_betas(config)
-
-
-def _check_flow(config: DiffusionConfig) -> None:
+        return
     if config.target == "noise":
         remedy = "a flow starts at pure noise, from which clean latents do not follow; give 'flow'"
-        _refuse("diffusion.target", config.target, remedy)
-    of_betas = ("beta_schedule", "beta_start", "beta_end", "zero_terminal_snr")
+        _refuse("target", config.target, remedy)
+    of_betas = ["beta_schedule", "beta_start", "beta_end", "zero_terminal_snr"]
     _refuse_changed(config, of_betas, "a flow has no betas; leave it out, or give process 'ddpm'")
 
 
 def _check_betas(config: DiffusionConfig) -> None:
-    _refuse_changed(config, ("shift",), "only a flow has one; leave it out, or give process 'flow'")
+    _refuse_changed(config, ["shift"], "only a flow has one; leave it out, or give process 'flow'")
     if config.beta_schedule == "cosine":
-        _refuse_changed(config, ("beta_start", "beta_end"), "cosine has its own; leave it out")
+        _refuse_changed(config, ["beta_start", "beta_end"], "cosine has its own; leave it out")
     else:
         start, end = _beta_range(config)
-        if not 0 < start < 1:
-            _refuse("diffusion.beta_start", start, "give a number above 0 and below 1")
-        if not start <= end < 1:
-            remedy = f"give a number from beta_start ({start}) to below 1"
-            _refuse("diffusion.beta_end", end, remedy)
+        if start > end:
+            _refuse("beta_end", end, f"give a number from beta_start ({start}) to below 1")
     if config.zero_terminal_snr and config.target == "noise":
         remedy = "at zero SNR clean latents do not follow from the noise; give 'v' or 'clean'"
-        _refuse("diffusion.target", config.target, remedy)
+        _refuse("target", config.target, remedy)
     if config.zero_terminal_snr and config.timesteps < 2:
-        _refuse("diffusion.timesteps", config.timesteps, "zero_terminal_snr needs 2 or more")
+        _refuse("timesteps", config.timesteps, "zero_terminal_snr needs 2 or more")
 
 
 def _refuse_changed(config: DiffusionConfig, names: Sequence[str], remedy: str) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in names and value != field.default:
-            _refuse(f"diffusion.{field.name}", value, remedy)
+    for name in names:
+        if (value := getattr(config, name)) != getattr(DiffusionConfig, name):
+            _refuse(name, value, remedy)
 
 
 def _refuse(name: str, value: object, remedy: str) -> None:
-    raise BadInputEverywhere(f"{name} is {value!r}: {remedy}")
+    raise BadInputEverywhere(f"diffusion.{name} is {value!r}: {remedy}")
 
 
 # The table
 
 
-def alpha_bars(config: DiffusionConfig) -> Table:
+def alpha_bars(config: DiffusionConfig) -> PerTimestep:
     """ᾱ of each timestep, falling, in float64."""
     if config.process == "flow":
         return flow_alpha_bars(flow_times(config.timesteps, config.shift))
@@ -153,7 +147,7 @@ def alpha_bars(config: DiffusionConfig) -> Table:
     return zero_terminal_snr(ab) if config.zero_terminal_snr else ab
 
 
-def betas(config: DiffusionConfig) -> Table:
+def betas(config: DiffusionConfig) -> PerTimestep:
     """β of each timestep of ddpm: the variance of the noise that its step adds, in float64."""
     if config.beta_schedule == "cosine":
         return cosine_betas(config.timesteps)
@@ -172,7 +166,7 @@ def _beta_range(config: DiffusionConfig) -> tuple[float, float]:
     )
 
 
-def cosine_betas(timesteps: int) -> Table:
+def cosine_betas(timesteps: int) -> PerTimestep:
     """ᾱ = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s) · π/2) (Nichol & Dhariwal 2021, Eq. 17).
 
     With their s = 0.008, and β at most 0.999: at the last step it would be 1.
@@ -182,13 +176,13 @@ def cosine_betas(timesteps: int) -> Table:
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-def zero_terminal_snr(ab: Table) -> Table:
+def zero_terminal_snr(ab: PerTimestep) -> PerTimestep:
     """√ᾱ shifted and scaled so that its last is 0 and its first stays (Lin et al., Algorithm 1)."""
     first, last = ab[0].sqrt(), ab[-1].sqrt()
     return ((ab.sqrt() - last) * first / (first - last)) ** 2
 
 
-def flow_times(timesteps: int, shift: float = 1.0) -> Table:
+def flow_times(timesteps: int, shift: float = 1.0) -> PerTimestep:
     """t = (i + 1)/T of timestep i: the last is pure noise, and t of the clean state's −1 is 0.
 
     A shift s turns it into s·t/(1 + (s − 1)·t) (Esser et al. 2024, Eq. 23).

@@ -24,7 +24,7 @@ from ..files import hash_file, in_threads
 MODEL = "model"  # the folder of the average that is evaluated, shown and loaded
 LATEST = "latest"
 STATE = "state.json"
-THREADS = 8  # for hashing files; one thread hashes 1 to 2 GB/s
+HASH_THREADS = 8  # one thread hashes 1 to 2 GB/s
 
 _NAME = re.compile(r"step-\d{8,}")
 
@@ -73,7 +73,7 @@ def verify(checkpoint: Path, part: str = "") -> dict[str, Any]:
     names = [name for name in sealed["files"] if not part or name.startswith(f"{part}/")]
     files = [checkpoint / name for name in names]
     try:
-        found = list(in_threads(hash_file, files, THREADS, THREADS))
+        found = list(in_threads(hash_file, files, HASH_THREADS, HASH_THREADS))
     except OSError as error:
         raise Damaged(f"{checkpoint} is damaged: {error}") from error
     for name, digest in zip(names, found, strict=True):
@@ -104,14 +104,10 @@ def _digest(sealed: dict[str, Any]) -> str:
 
 
 def newest_whole(folder: Path, part: str = "", first: str = "") -> tuple[Path, dict[str, Any]]:
-    """The newest intact checkpoint, and what its state.json says.
+    """The newest intact checkpoint, and what its state.json says; `part` is as in `verify`.
 
-    A damaged one is reported on stderr, and the one before it is tried.
-
-    Args:
-        folder: It holds at least one; a run may be writing and removing checkpoints there.
-        part: As in `verify`.
-        first: The name of the one to try first, if it exists.
+    A damaged one is reported on stderr, and the one before it is tried. The one named `first` is
+    tried first, if it exists. A run may be writing and removing checkpoints in the folder.
 
     Raises:
         Damaged: All of them are damaged.

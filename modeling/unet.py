@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import BadInput
+from ..options import check
 from .attention import (
     Activations,
     Choice,
     CrossAttention,
     Positions,
     SelfAttention,
-    check_word,
     zero,
 )
 from .blocks import (
@@ -95,11 +95,11 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
         upsample_convolution: bool = False,
     ) -> None:
         super().__init__()
-        widths, depths = list(block_out_channels), len(block_out_channels)
-        base = widths[0]
+        depths = len(block_out_channels)
         design = Design(
-            embedding=4 * base,
-            condition=base,
+            widths=block_out_channels,
+            attention=[*(attention or ["time"] * (depths - 1) + ["both", "both"])],
+            middle_blocks=middle_blocks,
             norm_groups=norm_groups,
             head_channels=head_channels,
             heads=heads,
@@ -108,24 +108,25 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
             normalisation=normalisation,
             positions=positions,
         )
-        kinds: list[Attention] = [*(attention or ["time"] * (depths - 1) + ["both", "both"])]
-        _check_options(design, middle_blocks)
-        _check_widths(widths, design)
-        _check_attention(kinds, depths, conditioning)
+        check(design)
+        _check_widths(design)
+        _check_attention(design)
         self.gradient_checkpointing = False
-        self.base, self.layers = base, layers_per_block
+        base = self.base = design.base
+        self.layers = layers_per_block
         self.embed = nn.Sequential(
             nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base)
         )
         concatenated = condition_channels if conditioning == "concatenation" else 0
         self.conv_in = make_conv(design, latent_channels + concatenated, base)
-        skips = self._make_descent(design, widths, kinds)
-        self.middle = Level(design, widths[-1], widths[-1], kinds[-1])
-        self._make_ascent(design, widths, kinds, skips, upsample_convolution)
+        skips = self._make_descent(design)
+        deepest = design.widths[-1]
+        self.middle = Level(design, deepest, deepest, design.attention[-1])
+        self._make_ascent(design, skips, upsample_convolution)
         self.norm_out = make_norm(design, base)
         self.conv_out = zero(make_conv(design, base, latent_channels))
         self.middle_rest = nn.ModuleList(
-            ResidualBlock(design, widths[-1], widths[-1]) for _ in range(middle_blocks - 1)
+            ResidualBlock(design, deepest, deepest) for _ in range(middle_blocks - 1)
         )
         self.condition: nn.Module | None = None
         if conditioning == "cross_attention":
@@ -133,37 +134,29 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
         elif conditioning == "adaptive":
             self.condition = ConditionMaps(condition_channels, base, depths)
 
-    def _make_descent(
-        self, design: Design, widths: Sequence[int], kinds: Sequence[Attention]
-    ) -> list[int]:
+    def _make_descent(self, design: Design) -> list[int]:
         """Make the levels on the way down; return the channels of what is kept for the way up."""
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        channels = widths[0]
+        channels = design.base
         skips = [channels]
-        for depth, width in enumerate(widths):
+        for depth, width in enumerate(design.widths):
             for _ in range(self.layers):
-                self.down.append(Level(design, channels, width, kinds[depth]))
+                self.down.append(Level(design, channels, width, design.attention[depth]))
                 channels = width
                 skips.append(channels)
-            if depth < len(widths) - 1:
+            if depth < len(design.widths) - 1:
                 self.downsample.append(make_conv(design, channels, channels, stride=2))
                 skips.append(channels)
         return skips
 
-    def _make_ascent(
-        self,
-        design: Design,
-        widths: Sequence[int],
-        kinds: Sequence[Attention],
-        skips: list[int],
-        upsample_convolution: bool,
-    ) -> None:
+    def _make_ascent(self, design: Design, skips: list[int], upsample_convolution: bool) -> None:
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
-        channels = widths[-1]
-        for depth in reversed(range(len(widths))):
+        channels = design.widths[-1]
+        for depth, width in reversed([*enumerate(design.widths)]):
             for _ in range(self.layers + 1):
-                self.up.append(Level(design, channels + skips.pop(), widths[depth], kinds[depth]))
-                channels = widths[depth]
+                joined = channels + skips.pop()
+                self.up.append(Level(design, joined, width, design.attention[depth]))
+                channels = width
             if depth > 0:
                 after = make_conv(design, channels, channels) if upsample_convolution else None
                 self.upsample.append(after or nn.Identity())
@@ -250,7 +243,9 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
         Raises:
             BadInput: There is no such backend.
         """
-        check_word("the attention backend", backend, Choice)
+        if backend not in get_args(Choice):
+            choices = ", ".join(get_args(Choice))
+            raise BadInput(f"the attention backend is {backend!r}: give one of {choices}")
         for module in self.modules():
             if isinstance(module, SelfAttention | CrossAttention):
                 module.backend = cast(Choice, backend)
@@ -266,34 +261,24 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
         self.set_attention_backend("xformers" if valid else "auto")
 
 
-def _check_options(design: Design, middle_blocks: int) -> None:
-    if middle_blocks < 1:
-        raise BadInput(f"middle_blocks is {middle_blocks}: give 1 or more")
-    check_word("conditioning", design.conditioning, Conditioning)
-    check_word("convolution", design.convolution, Convolution)
-    check_word("normalisation", design.normalisation, Normalisation)
-    check_word("positions", design.positions, Positions)
-
-
-def _check_attention(kinds: Sequence[str], depths: int, conditioning: Conditioning) -> None:
-    if len(kinds) != depths + 1:
+def _check_attention(design: Design) -> None:
+    given, levels = len(design.attention), len(design.widths)
+    if given != levels + 1:
         raise BadInput(
-            f"attention has {len(kinds)} entries for {depths} levels: "
-            f"give {depths + 1}, one for each level and one for the middle"
+            f"attention has {given} entries for {levels} levels: "
+            f"give {levels + 1}, one for each level and one for the middle"
         )
-    for kind in kinds:
-        check_word("attention", kind, Attention)
-    if conditioning == "cross_attention" and set(kinds) == {"none"}:
+    if design.conditioning == "cross_attention" and set(design.attention) == {"none"}:
         raise BadInput(
             "conditioning is 'cross_attention', but attention is 'none' everywhere: "
             "give a level attention, or another conditioning"
         )
 
 
-def _check_widths(widths: Sequence[int], design: Design) -> None:
+def _check_widths(design: Design) -> None:
     divisors = {"norm_groups": design.norm_groups}
     divisors |= {"heads": design.heads} if design.heads else {"head_channels": design.head_channels}
-    for width in widths:
+    for width in design.widths:
         for name, divisor in divisors.items():
             if width % divisor:
                 raise BadInput(

@@ -30,16 +30,14 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from ..data.videos import FrameSize
+from ..data.videos import Frames, FrameSize, Masks
 from ..errors import BadInput
-from ..modeling.autoencoder import SHIPPED as SHIPPED_AUTOENCODER
-from ..modeling.autoencoder import Autoencoder, load_autoencoder
+from ..modeling.autoencoder import SHIPPED, Autoencoder, load_autoencoder
 from ..modeling.denoiser import INDEX, Denoiser, model_folder, parse_record
 from ..modeling.precision import Precision
 from ..modeling.unet import VideoUNet
 from .inpaint.blending import FEATHER
 from .inpaint.windows import SCHEDULE, FillSettings, fill_windows
-from .metrics.pixels import Frames
 from .schedules.language import parse
 from .schedules.program import compile_schedule
 
@@ -112,8 +110,7 @@ class VideoInpaintPipeline(DiffusionPipeline):
         cls, denoiser: Denoiser, autoencoder: Autoencoder, schedule: str = SCHEDULE
     ) -> VideoInpaintPipeline:
         """A pipeline of a network and its autoencoder; the package's own is not saved with it."""
-        shipped = autoencoder.name == SHIPPED_AUTOENCODER
-        vae = None if shipped else autoencoder.network
+        vae = None if autoencoder.name == SHIPPED else autoencoder.network
         return cls(denoiser.network, vae, schedule=schedule, **denoiser.describe())
 
     @classmethod
@@ -122,9 +119,8 @@ class VideoInpaintPipeline(DiffusionPipeline):
     ) -> VideoInpaintPipeline:
         """Load a folder, a name on the Hugging Face hub, or "shipped", the package's own model.
 
-        Args:
-            pretrained_model_name_or_path: What `vidfill export` or `save_pretrained` wrote.
-            kwargs: Those of every diffusers pipeline: dtype, variant, revision, …
+        From what `vidfill export` or `save_pretrained` wrote, with the keyword arguments of every
+        diffusers pipeline: dtype, variant, revision, …
 
         Raises:
             BadInput: The folder holds no pipeline.
@@ -300,9 +296,7 @@ def read_video(video: Images) -> Frames:
     return levels
 
 
-def read_mask(
-    mask: Images | Image.Image, frames: Frames
-) -> UInt8[np.ndarray, "frames height width"]:
+def read_mask(mask: Images | Image.Image, frames: Frames) -> Masks:
     """A mask in any of the forms that `VideoInpaintPipeline` takes, as 1 in the hole, else 0.
 
     Raises:

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
-from ...data.videos import Mask, Pixels
-from ..metrics.pixels import Frames
+from ...data.videos import Frames, Mask, Masks, Pixels
 
 RING = 16  # pixels around the hole whose colour is matched
 FEATHER = 4  # pixels
@@ -23,7 +22,7 @@ class BorderSteps(NamedTuple):
     steps: int
 
 
-def measure_border(frames: Frames, mask: UInt8[np.ndarray, "frames height width"]) -> BorderSteps:
+def measure_border(frames: Frames, mask: Masks) -> BorderSteps:
     """The steps between neighbouring pixels of which one is in a hole and one is not."""
     total, steps = 0.0, 0
     for axis in (1, 2):
@@ -33,9 +32,7 @@ def measure_border(frames: Frames, mask: UInt8[np.ndarray, "frames height width"
     return BorderSteps(total, steps)
 
 
-def match_colour(
-    results: Frames, sources: Frames, mask: UInt8[np.ndarray, "frames height width"]
-) -> Float[np.ndarray, " rgb"]:
+def match_colour(results: Frames, sources: Frames, mask: Masks) -> Float[np.ndarray, " rgb"]:
     """The colour that the results lack: the mean of source − result near the holes of a window.
 
     Visible pixels within `RING` pixels of a hole count. All frames of a window get the same shift:

@@ -10,17 +10,20 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Interval
 
-from ... import jobs
+from ... import jobs, options
 from ...data.videos import FrameSize, Mask
 from ...errors import BadInput
 from ...files import hold
-from ...modeling.autoencoder import hash_weights, load_trained_autoencoder
-from ...modeling.denoiser import SHIPPED, Denoiser
+from ...modeling.autoencoder import SHIPPED, hash_weights, load_trained_autoencoder
+from ...modeling.denoiser import Denoiser
 from ...modeling.precision import Precision
+from ...options import NonNegativeInt, PositiveInt, Seed
 from ...processes import choose_device
 from ...progress import show_progress
 from ..capacity import time_evaluation
@@ -48,6 +51,8 @@ EXAMPLES = """examples:
 Pairs = Iterator[tuple[Picture, Mask]]
 
 WORK_SUFFIX = ".work"  # ends the name of the folder of unfinished work, beside OUT
+# Options that may differ when work continues; of the networks the weights are compared.
+MAY_DIFFER = ("out", "model", "autoencoder", "device", "choose", "codec")
 
 
 @dataclass(frozen=True)
@@ -68,32 +73,32 @@ class InpaintConfig:
     out: Path | None = None
     """The result, which must not exist; -o for short. Its suffix chooses the container (.mkv is
     lossless); without a suffix it is a folder of images."""
-    model: Path = SHIPPED
+    model: Path = Path(SHIPPED)
     """The folder of a model or of a training run (its newest model is used); "shipped" is the
     package's own."""
     schedule: str = ""
     """The schedule, SOLVER:STEPS[(key=value)][+MOVE(key=value)], as in `vidfill schedule --help`;
     empty takes the model's usual one."""
-    samples: int = 1
+    samples: PositiveInt = 1
     """Completions; several are written with their numbers, as OUT-1."""
     choose: bool = False
     """Write only the completion with the smallest steps across the holes' borders."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise."""
     trim: str = ""
     """Use only this part of the video, BEGIN-END in seconds or h:mm:ss; either may be omitted."""
-    frame_rate: float = 24.0
+    frame_rate: Annotated[float, Interval(gt=0, le=1000)] = 24.0
     """Frames per second of a folder of images."""
     invert: bool = False
     """Black is the hole."""
-    dilate: int = 0
+    dilate: NonNegativeInt = 0
     """Grow the holes by so many pixels."""
     size: str = ""
     """Scale what the network sees to about this size: "256" or "432x240", width by height; empty
     takes the size that it was trained on."""
-    overlap: int | None = None
+    overlap: NonNegativeInt | None = None
     """Frames that a window takes over from the one before; null takes a quarter of a window."""
-    feather: int = FEATHER
+    feather: NonNegativeInt = FEATHER
     """Pixels, from the holes' borders inwards, over which the result blends into what is around."""
     colour_match: bool = True
     """Shift the result's colour by what it is off around the holes."""
@@ -116,6 +121,7 @@ def inpaint(config: InpaintConfig) -> list[Path]:
         BadInput: A setting is wrong, or video, mask and model do not fit together.
     """
     jobs.refuse_launcher("inpaint")
+    options.check(config)
     if config.plan:
         show_plan(config, *open_inputs(config))
         return []
@@ -123,9 +129,9 @@ def inpaint(config: InpaintConfig) -> list[Path]:
     footage, settings = open_inputs(config)
     for sentence in check_output(footage, out, config.codec):
         print(f"vidfill inpaint: {sentence}", file=sys.stderr)
-    work = UnfinishedWork(out.with_name(out.name + WORK_SUFFIX))
-    identity = _identify(config, settings)
-    jobs.claim(work.folder, "inpaint", identity, may_change=MAY_CHANGE)
+    work = UnfinishedWork(_work_folder(out))
+    may_change = [f"config.{name}" for name in MAY_DIFFER]
+    jobs.claim(work.folder, "inpaint", _identify(config, settings), may_change)
     with hold(work.folder):
         fill_all(config, footage, settings, work)
         outs = _name_outs(out, choose(config, work), config)
@@ -137,11 +143,14 @@ def inpaint(config: InpaintConfig) -> list[Path]:
 def _check_out(config: InpaintConfig) -> Path:
     if config.out is None:
         raise BadInput("out is missing: name the file to write with -o")
-    begun = config.out.with_name(config.out.name + WORK_SUFFIX).is_dir()
     for out in _name_outs(config.out, range(config.samples), config).values():
-        if out.exists() and not begun:
+        if out.exists() and not _work_folder(config.out).is_dir():
             raise BadInput(f"out is {out}, which exists: choose another name or remove it")
     return config.out
+
+
+def _work_folder(out: Path) -> Path:
+    return out.with_name(out.name + WORK_SUFFIX)
 
 
 def _name_outs(out: Path, samples: Iterable[int], config: InpaintConfig) -> dict[int, Path]:
@@ -159,9 +168,6 @@ def open_inputs(config: InpaintConfig) -> tuple[Footage, FillSettings]:
     """
     if not config.mask:
         raise BadInput("mask is empty: give a video, an image, a folder, or x,y,width,height")
-    for field, least in {"samples": 1, "dilate": 0}.items():
-        if getattr(config, field) < least:
-            raise BadInput(f"{field} is {getattr(config, field)}: give {least} or more")
     schedule = parse(config.schedule or usual_schedule(config.model))
     device = choose_device(config.device)
     footage = open_footage(config.video, config.trim, config.frame_rate)
@@ -192,11 +198,6 @@ class InpaintIdentity:
     autoencoder: str
     video: Sequence[int]
     mask: Sequence[int]
-
-
-MAY_CHANGE = tuple(
-    f"config.{name}" for name in ("out", "model", "autoencoder", "device", "choose", "codec")
-)
 
 
 def _identify(config: InpaintConfig, settings: FillSettings) -> InpaintIdentity:
@@ -232,8 +233,11 @@ def show_plan(config: InpaintConfig, footage: Footage, settings: FillSettings) -
     if len(set(with_hole)) > len(shown):
         print("  …")
     largest = max(sizes, key=lambda size: size.width * size.height)
-    seconds = _time_evaluation(settings, largest)
-    evaluations = len(with_hole) * _evaluations(settings)
+    network = settings.denoiser.network
+    channels, height, width = network.config["condition_channels"], largest.height, largest.width
+    shape = (settings.window_length, channels, height // unit, width // unit)
+    seconds = time_evaluation(settings.denoiser, torch.zeros(shape, device=network.device), 1)
+    evaluations = len(with_hole) * settings.evaluations
     print(
         f"{settings.program.schedule}: {settings.program.nfe:,} evaluations a window and "
         f"completion, {evaluations:,} in all\nnetwork time: {evaluations * seconds:,.1f} s, at "
@@ -241,24 +245,11 @@ def show_plan(config: InpaintConfig, footage: Footage, settings: FillSettings) -
     )
 
 
-def _time_evaluation(settings: FillSettings, size: FrameSize) -> float:
-    """Wall seconds of one evaluation of one window of this size."""
-    network, unit = settings.denoiser.network, settings.autoencoder.downsampling
-    channels, device = network.config["condition_channels"], next(network.parameters()).device
-    shape = (settings.window_length, channels, size.height // unit, size.width // unit)
-    return time_evaluation(settings.denoiser, torch.zeros(shape, device=device), 1)
-
-
-def _evaluations(settings: FillSettings) -> int:
-    """Network evaluations for a window that has a hole."""
-    return settings.program.nfe * len(settings.samples)
-
-
 def fill_all(
     config: InpaintConfig, footage: Footage, settings: FillSettings, work: UnfinishedWork
 ) -> None:
     """Fill every window that is not stored yet."""
-    each, spent = _evaluations(settings), 0
+    each, spent = settings.evaluations, 0
     pairs, before = _resume(config, footage, settings.window_length, work)
 
     def count(evaluations: int) -> None:

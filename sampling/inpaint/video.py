@@ -21,7 +21,6 @@ import av
 import cv2
 import numpy as np
 from av.video.reformatter import ColorRange
-from jaxtyping import UInt8
 
 from ...data import videos
 from ...data.own_masks import OwnMasks
@@ -123,8 +122,6 @@ def saying(path: Path) -> Iterator[None]:
 
 
 def _scan_folder(path: Path, frame_rate: Fraction | float) -> Footage:
-    if not 0 < frame_rate <= 1000:
-        raise BadInput(f"frame_rate is {frame_rate}: give more than 0, at most 1000")
     images = videos.list_frames(path)
     rate = Fraction(frame_rate).limit_denominator(1001)
     times = array.array("q", range(len(images)))
@@ -202,10 +199,8 @@ def _trim(footage: Footage, trim: str) -> Footage:
 
 
 def _seconds(clock: str) -> Fraction:
-    total = Fraction(0)
-    for part in clock.split(":"):
-        total = total * 60 + Fraction(part.removesuffix("."))
-    return total
+    parts = reversed(clock.split(":"))
+    return sum((Fraction(part) * 60**power for power, part in enumerate(parts)), Fraction(0))
 
 
 def read_pictures(footage: Footage, start: int = 0) -> Iterator[Picture]:
@@ -258,7 +253,7 @@ def read_masked(
     """Each frame of a video with its mask: see `read_pictures` and `read_masks`.
 
     Raises:
-        BadInput: one of them cannot be read, or ends before the other.
+        BadInput: One of them cannot be read, or ends before the other.
     """
     masks = read_masks(mask, footage, invert=invert, dilate=dilate)
     pairs = itertools.zip_longest(
@@ -277,32 +272,28 @@ def read_masks(
     """The masks of a video, upright, one for each frame; 1 is the hole.
 
     Args:
-        mask: a video, an image or a folder of images, for the frames of the whole video or of its
+        mask: A video, an image or a folder of images, for the frames of the whole video or of its
             trimmed part, as `data.own_masks` reads them; or a rectangle "x,y,width,height".
-        footage: the video.
-        invert: whether black is the hole.
-        dilate: pixels by which the hole is grown, in every direction.
+        footage: The video.
+        invert: Whether black is the hole.
+        dilate: Pixels by which the hole is grown, in every direction.
 
     Raises:
-        BadInput: the masks cannot be read, or do not fit the video.
+        BadInput: The masks cannot be read, or do not fit the video.
     """
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * dilate + 1, 2 * dilate + 1))
     for given in _read_given(mask, footage):
-        inverted = 1 - given if invert else given
-        yield cv2.dilate(inverted, _disc(dilate)) if dilate else inverted
+        yield cv2.dilate(1 - given if invert else given, disc)
 
 
 def check_masks(mask: str, footage: Footage) -> None:
     """Read a first mask, and compare all that files say of themselves.
 
     Raises:
-        BadInput: the masks cannot be read, or do not fit the video.
+        BadInput: The masks cannot be read, or do not fit the video.
     """
     with contextlib.closing(_read_given(mask, footage)) as masks:
         next(masks)
-
-
-def _disc(radius: int) -> UInt8[np.ndarray, "side side"]:
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
 
 
 def _read_given(mask: str, footage: Footage) -> Generator[Mask, None, None]:

@@ -19,12 +19,12 @@ import torch
 from jaxtyping import UInt8
 
 from ...data.masks import fill_hole, latent_mask, visible_median
-from ...data.videos import FrameSize, Mask, Pixels, fit_frame
+from ...data.videos import Frames, FrameSize, Mask, Masks, Pixels, fit_frame
 from ...errors import BadInput
 from ...modeling.autoencoder import Autoencoder, to_frames, to_pixels
 from ...modeling.denoiser import INDEX, Denoiser, model_folder, read_record
 from ..capacity import largest_batch
-from ..metrics.pixels import Frames, composite
+from ..metrics.pixels import composite
 from ..sampler import Known, Request, sample_in_order
 from ..schedules.program import Program
 from .blending import FEATHER, BorderSteps, feather, match_colour, measure_border
@@ -81,6 +81,11 @@ class FillSettings:
     def overlap_frames(self) -> int:
         """Frames that a window takes over from the one before."""
         return self.window_length // 4 if self.overlap is None else self.overlap
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for a window that has a hole."""
+        return self.program.nfe * len(self.samples)
 
     def new_frames(self, finished: int) -> int:
         """The most frames that the next window adds to `finished` ones."""
@@ -236,7 +241,7 @@ def _make_request(
 
 
 def hide(
-    frames: Frames, mask: UInt8[np.ndarray, "frames height width"], size: FrameSize
+    frames: Frames, mask: Masks, size: FrameSize
 ) -> tuple[
     UInt8[np.ndarray, "frames {size.height} {size.width} 3"],
     UInt8[np.ndarray, "frames {size.height} {size.width}"],

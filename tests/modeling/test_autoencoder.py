@@ -20,7 +20,7 @@ from vidfill.modeling import autoencoder as module
 from vidfill.modeling.autoencoder import (
     CONFIG,
     SHIPPED,
-    SHIPPED_FOLDER,
+    SHIPPED_WEIGHTS,
     WEIGHTS,
     load_autoencoder,
     to_frames,
@@ -112,8 +112,10 @@ def test_the_shipped_latents_have_unit_scale():
 
 
 def test_the_shipped_folder_has_a_card_and_at_most_four_megabytes():
-    assert (SHIPPED_FOLDER / "README.md").is_file()
-    assert sum(file.stat().st_size for file in SHIPPED_FOLDER.iterdir()) <= 4_000_000
+    assert (SHIPPED_WEIGHTS / "collisions" / "README.md").is_file()
+    assert (
+        sum(file.stat().st_size for file in (SHIPPED_WEIGHTS / "collisions").iterdir()) <= 4_000_000
+    )
 
 
 def test_the_shipped_autoencoder_is_named_once_where_it_is_used(capsys):

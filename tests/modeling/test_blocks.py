@@ -81,7 +81,7 @@ if {whole}:
     video = torch.randn(1, 3, 4, 4, 4)
     given, backend = (video, torch.tensor([5]), video), "eager"
 else:
-    design = Design(64, 16, 8, 8, None, "adaptive", "split", "frame", "axial")
+    design = Design([16], [], 1, 8, 8, None, "adaptive", "split", "frame", "axial")
     module = Level(design, 16, 16, "time")
     video = torch.randn(1, 3, 4, 4, 16, requires_grad=True)
     given, backend = (video, torch.randn(1, 1, 64), video.detach()), "inductor"

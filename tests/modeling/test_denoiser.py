@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from vidfill.errors import BadInput
-from vidfill.modeling.denoiser import SHIPPED_FOLDER, Denoiser, LatentSpace, parse_record
+from vidfill.modeling.autoencoder import SHIPPED_WEIGHTS
+from vidfill.modeling.denoiser import Denoiser, LatentSpace, parse_record
 from vidfill.modeling.diffusion import add_noise, ddim_step, ddpm_step, expand, target_of, to_flow
 from vidfill.modeling.noise import (
     DiffusionConfig,
@@ -291,7 +292,7 @@ def test_a_denoiser_of_an_impossible_process_is_refused() -> None:
         small_denoiser(process="flow")
 
 
-SHIPPED_RECORD = json.loads((SHIPPED_FOLDER / "model_index.json").read_text())
+SHIPPED_RECORD = json.loads((SHIPPED_WEIGHTS / "inpaint" / "model_index.json").read_text())
 FIELDS = [(part, name) for part in ("diffusion", "latents") for name in SHIPPED_RECORD[part]]
 IDENTITY_FIELDS = [("latents", "autoencoder", name) for name in IDENTITY]
 JSON = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)

@@ -148,7 +148,7 @@ def test_levels_fall_from_below_one_to_no_less_than_zero(timesteps: int, changes
         ({"normalise": False, "ablate_scale": 0.0}, "diffusion.ablate_scale is 0.0: give"),
         ({"shift": 3.0}, "diffusion.shift is 3.0: only a flow has one; .* process 'flow'"),
         ({"beta_schedule": "cosine", "beta_end": 0.02}, "diffusion.beta_end is 0.02: cosine has"),
-        ({"beta_start": 0.0}, "diffusion.beta_start is 0.0: give a number above 0"),
+        ({"beta_start": 0.0}, "diffusion.beta_start is 0.0: give more than 0"),
         ({"beta_start": 0.03}, r"diffusion.beta_end is 0.02: .* from beta_start \(0.03\)"),
         ({"beta_end": 1.0}, "diffusion.beta_end is 1.0: give"),
         ({"beta_end": math.nan}, "diffusion.beta_end is nan: give"),

@@ -266,7 +266,10 @@ def test_a_network_that_cannot_be_is_refused_in_one_line(
 
 
 @every_kind
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "precision",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+)
 def test_gradients_are_finite_and_reach_every_parameter(kind: str, precision: torch.dtype) -> None:
     network = small_unet(kind)
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):

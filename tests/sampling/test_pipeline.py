@@ -11,8 +11,13 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from vidfill.errors import BadInput
-from vidfill.modeling.autoencoder import Autoencoder, load_autoencoder
-from vidfill.modeling.denoiser import SHIPPED, SHIPPED_FOLDER, Denoiser
+from vidfill.modeling.autoencoder import (
+    SHIPPED,
+    SHIPPED_WEIGHTS,
+    Autoencoder,
+    load_autoencoder,
+)
+from vidfill.modeling.denoiser import Denoiser
 from vidfill.progress import say_once
 from vidfill.sampling.inpaint import windows
 from vidfill.sampling.inpaint.windows import FillSettings, fill_windows, usual_schedule
@@ -199,6 +204,7 @@ def test_the_folder_is_a_model_for_every_verb(
     assert load_autoencoder(loaded.autoencoder["name"]).sha256 == autoencoder.sha256
 
 
+@pytest.mark.slow
 def test_the_packages_own_autoencoder_is_named_and_not_written(
     denoiser: Denoiser, video: np.ndarray, mask: np.ndarray, tmp_path: Path
 ) -> None:
@@ -254,9 +260,9 @@ def test_a_folder_says_which_schedule_is_its_usual_one(
 def test_the_packages_own_model_fills_at_once_and_is_small(
     video: np.ndarray, mask: np.ndarray, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    files = [file for file in SHIPPED_FOLDER.rglob("*") if file.is_file()]
+    files = [file for file in (SHIPPED_WEIGHTS / "inpaint").rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 10e6
-    assert (SHIPPED_FOLDER / "README.md").is_file()
+    assert (SHIPPED_WEIGHTS / "inpaint" / "README.md").is_file()
     say_once.cache_clear()
     pipe = VideoInpaintPipeline.from_pretrained(SHIPPED)
     assert "the package's own small model" in capfd.readouterr().err
@@ -272,6 +278,7 @@ def assert_near(ours: np.ndarray, theirs: np.ndarray, most: int) -> None:
     assert np.abs(ours.astype(int) - theirs).max() <= most
 
 
+@pytest.mark.slow
 def test_a_variant_in_half_precision_loads(
     pipe: VideoInpaintPipeline, video: np.ndarray, mask: np.ndarray, tmp_path: Path
 ) -> None:

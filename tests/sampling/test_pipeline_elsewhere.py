@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from vidfill.modeling.denoiser import SHIPPED_FOLDER
+from vidfill.modeling.autoencoder import SHIPPED_WEIGHTS
 from vidfill.sampling.pipeline import VideoInpaintPipeline
 
 pytestmark = pytest.mark.slow
@@ -63,7 +63,9 @@ def test_saved_and_loaded_in_a_fresh_process_it_gives_the_same_frames(
 ) -> None:
     expected = pipe(video, mask, num_samples=2, output_type="np").frames
     pipe.save_pretrained(tmp_path / "model")
-    run_apart(tmp_path, READER, {"video": video, "mask": mask}, "model", str(SHIPPED_FOLDER))
+    run_apart(
+        tmp_path, READER, {"video": video, "mask": mask}, "model", str(SHIPPED_WEIGHTS / "inpaint")
+    )
     for by_diffusers_and_by_us in ("0.npy", "1.npy"):
         assert np.array_equal(np.load(tmp_path / by_diffusers_and_by_us), expected)
 

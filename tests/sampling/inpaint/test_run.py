@@ -195,6 +195,7 @@ def test_killed_and_continued_equals_uninterrupted(
     assert not work.folder.exists()
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_any_window_changes_nothing(
     configure: InpaintConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_damaged_window_is_named(
         inpaint(configure)
 
 
+@pytest.mark.slow
 def test_samples_are_all_kept_or_the_one_with_the_smallest_steps(
     configure: InpaintConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

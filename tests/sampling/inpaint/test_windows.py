@@ -178,6 +178,7 @@ def test_a_mask_that_hides_everything_is_filled(
     np.testing.assert_array_equal(ours, other)
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_together_and_alone_and_differ(
     denoiser: Denoiser, autoencoder: Autoencoder
 ) -> None:
