@@ -57,15 +57,6 @@ class Design:
         """Attention heads at a level of that width."""
         return self.heads or channels // self.head_channels
 
-    def head_width(self, channels: int) -> int:
-        """Channels of an attention head at a level of that width."""
-        return channels // self.heads_of(channels)
-
-    @property
-    def rotates_axes(self) -> bool:
-        """Whether heads are rotated by the positions along each of three axes."""
-        return self.positions == "axial" or self.conditioning == "cross_attention"
-
 
 def timestep_embedding(
     timestep: Num[Tensor, "batch *frames"], channels: int

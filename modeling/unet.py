@@ -278,6 +278,7 @@ def _check_attention(design: Design) -> None:
 def _check_widths(design: Design) -> None:
     divisors = {"norm_groups": design.norm_groups}
     divisors |= {"heads": design.heads} if design.heads else {"head_channels": design.head_channels}
+    rotates_axes = design.positions == "axial" or design.conditioning == "cross_attention"
     for width in design.widths:
         for name, divisor in divisors.items():
             if width % divisor:
@@ -285,8 +286,9 @@ def _check_widths(design: Design) -> None:
                     f"block_out_channels has {width}, which is no multiple of {name} ({divisor}): "
                     f"give multiples of it, or another {name}"
                 )
-        if design.rotates_axes and (design.head_width(width) % 2 or design.head_width(width) < 6):
+        channels = width // design.heads_of(width)
+        if rotates_axes and (channels % 2 or channels < 6):
             raise BadInput(
-                f"heads of {design.head_width(width)} channels cannot tell three axes apart: "
+                f"heads of {channels} channels cannot tell three axes apart: "
                 "give an even head_channels of at least 6, or fewer heads"
             )

@@ -6,16 +6,15 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ..data.masks import latent_mask
 from ..data.shards.format import Example
 from ..errors import BadInput
 from ..modeling.autoencoder import Autoencoder, to_frames
 from ..modeling.denoiser import Denoiser
+from ..modeling.diffusion import LatentMask, Latents
 from .metrics.pixels import Frames, composite
-from .sampler import Batch, Condition, Known, Latents, Request, sample
+from .sampler import ClipLatents, Condition, Known, Request, sample
 from .schedules.language import parse
 from .schedules.program import compile_schedule
 
@@ -69,14 +68,14 @@ def known_of(denoiser: Denoiser, example: Example) -> Known:
     return Known(denoiser.normalise(masked_latents)[0], hole[0])
 
 
-def _masked(denoiser: Denoiser, example: Example) -> tuple[Batch, Float[Tensor, "1 frames 1 h w"]]:
+def _masked(denoiser: Denoiser, example: Example) -> tuple[Latents, LatentMask]:
     device = next(denoiser.network.parameters()).device
     masked_latents = torch.from_numpy(example.masked_latents).float()
     hole = latent_mask(example.mask, *masked_latents.shape[-2:])
     return masked_latents[None].to(device), hole[None].to(device)
 
 
-def decode_result(autoencoder: Autoencoder, example: Example, latents: Latents) -> Frames:
+def decode_result(autoencoder: Autoencoder, example: Example, latents: ClipLatents) -> Frames:
     """Decode latents, and put the example's own pixels outside its hole.
 
     Raises:

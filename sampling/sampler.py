@@ -21,24 +21,22 @@ from torch import Tensor
 from .. import seeding
 from ..errors import BadInput
 from ..modeling.denoiser import Denoiser
-from ..modeling.diffusion import add_noise, expand, renoise
+from ..modeling.diffusion import Latents, add_noise, expand, renoise
 from .schedules.language import Term
 from .schedules.program import CLEAN, Kind, Program, Transition
 from .schedules.solvers import SOLVERS, StepInputs
 
-Latents = Float[Tensor, "frames channels h w"]
+ClipLatents = Float[Tensor, "frames channels h w"]
 Condition = Float[Tensor, "frames condition h w"]
-LatentMask = Float[Tensor, "frames 1 h w"]
-Batch = Float[Tensor, "batch frames channels h w"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Known:
     """What a program that injects puts where the mask shows it."""
 
-    latents: Latents
+    latents: ClipLatents
     """Normalised; those in the hole are not used."""
-    mask: LatentMask
+    mask: Float[Tensor, "frames 1 h w"]
     """The hole's share of each latent: 0 where the latents are known."""
 
 
@@ -66,7 +64,7 @@ class Completion:
     """What a trajectory gives."""
 
     request: Request
-    latents: Latents
+    latents: ClipLatents
     """As the autoencoder scales them."""
     seconds: float
     """Its share of the network's wall time: each call's time is split evenly over its slots."""
@@ -202,7 +200,7 @@ class _Slots:
         solver = trajectory.request.program.schedule.solver
         return solver, trajectory.transitions[0].order, trajectory.midway
 
-    def _evaluate(self, slots: list[int]) -> Batch:
+    def _evaluate(self, slots: list[int]) -> Latents:
         """The clean estimates of these slots."""
         timestep = torch.tensor([self.running[slot].level for slot in slots])
         began = self._clock()
@@ -222,7 +220,7 @@ class _Slots:
             torch.cuda.synchronize(self.latents.device)
         return time.perf_counter()
 
-    def _down(self, slots: list[int], clean_before: Batch) -> None:
+    def _down(self, slots: list[int], clean_before: Latents) -> None:
         """Take one step of one solver, or, of a step with two evaluations, the half of it."""
         term, order, midway = self._step_of(slots[0])
         solver, options = SOLVERS[term.name], dict(term.options)
@@ -270,7 +268,7 @@ class _Slots:
         shown = torch.stack(hole).to(noise) == 0
         self._put(slots, torch.where(shown, noised, self.latents[slots]))
 
-    def _put(self, slots: list[int], states: Batch) -> None:
+    def _put(self, slots: list[int], states: Latents) -> None:
         self.latents[slots] = states.to(self.latents.dtype)
 
     def _take(self, slots: list[int]) -> tuple[list[Transition], Tensor, Tensor]:
@@ -284,7 +282,7 @@ class _Slots:
         """In float64: 1 − ᾱ is 1e-4 at the lowest level, of which float32 keeps three digits."""
         return expand(self.denoiser.alpha_bar(torch.tensor(levels, device=self.latents.device)))
 
-    def _draw_above_clean(self, slots: list[int], transitions: list[Transition]) -> Batch:
+    def _draw_above_clean(self, slots: list[int], transitions: list[Transition]) -> Latents:
         """Noise for the slots whose transitions end above the clean level, zeros for the others."""
         noise = torch.zeros_like(self.latents[slots])
         noised = [row for row, each in enumerate(transitions) if each.target != CLEAN]
@@ -292,7 +290,7 @@ class _Slots:
             noise[noised] = self._draw([slots[row] for row in noised])
         return noise
 
-    def _draw(self, slots: list[int]) -> Batch:
+    def _draw(self, slots: list[int]) -> Latents:
         noise = []
         for slot in slots:
             trajectory = self.running[slot]
@@ -300,7 +298,7 @@ class _Slots:
             trajectory.draws += 1
         return torch.stack(noise).to(self.latents)
 
-    def _noise(self, request: Request, draw: int) -> Latents:
+    def _noise(self, request: Request, draw: int) -> ClipLatents:
         shape = self.latents.shape[1:]
         if request.frames is None:
             return torch.randn(shape, generator=seeding.generator(self.seed, request.key, draw))

@@ -36,7 +36,7 @@ GREY = (128, 128, 128)  # fills the hole of a window in which nothing is visible
 
 @dataclass(frozen=True)
 class FillSettings:
-    """How holes are filled, and by which networks.
+    """How holes are filled, and by which networks; for the options see `InpaintConfig`.
 
     Raises:
         BadInput: A setting is out of range.
@@ -49,13 +49,9 @@ class FillSettings:
     samples: Sequence[int] = (0,)
     """The numbers of the completions: each has its own noise, whatever the others are."""
     size: FrameSize | None = None
-    """The network's input has about this many pixels; None takes the size it was trained on."""
     overlap: int | None = None
-    """Frames that a window takes over from the one before; None takes a quarter of its length."""
     feather: int = FEATHER
-    """Pixels, from the hole's border inwards, over which the result blends into what is around."""
     colour_match: bool = True
-    """Whether the result is shifted in colour by what it is off around the hole."""
     on_evaluations: Callable[[int], object] = lambda count: None
     """Called after each network call with the number of evaluations in it."""
 

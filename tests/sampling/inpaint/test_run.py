@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from vidfill.data.videos import read_frames, read_video, write_video
+from vidfill.data.videos import Frames, Masks, read_frames, read_video, write_video
 from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import Autoencoder, load_autoencoder
 from vidfill.modeling.denoiser import Denoiser
@@ -26,7 +26,6 @@ from vidfill.sampling.inpaint.run import (
 )
 from vidfill.sampling.inpaint.unfinished import UnfinishedWork
 from vidfill.sampling.inpaint.windows import fill_windows
-from vidfill.sampling.metrics.pixels import Frames, Mask
 
 LENGTH = 8  # frames of a window
 HEIGHT, WIDTH = 26, 38
@@ -67,7 +66,7 @@ def make_images(folder: Path, frames: int) -> Path:
     return folder
 
 
-def make_masks(folder: Path, mask: Mask) -> str:
+def make_masks(folder: Path, mask: Masks) -> str:
     folder.mkdir()
     for index, hole in enumerate(mask):
         Image.fromarray(hole * np.uint8(255)).save(folder / f"{index:03}.png")
@@ -78,7 +77,7 @@ def read(path: Path) -> Frames:
     return np.stack(list(read_frames(path)))
 
 
-def rectangle(frames: int) -> Mask:
+def rectangle(frames: int) -> Masks:
     mask = np.zeros((frames, HEIGHT, WIDTH), np.uint8)
     mask[:, 5:15, 9:23] = 1
     return mask

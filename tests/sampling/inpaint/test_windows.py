@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from vidfill.data.masks import fill_hole, latent_mask
-from vidfill.data.videos import FrameSize
+from vidfill.data.videos import Frames, FrameSize, Masks
 from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import Autoencoder, to_frames, to_pixels
 from vidfill.modeling.denoiser import Denoiser
@@ -22,7 +22,7 @@ from vidfill.sampling.inpaint.windows import (
     hide,
     plan_boxes,
 )
-from vidfill.sampling.metrics.pixels import Frames, Mask, composite
+from vidfill.sampling.metrics.pixels import composite
 from vidfill.sampling.sampler import Known, Request, sample
 from vidfill.sampling.schedules.language import parse
 from vidfill.sampling.schedules.program import compile_schedule
@@ -43,7 +43,7 @@ def make_settings(denoiser: Denoiser, autoencoder: Autoencoder, **settings: obje
     return FillSettings(denoiser, autoencoder, program, **settings)  # type: ignore[arg-type]
 
 
-def make_video(frames: int, height: int = 16, width: int = 16) -> tuple[Frames, Mask]:
+def make_video(frames: int, height: int = 16, width: int = 16) -> tuple[Frames, Masks]:
     """Noise under a hole that moves."""
     random = np.random.default_rng(frames)
     video = random.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
@@ -54,14 +54,14 @@ def make_video(frames: int, height: int = 16, width: int = 16) -> tuple[Frames, 
 
 
 def run(
-    video: Frames, mask: Mask, denoiser: Denoiser, autoencoder: Autoencoder, **settings: object
+    video: Frames, mask: Masks, denoiser: Denoiser, autoencoder: Autoencoder, **settings: object
 ) -> Frames:
     settings = make_settings(denoiser, autoencoder, **settings)
     windows = fill_windows(zip(video, mask, strict=True), settings)
     return np.stack([frame for window in windows for frame in window.frames[0]])
 
 
-def plain(video: Frames, mask: Mask, denoiser: Denoiser, autoencoder: Autoencoder) -> Frames:
+def plain(video: Frames, mask: Masks, denoiser: Denoiser, autoencoder: Autoencoder) -> Frames:
     """The sampler alone, on a clip of its own length and size."""
     masked_latents = autoencoder.encode(to_pixels(fill_hole(video, mask))[None])
     hole = latent_mask(mask, *masked_latents.shape[-2:])[None]
