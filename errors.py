@@ -20,10 +20,15 @@ def describe(error: Exception) -> str:
         return str(error)
     if hasattr(error, "errors"):  # a pydantic.ValidationError: its first fault
         fault = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] in ("missing", "json_invalid"):  # where the value is the whole record
-            return f"{field}: {fault['msg']}".removeprefix(": ")
-        return f"{field or 'it'} is {fault['input']!r:.80}: {fault['msg']}"
+        kind, said = fault["type"], fault["msg"].removeprefix("Value error, ")
+        field = ".".join(map(str, fault["loc"]))
+        if "missing" in kind:
+            return f"field {field} is missing"
+        if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+            return f"field {field} is unknown"
+        if kind in ("value_error", "json_invalid"):  # where the value is the whole record
+            return f"{field}: {said}".removeprefix(": ")
+        return f"{field or 'it'} is {fault['input']!r:.80}: {said}"
     # A full disk comes without the file's name, and a library's own OSError without either.
     known = [error.filename, error.strerror] if isinstance(error, OSError) else []
     said = ": ".join(str(part) for part in known if part)

@@ -41,9 +41,7 @@ def hold(folder: Path, patience: float = 0.0) -> Iterator[None]:
     It locks a file there, since network file systems do not lock folders. On a file system without
     locks it keeps nobody out.
 
-    Args:
-        folder: It exists.
-        patience: Seconds to wait for the other job to end; a lost node's lock outlives it.
+    `patience` is how many seconds to wait for the other job; a lost node's lock outlives it.
 
     Raises:
         BadInput: another job is at work there.
@@ -55,10 +53,8 @@ def hold(folder: Path, patience: float = 0.0) -> Iterator[None]:
             lock.acquire(blocking=False)
         except Timeout:
             if patience > 0:
-                print(
-                    f"another job writes into {folder}: waiting {patience:g} s for it",
-                    file=sys.stderr,
-                )
+                said = f"another job writes into {folder}: waiting {patience:g} s for it"
+                print(said, file=sys.stderr)
             lock.acquire(timeout=patience, poll_interval=min(1.0, patience or 1.0))
     except Timeout:
         raise BadInput(f"another job writes into {folder}: let it end first") from None
@@ -120,14 +116,7 @@ def _flush(path: Path) -> None:
 def in_threads(
     function: Callable[[Item], Result], items: Sequence[Item], threads: int, at_once: int
 ) -> Generator[Result, None, None]:
-    """`map` by threads, which stop when the caller does.
-
-    Args:
-        function: Called with each item.
-        items: Any number of them.
-        threads: How many share them.
-        at_once: Most items that are being worked on or have a result that waits.
-    """
+    """`map` by threads, which stop when the caller does; `at_once` bounds the results that wait."""
     from concurrent.futures import ThreadPoolExecutor
 
     pool = ThreadPoolExecutor(threads)

@@ -28,23 +28,18 @@ REMEDIES = {
     "less_than": "less than {lt}",
     "less_than_equal": "{le} or less",
     "literal_error": "one of {expected}",
-    "multiple_of": "a multiple of {multiple_of}",
     "too_short": "{min_length} or more of them",
     "too_long": "{max_length} of them",
 }
 
 
 def check(config: Any, prefix: str = "") -> None:
-    """Refuse a configuration with a value that the type of its field does not allow.
+    """Refuse a dataclass, at any depth, with a value that the type of its field does not allow.
 
     A command line and a configuration made in Python are held to the same types.
 
-    Args:
-        config: An instance of a dataclass; dataclasses within it are checked too.
-        prefix: What the message puts before a field's name, as "diffusion.".
-
     Raises:
-        BadInputEverywhere: Naming the first such field, its value and the remedy.
+        BadInputEverywhere: It names the first such field, after `prefix`, its value and the remedy.
     """
     from pydantic import TypeAdapter, ValidationError
 

@@ -41,11 +41,8 @@ class Crew:
         self, job: str, store: distributed.Store, rank: int, size: int, hosts: bool
     ) -> None:
         """`hosts` says that the store ends with this process."""
-        self._job = job
-        self._store = store
-        self._hosts = hosts
-        self.rank = rank
-        self.size = size
+        self._job, self._store, self._hosts = job, store, hosts
+        self.rank, self.size = rank, size
 
     @classmethod
     def join(cls, job: str) -> Crew:
@@ -75,13 +72,8 @@ class Crew:
         # A launcher that starts its processes again may keep the store.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(
-            job,
-            distributed.PrefixStore(f"vidfill {job} {attempt}", store),
-            rank,
-            size,
-            hosts=rank == 0 and not launcher_hosts,
-        )
+        prefixed = distributed.PrefixStore(f"vidfill {job} {attempt}", store)
+        return cls(job, prefixed, rank, size, hosts=rank == 0 and not launcher_hosts)
 
     def take(self, queue: str, items: Sequence[Item]) -> Iterator[Item]:
         """This process's part of `items`, one at a time: each goes to whoever asks first."""
@@ -97,10 +89,8 @@ class Crew:
     def tally(self, description: str, total: int, unit: str, done: int = 0) -> Iterator[Tally]:
         """Count what all processes do; the first one shows it."""
         shows = self.rank == 0 and done < total
-        with contextlib.ExitStack() as stack:
-            progress = Progress()
-            if shows:
-                progress = stack.enter_context(show_progress(description, total, unit, done))
+        shown = show_progress(description, total, unit, done)
+        with shown if shows else contextlib.nullcontext(Progress()) as progress:
             tally = Tally(self, description, unit, progress)
             yield tally
             tally.tell()
@@ -207,8 +197,7 @@ class Tally:
 def wait_until_visible(find_missing: Callable[[], str]) -> None:
     """Wait until this node sees what another process wrote to a shared file system.
 
-    Args:
-        find_missing: Names what is not there yet; "" once all is.
+    `find_missing` names what is not there yet; "" once all is.
 
     Raises:
         BadInput: something does not appear.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import sys
 import time
@@ -74,7 +75,7 @@ class _Lines(Progress):
         self._printed = now
         elapsed = now - self._began
         rate = (self._done - self._first) / max(elapsed, 1e-9)
-        left = (self._total - self._done) / max(rate, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-6)
         print(
             f"{self._description}: {self._done}/{self._total} {self._unit}, "
             f"{_clock(elapsed)} elapsed, {_clock(left)} left {note}".rstrip(),
@@ -84,6 +85,4 @@ class _Lines(Progress):
 
 
 def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+    return str(datetime.timedelta(seconds=round(seconds)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from annotated_types import Interval
+from annotated_types import Gt, Interval
 from jaxtyping import Float16, UInt8
 from pydantic import (
     AllowInfNan,
@@ -32,7 +32,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as record
 from typing_extensions import TypedDict
 
-from ...errors import BadInput
+from ...errors import BadInput, describe
 
 FORMAT = 2
 TRAINING = ("latents", "masked_latents", "latent_mask", "log_variance")  # arrays, in their order
@@ -50,7 +50,7 @@ EXACT, OPEN = ConfigDict(extra="forbid"), ConfigDict(extra="allow")
 Record = TypeVar("Record")
 
 Text = str | bytes
-Latents = Float16[np.ndarray, "frames channels h w"]
+StoredLatents = Float16[np.ndarray, "frames channels h w"]
 
 
 class DamagedShard(BadInput):
@@ -70,16 +70,16 @@ class DamagedShard(BadInput):
 class Example:
     """One clip as the shards hold it.
 
-    Latents are those of the posterior's mean; `mask` is 1 in the hole.
+    StoredLatents are those of the posterior's mean; `mask` is 1 in the hole.
     """
 
     key: str
-    latents: Latents
-    masked_latents: Latents
+    latents: StoredLatents
+    masked_latents: StoredLatents
     mask: UInt8[np.ndarray, "frames height width"]
     record: dict[str, Any]
     pixels: UInt8[np.ndarray, "frames height width 3"] | None = None
-    log_variance: Latents | None = None
+    log_variance: StoredLatents | None = None
 
 
 @record(frozen=True, config=EXACT)
@@ -132,12 +132,8 @@ class ShardIndex:
 
     @classmethod
     def from_json(cls, text: Text) -> ShardIndex:
-        """Read an index.
-
-        Raises:
-            ValueError: one line, naming the field that is missing or wrong.
-        """
-        return parse_record(cls, load_json(text))
+        """Read an index; ValueError names the field that is missing or wrong, in one line."""
+        return _parse(cls, text)
 
 
 @record(frozen=True, config=EXACT)
@@ -169,7 +165,7 @@ class _Autoencoder(TypedDict):
     name: Name
     kind: StrictStr
     sha256: StrictStr
-    scaling_factor: Finite
+    scaling_factor: Annotated[Finite, Gt(0)]
     downsampling: PositiveCount
     channels: PositiveCount
 
@@ -218,6 +214,13 @@ class Manifest:
     skipped: Count  # videos
     format: int = FORMAT
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_format(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and (found := fields.get("format")) != FORMAT:
+            raise ValueError(f"format is {found!r:.80}, this version reads {FORMAT}")
+        return fields
+
     @model_validator(mode="after")
     def _check(self) -> Manifest:
         channels = self.latent_shape[1]
@@ -232,50 +235,18 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: Text, where: str | Path) -> Manifest:
-        """Read a manifest and check it.
-
-        Raises:
-            BadInput: naming the field of `where` that is missing or wrong.
-        """
-        try:
-            fields = load_json(text)
-            if not isinstance(fields, dict) or "format" not in fields:
-                raise ValueError("no field format: this is no manifest")
-            if fields["format"] != FORMAT:
-                raise ValueError(f"format is {fields['format']!r:.80}, this version reads {FORMAT}")
-            return parse_record(cls, fields)
-        except ValueError as error:
-            raise BadInput(f"{where}: {error}; encode again") from None
+    def from_json(cls, text: Text) -> Manifest:
+        """Read a manifest; ValueError names the field that is missing or wrong, in one line."""
+        return _parse(cls, text)
 
 
-def load_json(text: Text) -> Any:
-    """What a JSON text holds; ValueError, one line, where it is none."""
+def _parse(kind: type[Record], text: Text) -> Record:
     try:
-        return json.loads(text)
+        return TypeAdapter(kind).validate_python(json.loads(text))
+    except ValidationError as error:
+        raise ValueError(describe(error)) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({error})") from None
-
-
-def parse_record(kind: type[Record], fields: Any) -> Record:
-    """Make a record of what a JSON file holds.
-
-    Raises:
-        ValueError: one line, naming the first field that is missing or wrong.
-    """
-    try:
-        return TypeAdapter(kind).validate_python(fields)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-    name = ".".join(map(str, fault["loc"]))
-    if "missing" in fault["type"]:
-        raise ValueError(f"field {name} is missing")
-    if "unexpected" in fault["type"]:
-        raise ValueError(f"field {name} is unknown")
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error":
-        raise ValueError(f"{name}: {message}" if name else message)
-    raise ValueError(f"{name or 'it'} is {fault['input']!r:.80}: {message}")
 
 
 def family_of(key: str) -> str:

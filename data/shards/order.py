@@ -2,20 +2,14 @@
 
 A position counts examples from the start of the first epoch: position p is turn p mod N of epoch
 p div N. The order is a pure function of (seed, epoch, examples of each shard, lanes, block), and
-constant time leads from any position to its example:
+constant time leads from any position to its example. docs/data.md ("The order") specifies it: an
+epoch's shards, sorted by a hash, are laid end to end and cut into lanes, whose blocks of examples
+are permuted; turn t reads lane t mod lanes at its offset t div lanes, and a tail comes last.
 
-1. An epoch sorts the shards by a hash and lays their N examples end to end.
-2. That row is cut into `lanes` lanes of L = N div lanes examples; what remains is the tail.
-3. A lane's examples are permuted by another hash, `block` of them at a time.
-4. Turn t reads lane t mod lanes at its offset t div lanes; the tail comes last.
-
-Why so. The slots of a batch, sorted by lane, are cut into one contiguous run for each process, so
-that a node of several processes reads about lanes / nodes lanes, and a shard, which lies in one
-lane or at the seam of two, goes to about one node; a batch size that is a multiple of `lanes`, or
-divides it, makes that exact but for the batch between two epochs. Two examples of one shard are at
-least `lanes` positions apart within a lane, so a batch mixes as many shards as there are lanes.
-What is open at a time is one block a lane, two while it moves on: that bounds the cache, and what a
-resume reads again. A lane goes through its shards once, so each is fetched once an epoch.
+So a shard, which lies in one lane or at the seam of two, goes to about one node, and a lane goes
+through its shards once: each is fetched once an epoch. What is open at a time is one block a lane,
+two while it moves on: that bounds the cache, and what a resume reads again. Two examples of one
+shard are at least `lanes` positions apart within a lane, so a batch mixes as many shards.
 
 The hash is SplitMix64 in integers that wrap, and then a sort: the same on every machine and in
 every version, which library random streams are not. It is a bijection of the number that it
@@ -80,13 +74,9 @@ class Order:
     """The order of all epochs over shards of so many examples."""
 
     def __init__(self, examples: Sequence[int], lanes: int, block: int, seed: int) -> None:
-        """Nothing is computed but the sum: an epoch's table is made when the epoch is asked for.
+        """An epoch's table is made when the epoch is asked for.
 
-        Args:
-            examples: Of each shard, by its number; 0 is allowed.
-            lanes: Of the manifest, 1 or more.
-            block: Examples of a lane that are permuted at a time, 1 or more.
-            seed: Another seed is another order.
+        Some of `examples` may be 0. `lanes` and `block` are the manifest's, both 1 or more.
         """
         counts = np.asarray(examples, dtype=np.int64)
         self.lanes, self.block = lanes, block
@@ -132,13 +122,7 @@ class Order:
         return padded
 
     def lanes_read(
-        self,
-        first: int,
-        last: int,
-        batch_size: int,
-        first_process: int,
-        count: int,
-        processes: int,
+        self, first: int, last: int, batch_size: int, first_process: int, count: int, processes: int
     ) -> frozenset[int]:
         """Lanes that a node's `count` processes read at the positions `first` to `last`.
 
@@ -161,11 +145,8 @@ class Order:
         """The uses of shards from `position` on, without end, sorted by `first`.
 
         Block b of all lanes is one stretch of positions; behind the last one comes the tail. A
-        shard whose examples in a block all lie before `position` is not used.
-
-        Args:
-            position: The first that is still to be read.
-            lanes_of: The lanes that matter in a stretch, from its first and last position.
+        shard whose examples in a block all lie before `position` is not used. `lanes_of` names the
+        lanes that matter in a stretch, from its first and last position.
         """
         while True:
             epoch, turn = divmod(position, self.examples)

@@ -1,25 +1,8 @@
-"""Shards: plain WebDataset tars of encoded clips, with an index to reach each and a manifest.
+"""Shards, read: plain WebDataset tars of encoded clips, an index to reach each, and a manifest.
 
-A split is a folder, on a disk or behind a URL:
-
-    manifest.json             what its latents are, and every shard's size; written last
-    shard-000000.tar          the members of its examples, one example after the other
-    shard-000000.index.json   where each member lies, its checksum, and the shard's moments
-    skipped.jsonl             the videos that gave no clip, and why
-
-The members of an example, in this order:
-
-    KEY.latents.npy           float16 [frames, channels, h, w], scaled, never clamped
-    KEY.masked_latents.npy    float16, the same of the masked clip
-    KEY.latent_mask.npy       float16 [frames, 1, h, w], the hidden share of each latent's pixels
-    KEY.log_variance.npy      float16, of the latents; only where the posterior is "moments"
-    KEY.mask.npz              uint8 [frames, height, width], 1 in the hole
-    KEY.json                  where the clip is from, and its mask
-    KEY.pixels.npy            uint8 [frames, height, width, 3]; only where pixels are kept
-
-The first three or four are what training reads. Their sizes are the same in every example, so that
-one read of one span of bytes brings all of them. Names follow from numbers and keys: nothing here
-names a path. Nothing is ever unpickled. docs/data.md is the format's specification.
+docs/data.md specifies the format. What training reads of an example has the same size in every
+example, and lies together, so that one read of one span of bytes brings all of it. Names follow
+from numbers and keys: nothing in a split names a path. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -44,9 +27,8 @@ from torch import Tensor
 
 from ...errors import BadInput
 from ...files import hide_secrets
-from ..storage.cache import NodeCache
 from ..storage.names import MANIFEST, index_name, shard_name
-from ..storage.store import CacheConfig, LocalStore, open_store
+from ..storage.store import CacheConfig, Store, open_store
 from ..storage.transfer import WrongFile
 from .format import TRAINING, DamagedShard, Example, Manifest, ShardIndex, in_blocks
 
@@ -81,7 +63,7 @@ class ExampleLayout:
         arrays, offset = {}, 0
         for name in names:
             shape = (frames, 1 if name == "latent_mask" else channels, h, w)
-            data = offset + _npy_header_size(shape)
+            data = offset + len(npy_header(shape))
             arrays[name] = ArrayPlace(offset, data, data + math.prod(shape) * 2, shape)
             span = offset + in_blocks(arrays[name].size)
             offset = span + tarfile.BLOCKSIZE  # the next member's own header
@@ -98,22 +80,19 @@ class ExampleLayout:
         }
 
 
-def _npy_header_size(shape: tuple[int, ...]) -> int:
-    empty = np.broadcast_to(np.float16(0), shape)
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """What precedes the values of a float16 array in its .npy."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(empty))
-    return len(buffer.getvalue())
+    fields = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
 
 
 class Shard:
     """One shard, opened to read examples from, by any number of threads."""
 
     def __init__(self, path: Path, number: int, manifest: Manifest) -> None:
-        """Open the shard at `path`, whose index lies beside it.
-
-        Raises:
-            DamagedShard: it is missing, of another size, or its index is not of the manifest.
-        """
+        """Open the shard at `path`, and the index beside it; DamagedShard where either is wrong."""
         self.path, self.number = path, number
         self._manifest, self._layout = manifest, ExampleLayout.of(manifest)
         try:
@@ -141,8 +120,7 @@ class Shard:
     def read_span(self, row: int, into: memoryview) -> None:
         """Copy the training arrays of example `row` into a buffer of `ExampleLayout.bytes` bytes.
 
-        Raises:
-            DamagedShard: the bytes are not those that were written.
+        DamagedShard says that they are not what was written.
         """
         # Once an example of training: what can be known before is not worked out here.
         try:
@@ -155,11 +133,7 @@ class Shard:
             raise self._damage(row, "it has another checksum than its index says")
 
     def read(self, row: int) -> Example:
-        """Example `row` with all its members.
-
-        Raises:
-            DamagedShard: the bytes are not those that were written.
-        """
+        """Example `row` with all its members; DamagedShard where it is not what was written."""
         try:
             example = self._parse(row)
             _check_example(example, self._manifest)
@@ -187,13 +161,11 @@ class Shard:
             len(index.keys) != table.examples[self.number]
         ):
             raise ValueError("it is of another shard than the manifest's")
+        if not index.keys:
+            return
         wanted = {f"{name}.npy" for name in self._layout.arrays} | {"mask.npz", "json"}
-        if index.keys and not wanted <= index.members.keys():
-            raise ValueError(f"it lacks {sorted(wanted - index.members.keys())[0]}")
-        if index.keys:
-            self._check_places(index)
-
-    def _check_places(self, index: ShardIndex) -> None:
+        if lacking := wanted - index.members.keys():
+            raise ValueError(f"it lacks {min(lacking)}")
         starts = np.array(index.members["latents.npy"].offsets, dtype=np.int64)
         for name, place in self._layout.arrays.items():
             column = index.members[f"{name}.npy"]
@@ -234,14 +206,14 @@ class Shard:
 
 def _check_example(example: Example, manifest: Manifest) -> None:
     clip = (manifest.clip["frames"], manifest.clip["height"], manifest.clip["width"])
-    expected: list[tuple[str, np.ndarray | None, tuple[int, ...], type]] = [
-        ("latents", example.latents, manifest.latent_shape, np.float16),
-        ("masked_latents", example.masked_latents, manifest.latent_shape, np.float16),
-        ("mask", example.mask, clip, np.uint8),
-        ("pixels", example.pixels, (*clip, 3), np.uint8),
-        ("log_variance", example.log_variance, manifest.latent_shape, np.float16),
-    ]
-    for name, array, shape, dtype in expected:
+    latents = (manifest.latent_shape, np.float16)
+    expected: dict[str, tuple[tuple[int, ...], type]] = {
+        **dict.fromkeys(("latents", "masked_latents", "log_variance"), latents),
+        "mask": (clip, np.uint8),
+        "pixels": ((*clip, 3), np.uint8),
+    }
+    for name, (shape, dtype) in expected.items():
+        array = getattr(example, name)
         if array is not None and (array.shape != shape or array.dtype != dtype):
             raise ValueError(
                 f"{name} is {array.dtype} {list(array.shape)}, "
@@ -255,10 +227,7 @@ class ShardedDataset:
     def __init__(self, root: str | Path, split: str, cache: CacheConfig | None = None) -> None:
         """Open `root`/`split`: its manifest is read, its shards are not looked at.
 
-        Args:
-            root: A folder, or a URL that fsspec opens.
-            split: Its name.
-            cache: Where the shards behind a URL are kept while they are in use.
+        `root` is a folder, or a URL that fsspec opens.
 
         Raises:
             BadInput: there is no such split, or its manifest is damaged.
@@ -275,12 +244,7 @@ class ShardedDataset:
         return self.manifest.examples
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index` in the shards' order.
-
-        Raises:
-            IndexError: `index` is not in 0 to len - 1.
-            DamagedShard: it is not what was written.
-        """
+        """Example `index` in the shards' order; DamagedShard where it is not what was written."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -306,11 +270,7 @@ class ShardedDataset:
         return shard
 
     def renew(self, number: int) -> bool:
-        """Have a shard fetched again that was damaged in the cache.
-
-        Returns:
-            Whether it may be whole now: not where it is read in place, and only once.
-        """
+        """Whether a damaged shard is fetched again: once, and only where there is another copy."""
         with self._lock:
             if number in self._renewed or not self.store.discard(number):
                 return False
@@ -320,31 +280,26 @@ class ShardedDataset:
 
     def _open_shard(self, number: int) -> Shard:
         try:
-            return Shard(self._bring(number), number, self.manifest)
-        except DamagedShard:
-            if not self.renew(number):
-                raise
-            return Shard(self._bring(number), number, self.manifest)
-
-    def _bring(self, number: int) -> Path:
-        try:
-            return self.store.path(number)
+            return Shard(self.store.path(number), number, self.manifest)
         except WrongFile as error:
             where = self.store.describe(shard_name(number))
             raise DamagedShard(where, error.reason, number) from None
+        except DamagedShard:
+            if not self.renew(number):
+                raise
+        return self._open_shard(number)
 
     @functools.cached_property
     def keys(self) -> list[str]:
         """The examples' keys in the shards' order; every shard's index is read for them."""
-        filled = [number for number, count in enumerate(self.manifest.shards.examples) if count]
-        return [key for number in filled for key in self._read_index(number).keys]
-
-    def _read_index(self, number: int) -> ShardIndex:
-        name = index_name(number)
-        try:
-            return ShardIndex.from_json(self.store.read(name))
-        except (FileNotFoundError, ValueError) as error:
-            raise DamagedShard(self.store.describe(name), str(error), number) from error
+        keys: list[str] = []
+        for number in np.flatnonzero(self.manifest.shards.examples).tolist():
+            name = index_name(number)
+            try:
+                keys += ShardIndex.from_json(self.store.read(name)).keys
+            except (FileNotFoundError, ValueError) as error:
+                raise DamagedShard(self.store.describe(name), str(error), number) from error
+        return keys
 
 
 def has_split(root: str | Path, split: str) -> bool:
@@ -356,7 +311,7 @@ def has_split(root: str | Path, split: str) -> bool:
     return True
 
 
-def _read_manifest(store: LocalStore | NodeCache, root: str | Path, split: str) -> Manifest:
+def _read_manifest(store: Store, root: str | Path, split: str) -> Manifest:
     try:
         content = store.read(MANIFEST)
     except FileNotFoundError:
@@ -364,4 +319,7 @@ def _read_manifest(store: LocalStore | NodeCache, root: str | Path, split: str) 
         remedy = f"it has {', '.join(there)}" if there else "make it with `vidfill encode`"
         place = hide_secrets(str(root))
         raise BadInput(f"{place} holds no encoded split {split!r}: {remedy}") from None
-    return Manifest.from_json(content, store.describe(MANIFEST))
+    try:
+        return Manifest.from_json(content)
+    except ValueError as error:
+        raise BadInput(f"{store.describe(MANIFEST)}: {error}; encode again") from None

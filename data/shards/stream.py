@@ -19,19 +19,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ...errors import BadInput
-from .format import DamagedShard
+from .format import TRAINING, DamagedShard
 from .order import Order
 from .reading import ExampleLayout, ShardedDataset
 
+PREPARED = 3  # batches that are prepared while the caller works on one; more for more threads
 TOGETHER = 32  # batches whose examples are located at a time
-
-
-class SlotPlaces(NamedTuple):
-    """What one process's slots of a batch hold; -1 in a pad."""
-
-    positions: Int64[np.ndarray, " slots"]
-    shards: Int64[np.ndarray, " slots"]
-    rows: Int64[np.ndarray, " slots"]
 
 
 class SkippedExample(NamedTuple):
@@ -111,22 +104,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with float32 tensors of its own on `device`."""
-        arrays = self._buffer.arrays(device) if self._buffer else self._arrays()
+        arrays = {name: getattr(self, name) for name in TRAINING}
+        if self._buffer:
+            arrays = self._buffer.arrays(device)
         return Batch(
             self.keys,
             self.positions,
             self.weights.to(device),
             _buffer=None,
-            **{name: array.to(device).float() for name, array in arrays.items()},
+            **{n: array.to(device).float() for n, array in arrays.items() if array is not None},
         )
-
-    def _arrays(self) -> dict[str, Tensor]:
-        arrays = {
-            "latents": self.latents,
-            "masked_latents": self.masked_latents,
-            "latent_mask": self.latent_mask,
-        }
-        return arrays if self.log_variance is None else arrays | {"log_variance": self.log_variance}
 
 
 class Stream:
@@ -148,20 +135,11 @@ class Stream:
         node: Node | None = None,
         damaged: Literal["stop", "skip"] = "stop",
     ) -> None:
-        """Read as process `process` of `processes`.
+        """Read as process `process` of the `processes` that share each batch of `batch_size`.
 
-        Args:
-            dataset: What to read.
-            batch_size: Examples of a global batch, all processes together.
-            seed: Of the order.
-            process: This process.
-            processes: Those that share each batch; any number.
-            node: The processes of this machine; None asks the launcher's environment.
-            damaged: "stop" raises at an example that is not what was written; "skip" gives it
-                weight 0 and lists it in `skipped`.
-
-        Raises:
-            BadInput: `batch_size` is less than 1.
+        Without a `node` the launcher's environment says which processes are on this machine. An
+        example that is damaged raises DamagedShard where `damaged` is "stop"; where it is "skip" it
+        gets weight 0 and is listed in `skipped`.
         """
         if batch_size < 1:
             raise BadInput(f"batch_size is {batch_size}: give 1 or more")
@@ -180,36 +158,19 @@ class Stream:
         self._lost: dict[int, DamagedShard] = {}  # whole shards, not to be fetched again and again
 
     def batch(self, k: int) -> Batch:
-        """This process's part of global batch `k`: a pure function of `k`, in constant time.
-
-        Raises:
-            DamagedShard: an example is not what was written, and the policy is "stop".
-        """
+        """This process's part of global batch `k`: a pure function of `k`, in constant time."""
         batch, skipped = self._read(k, self._make_buffer(pinned=False), threading.Event())
         self.skipped += skipped
         return batch
 
-    def run(self, first: int, workers: int = 1, ahead: int = 3) -> Generator[Batch, None, None]:
+    def run(self, first: int, workers: int = 1) -> Generator[Batch, None, None]:
         """Batches `first`, `first` + 1, … without end, prepared by threads.
 
         A batch is valid until the next one is asked for: its memory is used again. What `to`
-        returned stays. An error is raised at the batch that has it.
-
-        Args:
-            first: Number of the first batch.
-            workers: Threads. The bytes of the batches do not depend on it.
-            ahead: Batches that are prepared while the caller works on one; at least `workers`.
-
-        Raises:
-            BadInput: `workers` or `ahead` is less than 1.
+        returned stays. An error is raised at the batch that has it. No byte depends on the number
+        of threads, `workers`.
         """
-        for name, value in {"workers": workers, "ahead": ahead}.items():
-            if value < 1:
-                raise BadInput(f"{name} is {value}: give 1 or more")
-        return self._run(first, workers, max(ahead, workers))
-
-    def _run(self, first: int, workers: int, ahead: int) -> Generator[Batch, None, None]:
-        store = self.dataset.store
+        store, ahead = self.dataset.store, max(PREPARED, workers)
         ended = threading.Event()
         pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
         # With a device one more than are in use, so that a batch's copy may still be under way
@@ -278,22 +239,19 @@ class Stream:
         batch = Batch(keys, positions.tolist(), weighed, **buffer.views, _buffer=buffer)
         return batch, skipped
 
-    def _locate(self, first: int) -> list[SlotPlaces]:
-        """What batches `first` to `first` + TOGETHER - 1 hold; one alone would take as long."""
-        shares = [
-            self.order.share(k, self.batch_size, self.process, self.processes)
-            for k in range(first, first + TOGETHER)
-        ]
-        held = np.concatenate(shares)
-        shards, rows = np.full_like(held, -1), np.full_like(held, -1)
-        shards[held >= 0], rows[held >= 0] = self.order.locate(held[held >= 0])
-        slots = len(shares[0])
-        return [
-            SlotPlaces(
-                share, shards[n * slots : (n + 1) * slots], rows[n * slots : (n + 1) * slots]
-            )
-            for n, share in enumerate(shares)
-        ]
+    def _locate(self, first: int) -> Int64[np.ndarray, "batches 3 slots"]:
+        """Positions, shards and rows, -1 in a pad, of the slots of TOGETHER batches from `first`.
+
+        One batch alone would take as long.
+        """
+        numbers = range(first, first + TOGETHER)
+        positions = np.stack(
+            [self.order.share(k, self.batch_size, self.process, self.processes) for k in numbers]
+        )
+        shards, rows = np.full_like(positions, -1), np.full_like(positions, -1)
+        held = positions >= 0
+        shards[held], rows[held] = self.order.locate(positions[held])
+        return np.stack([positions, shards, rows], axis=1)
 
     def _read_example(self, number: int, row: int, into: memoryview) -> str:
         """Copy an example's span into a slot, and return its key."""

@@ -54,8 +54,8 @@ def write_shard(
         bytes=size,
         sha256=sha256,
         values=moments.values,
-        sums=tuple(moments.sums),
-        squares=tuple(moments.squares),
+        sums=tuple(moments.sums.tolist()),
+        squares=tuple(moments.squares.tolist()),
     )
     write_atomically(folder / index_name(number), index.to_json().encode())
     return index
@@ -89,33 +89,25 @@ class Moments:
 
     def __init__(self) -> None:
         self.values = 0
-        self.sums: list[float] = []
-        self.squares: list[float] = []
+        self.sums = self.squares = np.zeros(0)
 
     def add(self, example: Example) -> None:
         mean = example.latents.astype(np.float64)
         square = np.square(mean)
         if example.log_variance is not None:
             square += np.exp(example.log_variance.astype(np.float64))
-        sums, squares = mean.sum(axis=(0, 2, 3)).tolist(), square.sum(axis=(0, 2, 3)).tolist()
-        self.sums = [a + b for a, b in zip(self.sums or [0.0] * len(sums), sums, strict=True)]
-        self.squares = [
-            a + b for a, b in zip(self.squares or [0.0] * len(sums), squares, strict=True)
-        ]
-        self.values += mean.size // len(sums)
+        self.sums = (self.sums if self.values else 0.0) + mean.sum(axis=(0, 2, 3))
+        self.squares = (self.squares if self.values else 0.0) + square.sum(axis=(0, 2, 3))
+        self.values += mean.size // mean.shape[1]
 
 
 def _add_example(tar: tarfile.TarFile, example: Example) -> dict[str, tuple[int, int, str]]:
     if not re.fullmatch(KEY_PATTERN, example.key):
         raise ValueError(f"key {example.key!r} has more than letters, digits, _ and -")
     shrunk = latent_mask(example.mask, *example.latents.shape[-2:]).numpy().astype(np.float16)
-    members = {
-        "latents.npy": _npy(example.latents),
-        "masked_latents.npy": _npy(example.masked_latents),
-        "latent_mask.npy": _npy(shrunk),
-    }
-    if example.log_variance is not None:
-        members["log_variance.npy"] = _npy(example.log_variance)
+    arrays = (example.latents, example.masked_latents, shrunk, example.log_variance)
+    training = zip(TRAINING, arrays, strict=True)
+    members = {f"{name}.npy": _npy(array) for name, array in training if array is not None}
     members["mask.npz"] = _npz(example.mask)
     members["json"] = json.dumps(example.record, sort_keys=True).encode()
     if example.pixels is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ...errors import BadInput
-from .folder import GRACE, PATIENCE, CacheFolder, ShardFiles
+from .folder import CacheFolder, ShardFiles
 from .follower import Follower, ShardUse
 from .job_folder import claim, make_private, remove_abandoned
 from .names import MANIFEST, shard_name
@@ -36,24 +36,14 @@ class NodeCache:
         process: int = 0,
         *,
         temporary: bool = False,
-        patience: float = PATIENCE,
-        grace: float = GRACE,
     ) -> None:
         """Nothing is made or fetched yet.
 
-        Args:
-            remote: The folder of splits.
-            split: The one to keep.
-            folder: Of the cache, for this split alone.
-            gigabytes: As in `CacheConfig`; 1 is 10^9 bytes.
-            process: Which of the node's processes this is.
-            temporary: The folder above is this job's, and is removed when the job is over.
-            patience: Seconds, as `PATIENCE`.
-            grace: Seconds, as `GRACE`.
+        `folder` is for this split alone; where it is `temporary` the folder above is this job's,
+        and is removed when the job is over. `process` is this one's number on the node.
         """
         self._remote, self._split, self._path = remote, split, folder
-        self._process, self._temporary = process, temporary
-        self._settings = (gigabytes, patience, grace)
+        self._gigabytes, self._process, self._temporary = gigabytes, process, temporary
         self._closing, self._stop = threading.Lock(), threading.Event()
         self._folder: CacheFolder | None = None
         self._follower: Follower | None = None
@@ -70,15 +60,10 @@ class NodeCache:
 
     def splits(self) -> list[str]:
         """The splits beside this one, where the server lists its folders."""
-        names = self._remote.folders()
-        return [name for name in names if self._remote.has(f"{name}/{MANIFEST}")]
+        return self._remote.folders_with(MANIFEST)
 
     def expect(self, shards: ShardFiles) -> None:
-        """Say what the manifest says of the shards, and make the folder.
-
-        Raises:
-            BadInput: others could write into the folder.
-        """
+        """Say what the manifest says of the shards, and make the folder, which must be private."""
         if self._temporary:
             claim(self, self._path.parent)
             if self._process == 0:
@@ -116,11 +101,9 @@ class NodeCache:
     def follow(self, uses: Iterator[ShardUse]) -> None:
         """Fetch ahead of need, for all processes of the node, what `uses` will read.
 
-        The first process of the node calls this; the others call `passed` alone. Where another
-        process calls it, it reads a stream of its own, and gets a cache of its own.
-
-        Args:
-            uses: Sorted by `first`; read by other threads, as far as needed.
+        The first process of the node calls this; the others call `passed` alone. Another process
+        that calls it reads a stream of its own, and gets a cache of its own. `uses` are sorted by
+        `first`, and read by other threads, as far as needed.
 
         Raises:
             BadInput: another job follows in the same folder.
@@ -157,4 +140,4 @@ class NodeCache:
 
     def _open_folder(self, path: Path, shards: ShardFiles) -> None:
         make_private(path)
-        self._folder = CacheFolder(self._remote, self._split, path, shards, *self._settings)
+        self._folder = CacheFolder(self._remote, self._split, path, shards, self._gigabytes)

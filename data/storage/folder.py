@@ -71,26 +71,13 @@ class CacheFolder:
         path: Path,
         shards: ShardFiles,
         gigabytes: float,
-        patience: float = PATIENCE,
-        grace: float = GRACE,
     ) -> None:
-        """The folder exists.
-
-        Args:
-            remote: The folder of splits.
-            split: The one that is kept here.
-            path: Of this split alone.
-            shards: What the manifest says of them.
-            gigabytes: As in `CacheConfig`; 1 is 10^9 bytes.
-            patience: Seconds, as `PATIENCE`.
-            grace: Seconds, as `GRACE`.
-        """
+        """The folder `path` exists, and holds shards of this split alone."""
         self.path, self.shards = path, shards
         self.bound = round(gigabytes * 1e9)  # bytes; 0 is none
         self.position: int | None = None  # of this process in the order; None is without an order
         self._remote, self._split = remote, split
-        self._gigabytes, self._patience, self._grace = gigabytes, patience, grace
-        self._kept = KEPT * max(shards.bytes, default=0)
+        self._gigabytes = gigabytes
 
     def entry(self, number: int) -> Path:
         """The folder that holds a shard when it is here."""
@@ -107,13 +94,12 @@ class CacheFolder:
 
     def contents(self) -> Contents:
         """What is here of the manifest's shards."""
-        found = Contents(set(), set(), set())
-        kinds = {"": found.whole, PARTIAL: found.coming, _LOCK: found.asked}
+        found: dict[str, set[int]] = {"": set(), PARTIAL: set(), _LOCK: set()}
         for name in os.listdir(self.path):
             prefix, number = self._parse(name)
             if number is not None:
-                kinds[prefix].add(number)
-        return found._replace(asked=found.asked - found.whole)
+                found[prefix].add(number)
+        return Contents(found[""], found[PARTIAL], found[_LOCK] - found[""])
 
     def is_whole(self, number: int) -> bool:
         """Whether a shard is here; one that lost its end in a crash of the machine is removed."""
@@ -124,8 +110,7 @@ class CacheFolder:
             return False
         if size != self.shards.bytes[number]:
             _remove(entry)
-            return False
-        return True
+        return size == self.shards.bytes[number]
 
     def remove(self, number: int) -> None:
         """Remove a shard; a process that has it open may read on."""
@@ -133,7 +118,7 @@ class CacheFolder:
 
     def evict(self, number: int) -> bool:
         """Remove a shard unless a caller that asked for it may not have opened it yet."""
-        if time.time() - self._asked_at(number) < self._grace:
+        if time.time() - self._asked_at(number) < GRACE:
             return False
         self.remove(number)
         return True
@@ -213,7 +198,7 @@ class CacheFolder:
                 whole, coming, _ = self.contents()
                 room = bound = self.room(whole)
                 if self.position is None and not self.bound:
-                    bound = min(room, self._kept)
+                    bound = min(room, KEPT * max(self.shards.bytes))
                 taken = self.size(whole | coming | {number})
                 try:
                     taken -= self._shrink(taken - bound, whole, coming - {number})
@@ -224,7 +209,7 @@ class CacheFolder:
                     return
             if (now := (whole, coming, self.position)) != seen:
                 seen, since = now, time.monotonic()
-            if self.size([number]) > bound or time.monotonic() - since > self._patience:
+            if self.size([number]) > bound or time.monotonic() - since > PATIENCE:
                 raise self._too_small(taken, room)
             if stop.wait(TICK):
                 raise Stopped
@@ -232,8 +217,7 @@ class CacheFolder:
     def _shrink(self, excess: int, whole: set[int], coming: set[int]) -> int:
         """Bytes given back by transfers that broke off and the shards asked for longest ago.
 
-        Raises:
-            Timeout: only a follower may remove shards now.
+        Timeout says that only a follower may remove shards now.
         """
         freed = 0
         if excess <= 0:

@@ -24,17 +24,10 @@ class ShardUse(NamedTuple):
     last: int
 
 
-class CachePlan(NamedTuple):
-    """What a follower does next."""
-
-    fetch: list[int]  # in the order of need
-    evict: list[int]
-
-
 def plan_cache(
     need: Sequence[int], here: Contents, sizes: Sequence[int], room: int, tidy: bool
-) -> CachePlan:
-    """Keep what is needed first, as far as there is room; fetch of it what is not here.
+) -> tuple[list[int], list[int]]:
+    """What to fetch, in the order of need, and what to evict, so that what is needed first is here.
 
     Args:
         need: Shards in the order in which they are needed, each once.
@@ -58,7 +51,7 @@ def plan_cache(
         if excess > 0 or (tidy and number not in places):
             evict.append(number)
             excess -= sizes[number]
-    return CachePlan([n for n in need if n in keep and n not in here.whole], evict)
+    return [n for n in need if n in keep and n not in here.whole], evict
 
 
 class Follower:
@@ -73,9 +66,8 @@ class Follower:
     def __init__(self, folder: CacheFolder, uses: Iterator[ShardUse]) -> None:
         """Begin at once.
 
-        Args:
-            folder: Whose shards no other process removes meanwhile.
-            uses: Sorted by `first`; read by the threads, as far as needed.
+        No other process may remove shards of `folder` meanwhile. `uses` are sorted by `first`, and
+        read by the threads, as far as needed.
         """
         self._folder, self._uses = folder, uses
         self._next = next(uses, None)  # the first use that is not in `_seen`
@@ -138,10 +130,10 @@ class Follower:
         if self._looked is None:
             folder.clean(need)
         room = folder.room(here.whole)
-        plan = plan_cache(need, here, folder.shards.bytes, room, tidy=not folder.bound)
-        for number in plan.evict:
+        fetch, evict = plan_cache(need, here, folder.shards.bytes, room, tidy=not folder.bound)
+        for number in evict:
             folder.evict(number)
-        return plan.fetch
+        return fetch
 
     def _look_ahead(self, position: int) -> None:
         """Drop the uses that have passed, and see as many new ones as there is room for."""

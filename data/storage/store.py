@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import BadInput
+from ...options import NonNegativeFloat
 from .cache import NodeCache
 from .folder import ShardFiles
 from .follower import ShardUse
@@ -24,7 +24,7 @@ class CacheConfig:
 
     folder: str = ""
     """Folder on the node's own disk; "" is one of this job's under the temporary directory."""
-    gigabytes: float = 0.0
+    gigabytes: NonNegativeFloat = 0.0
     """Most that the shards take there; 0 is what the order needs, two blocks a lane, or room for
     64 shards where they are read without an order."""
 
@@ -68,16 +68,13 @@ class LocalStore:
         """Nothing is open."""
 
 
-def open_store(root: str | Path, split: str, cache: CacheConfig) -> LocalStore | NodeCache:
-    """The files of `root`/`split`, without a look at any of them.
+Store = LocalStore | NodeCache
 
-    Raises:
-        BadInput: the URL's protocol is unknown, or a value of `cache` is out of range.
-    """
+
+def open_store(root: str | Path, split: str, cache: CacheConfig) -> Store:
+    """The files of `root`/`split`, without a look at them; BadInput for an unknown protocol."""
     if not is_remote(str(root)):
         return LocalStore(Path(re.sub("^(file|local)://", "", str(root))), split)
-    if cache.gigabytes < 0:
-        raise BadInput(f"cache.gigabytes is {cache.gigabytes}: give 0 or more")
     remote = Remote(str(root))
     identity = hashlib.sha256(remote.describe(split).encode()).hexdigest()[:16]
     return NodeCache(

@@ -9,6 +9,7 @@ environment and ~/.aws), or stand in the URL, and then no message repeats them.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import sys
@@ -16,19 +17,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from ...errors import BadInput
 from ...files import PARTIAL, hash_file, hide_secrets
 from ...seeding import derive_seed
 
-CHUNK = 8 << 20  # bytes asked for at a time; fewer where a connection does not last so long
-LEAST_CHUNK = 256 << 10
-STALL = 30.0  # seconds that a chunk may take
-ATTEMPTS = 9  # in a row without a byte; with the pauses between them about two minutes
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds
+LEAST_CHUNK = 256 << 10  # bytes
+LONGEST_PAUSE = 30.0  # seconds
 
-_LOCAL = ("file", "local")
 # Of the statuses 4xx those that pass; as 400 aiohttp reports an answer that was garbled.
 _PASSING = (400, 408, 425, 429)
 
@@ -44,7 +40,7 @@ class WrongFile(BadInput):
         super().__init__(
             f"{where} {reason}: put there what was encoded with its manifest, or encode again"
         )
-        self.where, self.reason = where, reason
+        self.reason = reason
 
 
 class Stopped(Exception):
@@ -54,43 +50,31 @@ class Stopped(Exception):
 def is_remote(root: str) -> bool:
     """Whether `root` is a URL, and not one of this machine's files."""
     protocol, separator, _ = root.partition("://")
-    return bool(separator) and protocol not in _LOCAL
+    return bool(separator) and protocol not in ("file", "local")
 
 
 class Remote:
     """A folder behind a URL. Threads may share it."""
 
-    def __init__(
-        self,
-        root: str,
-        *,
-        chunk: int = CHUNK,
-        stall: float = STALL,
-        attempts: int = ATTEMPTS,
-        first_pause: float = FIRST_PAUSE,
-    ) -> None:
-        """Nothing is asked of the server yet.
+    chunk = 8 << 20  # bytes asked for at a time; fewer where a connection does not last so long
+    # Seconds that a chunk may take; protocols without asynchronous requests (such as sftp) have
+    # their library's own limits.
+    stall = 30.0
+    attempts = 9  # in a row without a byte; with the pauses between them about two minutes
+    first_pause = 1.0  # seconds; the pauses double
 
-        Args:
-            root: The URL; a query is given to every file of the folder.
-            chunk: Bytes of a request.
-            stall: Seconds that a request may take; protocols without asynchronous requests (such
-                as sftp) have their library's own limits.
-            attempts: Requests without a byte after which a file is given up.
-            first_pause: Seconds after the first of them; they double.
+    def __init__(self, root: str) -> None:
+        """Nothing is asked of the server yet; a query in `root` is given to every file.
 
         Raises:
             BadInput: the protocol is unknown, or its library is not installed.
         """
         self._root, self._query = root.rstrip("/"), ""
-        if urlsplit(root).scheme in ("http", "https"):
+        if root.startswith(("http://", "https://")):
             self._root, question, query = root.partition("?")
             self._root, self._query = self._root.rstrip("/"), question + query
-        self._chunk, self._stall = chunk, stall
-        self._attempts, self._first_pause = attempts, first_pause
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-        self._files, self._base = _open_protocol(self._root)
+        self._open = functools.lru_cache(1)(functools.partial(_open_protocol, self._root))
+        self._open(os.getpid())
 
     def describe(self, name: str) -> str:
         """The URL of a file as messages may show it."""
@@ -118,24 +102,12 @@ class Remote:
         return bytes(content)
 
     def fetch(
-        self,
-        name: str,
-        to: Path,
-        size: int,
-        sha256: str,
-        stop: threading.Event | None = None,
+        self, name: str, to: Path, size: int, sha256: str, stop: threading.Event | None = None
     ) -> None:
         """Bring a file to `to`, where it appears whole or not at all.
 
         What has come lies beside `to` until then, and the next call goes on behind it. Nothing is
         flushed to the disk: what is kept this way can be fetched again.
-
-        Args:
-            name: The file, in the folder.
-            to: Its place on this machine.
-            size: Bytes that it must have.
-            sha256: Of its content, in hexadecimal.
-            stop: Ends the transfer when it is set.
 
         Raises:
             WrongFile: there is none, or twice something else came.
@@ -153,20 +125,14 @@ class Remote:
             partial.unlink()  # damaged on its way, or begun from another file
         raise WrongFile(self.describe(name), "has another size or SHA-256 than its manifest says")
 
-    def folders(self) -> list[str]:
-        """Names of what the folder holds; empty where the server does not list."""
+    def folders_with(self, name: str) -> list[str]:
+        """The folders here that hold a file `name`; empty where the server does not list."""
         try:
             listed = self._call("ls", self._locate(""), detail=False)
+            folders = {hide_secrets(entry).rstrip("/").rpartition("/")[2] for entry in listed}
+            return sorted(f for f in folders if self._call("exists", self._locate(f"{f}/{name}")))
         except Exception:  # a listing is a help in a message, and no server owes one
             return []
-        return sorted({hide_secrets(entry).rstrip("/").rpartition("/")[2] for entry in listed})
-
-    def has(self, name: str) -> bool:
-        """Whether a file is there and can be read."""
-        try:
-            return bool(self._call("exists", self._locate(name)))
-        except Exception:  # as above
-            return False
 
     def _append(self, name: str, partial: Path, size: int, stop: threading.Event | None) -> None:
         """Add to a partial file what is missing, up to `size` or to where the file ends."""
@@ -185,7 +151,7 @@ class Remote:
 
         Offset 0 comes again where a server that knows no ranges sends the whole file.
         """
-        chunk, failures = self._chunk, 0
+        chunk, failures = self.chunk, 0
         while size is None or start < size:
             asked = chunk if size is None else min(chunk, size - start)
             if stop and stop.is_set():
@@ -199,7 +165,7 @@ class Remote:
                     chunk = max(chunk // 4, min(chunk, LEAST_CHUNK))
                 self._pause(name, failures, stop)
                 continue
-            failures, chunk = 0, min(2 * chunk, self._chunk)
+            failures, chunk = 0, min(2 * chunk, self.chunk)
             if len(piece) > asked:
                 yield 0, piece
                 return
@@ -221,67 +187,58 @@ class Remote:
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         from fsspec.asyn import sync
 
-        files = self._files_of_process()
+        files, _ = self._open(os.getpid())
         if not files.async_impl:
             return getattr(files, method)(*args, **kwargs)
-        return sync(files.loop, getattr(files, f"_{method}"), *args, timeout=self._stall, **kwargs)
-
-    def _files_of_process(self) -> Any:
-        # A fork takes along neither the thread of the requests nor the right to use its sockets.
-        with self._lock:
-            if self._process != os.getpid():
-                self._process = os.getpid()
-                self._files, self._base = _open_protocol(self._root)
-            return self._files
+        return sync(files.loop, getattr(files, f"_{method}"), *args, timeout=self.stall, **kwargs)
 
     def _locate(self, name: str) -> str:
-        return f"{self._base}/{name}{self._query}"
+        return f"{self._open(os.getpid())[1]}/{name}{self._query}"
 
     def _judge(self, error: Exception, name: str, failures: int) -> None:
         """Raise what ends the transfer; return where another attempt may help."""
         where, status = self.describe(name), _status(error)
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise WrongFile(where, "is not there") from None
-        said = self._describe_error(error)
-        if _is_refusal(error, status):
-            raise BadInput(f"{where}: {said}: give credentials that may read it") from None
-        if isinstance(error, ValueError) or (
-            status is not None and 400 <= status < 500 and status not in _PASSING
-        ):
-            raise BadInput(f"{where}: {said}: see that the URL is right") from None
-        if failures >= self._attempts:
+        said = f"{where}: {self._describe_error(error)}"
+        # botocore has a class of its own for each way in which credentials can be missing.
+        named = "Credential" in type(error).__name__
+        if named or isinstance(error, PermissionError) or status in (401, 403):
+            raise BadInput(f"{said}: give credentials that may read it") from None
+        wrong = status is not None and 400 <= status < 500 and status not in _PASSING
+        if wrong or isinstance(error, ValueError):
+            raise BadInput(f"{said}: see that the URL is right") from None
+        if failures >= self.attempts:
             raise GaveUp(
-                f"{where}: {said}; given up after {failures} attempts: see that the server can be "
-                "reached, the same command continues"
+                f"{said}; given up after {failures} attempts: see that the server can be reached, "
+                "the same command continues"
             ) from None
         if failures == 3:
-            print(
-                f"{where}: {said}; attempt 4 of {self._attempts} follows",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"{said}; attempt 4 of {self.attempts} follows", file=sys.stderr, flush=True)
 
     def _describe_error(self, error: Exception) -> str:
         from fsspec.exceptions import FSTimeoutError
 
-        status = _status(error)
-        if status is not None:
-            message = str(getattr(error, "message", "")).partition("\n")[0]
-            return f"HTTP {status} {hide_secrets(message)}".rstrip()
         if isinstance(error, FSTimeoutError):
-            return f"no answer within {self._stall:g} s"
-        text = hide_secrets(str(error)).partition("\n")[0]
-        return f"{type(error).__name__} {text}".rstrip()
+            return f"no answer within {self.stall:g} s"
+        kind, text = type(error).__name__, str(error)
+        if status := _status(error):
+            kind, text = f"HTTP {status}", str(getattr(error, "message", ""))
+        line = hide_secrets(text).partition("\n")[0]
+        return f"{kind} {line}".rstrip()
 
     def _pause(self, name: str, failures: int, stop: threading.Event | None) -> None:
         """Wait longer after each failure, and not as long as the other nodes do."""
-        longest = min(self._first_pause * 2 ** (failures - 1), LONGEST_PAUSE)
+        longest = min(self.first_pause * 2 ** (failures - 1), LONGEST_PAUSE)
         draw = derive_seed(socket.gethostname(), os.getpid(), name, failures) / 2**63
         (stop or threading.Event()).wait(longest * (1 + draw) / 2)
 
 
-def _open_protocol(root: str) -> tuple[Any, str]:
-    """The file system of a URL, and the URL as that wants it."""
+def _open_protocol(root: str, process: int) -> tuple[Any, str]:
+    """The file system of a URL for one process, and the URL as that wants it.
+
+    A fork takes along neither the thread of the requests nor the right to use its sockets.
+    """
     import fsspec
 
     protocol = root.partition("://")[0].rpartition("::")[2]
@@ -291,13 +248,10 @@ def _open_protocol(root: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(root, skip_instance_cache=True, **options)
     except ImportError as error:
         library = getattr(error.__cause__, "name", None) or protocol
-        raise BadInput(
-            f"{hide_secrets(root)}: {protocol}:// needs a library: pip install {library}"
-        ) from None
+        problem = f"needs a library: pip install {library}"
     except ValueError:
-        raise BadInput(
-            f"{hide_secrets(root)}: {protocol}:// is no protocol that fsspec knows"
-        ) from None
+        problem = "is no protocol that fsspec knows"
+    raise BadInput(f"{hide_secrets(root)}: {protocol}:// {problem}")
 
 
 def _status(error: BaseException) -> int | None:
@@ -310,12 +264,3 @@ def _status(error: BaseException) -> int | None:
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return None
-
-
-def _is_refusal(error: Exception, status: int | None) -> bool:
-    # botocore has a class of its own for each way in which credentials can be missing.
-    return (
-        isinstance(error, PermissionError)
-        or status in (401, 403)
-        or "Credential" in type(error).__name__
-    )

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..shards.format import Manifest
 from ..storage.names import shard_name
 
-LISTED = 5  # defects that are listed of each check and split, at most
+MOST_LISTED = 5  # defects that are listed of each check and split, at most
 LOG_WIDTH = 120  # characters, where there is no terminal to ask
 
 # The checks in the table's order, and the unit in which each counts.
@@ -57,12 +57,12 @@ class Inspection:
     checked: collections.Counter[str] = field(default_factory=collections.Counter)  # by check
     bad: collections.Counter[str] = field(default_factory=collections.Counter)  # by check
     notes: dict[str, str] = field(default_factory=dict)  # by check
-    defects: list[Defect] = field(default_factory=list)  # the first LISTED of each check
+    defects: list[Defect] = field(default_factory=list)  # the first MOST_LISTED of each check
     damaged: set[int] = field(default_factory=set)  # numbers of the shards to encode again
 
     def add(self, check: str, where: str, reason: str, remedy: str = "") -> None:
         """Record a defect."""
-        if self.bad[check] < LISTED:
+        if self.bad[check] < MOST_LISTED:
             place = f"{self.split}/{where}"
             self.defects.append(Defect(check, place, reason, remedy or self.remedy))
         self.bad[check] += 1
@@ -76,7 +76,7 @@ class Inspection:
         """Add the inspection of one more shard."""
         for check in other.bad:
             defects = [defect for defect in other.defects if defect.check == check]
-            self.defects += defects[: max(LISTED - self.bad[check], 0)]
+            self.defects += defects[: max(MOST_LISTED - self.bad[check], 0)]
         self.checked += other.checked
         self.bad += other.bad
         self.damaged |= other.damaged

@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Collection, Sequence
@@ -36,9 +35,8 @@ from ..encode.sources import SPLITS
 from ..shards.format import Manifest, ShardIndex, Skipped
 from ..shards.reading import Shard, has_split
 from ..shards.writing import latent_moments, read_index
-from ..storage.cache import NodeCache
 from ..storage.names import INDEX_SUFFIX, MANIFEST, SKIPPED, index_name, shard_name
-from ..storage.store import CacheConfig, LocalStore, open_store
+from ..storage.store import CacheConfig, LocalStore, Store, open_store
 from .defects import ANEW, ORIGINAL, REPAIR, Inspection, is_sound, show
 from .samples import choose_samples, encode_again, find_frames
 from .shards import ShardSummary, inspect_shard
@@ -51,6 +49,7 @@ EXAMPLES = """examples:
       shards behind a URL, and more of their clips compared with the videos
 """
 
+JOB = "job.json"
 READERS = 8  # threads that read shards, at most; hashing and inflating release Python's lock
 READ_AHEAD = 64  # shards that the threads are given at a time
 
@@ -120,11 +119,10 @@ def _inspect(config: VerifyConfig, root: Path | None) -> list[Inspection]:
 def _find_splits(config: VerifyConfig, root: Path | None) -> list[str]:
     """The splits to inspect: all that the plan names, or of which there is a shard or a manifest.
 
-    Raises:
-        BadInput: there is none, or not the one that was asked for.
+    BadInput says that there is none, or not the one that was asked for.
     """
     if root:
-        names = {*_read_json(root / PLAN).get("shards", {})}
+        names = {*_read_json(root / PLAN, "shards")}
         for pattern in ("shard-*.tar", MANIFEST):
             names |= {path.parent.name for path in root.glob(f"*/{pattern}")}
     elif config.split:
@@ -142,26 +140,19 @@ def _find_splits(config: VerifyConfig, root: Path | None) -> list[str]:
     return [config.split] if config.split else found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no such file, or no object in it."""
+def _read_json(path: Path, field: str) -> dict[str, Any]:
+    """An object in the object in a file; empty where there is none."""
     try:
-        tree = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        found = json.loads(path.read_bytes())[field]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
-    return tree if isinstance(tree, dict) else {}
-
-
-def _read_encoding(root: Path | None) -> dict[str, Any]:
-    """The configuration of the `vidfill encode` that wrote `root`; empty where it is not known."""
-    job = _read_json(root / "job.json") if root else {}
-    config = job.get("config")
-    return config if job.get("verb") == "encode" and isinstance(config, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 class _Split(NamedTuple):
     """A split whose shards were read."""
 
-    store: LocalStore | NodeCache
+    store: Store
     manifest: Manifest
     summaries: list[ShardSummary | None]  # by shard; None where it could not be read
     inspection: Inspection  # takes the defects
@@ -171,9 +162,7 @@ class _Split(NamedTuple):
         return [summary.index for summary in self.summaries if summary]
 
 
-def _inspect_split(
-    name: str, store: LocalStore | NodeCache, config: VerifyConfig, root: Path | None
-) -> Inspection:
+def _inspect_split(name: str, store: Store, config: VerifyConfig, root: Path | None) -> Inspection:
     inspection = Inspection(name, REPAIR if root else ORIGINAL)
     manifest = inspection.manifest = _read_manifest(store, inspection)
     if manifest is None:
@@ -187,37 +176,34 @@ def _inspect_split(
         _check_strays(root / name, manifest, inspection)
     _check_keys(split)
     _check_statistics(split)
-    _compare_samples(split, config, _read_encoding(root))
+    encoding = _read_json(root / JOB, "config") if root else {}
+    inspection.notes["encoded again"] = _compare_samples(split, config, encoding)
     return inspection
 
 
-def _read_manifest(store: LocalStore | NodeCache, inspection: Inspection) -> Manifest | None:
+def _read_manifest(store: Store, inspection: Inspection) -> Manifest | None:
     inspection.checked["manifest"] += 1
-    where = store.describe(MANIFEST)
     try:
-        return Manifest.from_json(store.read(MANIFEST), where)
+        return Manifest.from_json(store.read(MANIFEST))
     except FileNotFoundError:
         inspection.add("manifest", MANIFEST, "it is missing, so nothing here can be checked")
-    except BadInput as error:
-        # The place and the remedy have columns of their own.
-        reason = str(error).removeprefix(where).lstrip(": ")
-        inspection.add("manifest", MANIFEST, re.sub("[:;] encode again$", "", reason))
+    except ValueError as error:
+        inspection.add("manifest", MANIFEST, str(error))
     return None
 
 
 def _inspect_shards(
-    store: LocalStore | NodeCache, manifest: Manifest, samples: int, inspection: Inspection
+    store: Store, manifest: Manifest, samples: int, inspection: Inspection
 ) -> list[ShardSummary | None]:
     """Inspect all shards; by number, what the checks below need to know of those that were read."""
     rows = choose_samples(manifest, samples)
+    count, threads = len(manifest.shards.examples), min(READERS, os.cpu_count() or 1)
 
     def inspect(number: int) -> tuple[Inspection, ShardSummary | None]:
         found = Inspection(inspection.split, inspection.remedy)
         return found, inspect_shard(store, manifest, number, rows.get(number, []), found)
 
     summaries = []
-    count = len(manifest.shards.examples)
-    threads = min(READERS, os.cpu_count() or 1)
     with show_progress(f"verify {inspection.split}", count, "shards") as progress:
         for found, summary in in_threads(inspect, range(count), threads, READ_AHEAD):
             inspection.merge(found)
@@ -228,14 +214,10 @@ def _inspect_shards(
 
 def _check_manifest(manifest: Manifest, inspection: Inspection) -> None:
     if manifest.split != inspection.split:
-        reason = f"it is that of the split {manifest.split!r}"
-        inspection.add("manifest", MANIFEST, reason)
+        inspection.add("manifest", MANIFEST, f"it is that of the split {manifest.split!r}")
     if max(manifest.lanes, manifest.block) > manifest.examples:
         reason = f"{manifest.lanes} lanes of blocks of {manifest.block} are more than its examples"
         inspection.add("manifest", MANIFEST, reason)
-    factor = manifest.autoencoder["scaling_factor"]
-    if not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-        inspection.add("manifest", MANIFEST, f"autoencoder.scaling_factor is {factor!r}")
 
 
 def _check_skipped(split: _Split) -> None:
@@ -280,8 +262,7 @@ def _check_keys(split: _Split) -> None:
             keys = Shard(split.store.path(number), number, split.manifest).keys
             for row in rows:
                 where = f"{shard_name(number)} {keys[row]}"
-                reason = "another example has this key too"
-                split.inspection.add("keys", where, reason, remedy=ANEW)
+                split.inspection.add("keys", where, "another example has this key too", ANEW)
 
 
 def _check_statistics(split: _Split) -> None:
@@ -302,37 +283,29 @@ def _check_statistics(split: _Split) -> None:
             inspection.add("statistics", MANIFEST, reason)
 
 
-def _compare_samples(split: _Split, config: VerifyConfig, encoding: dict[str, Any]) -> None:
-    """Encode the samples again whose frames are at hand, if the autoencoder can be loaded."""
+def _compare_samples(split: _Split, config: VerifyConfig, encoding: dict[str, Any]) -> str:
+    """Encode the samples again whose frames are at hand; say why others are not."""
     samples = [sample for summary in split.summaries if summary for sample in summary.samples]
     videos = config.videos or (Path(encoding["videos"]) if "videos" in encoding else None)
-    notes = split.inspection.notes
     if not samples:
-        notes["encoded again"] = "no clip could be read" if config.samples else "samples is 0"
-        return
+        return "no clip could be read" if config.samples else "samples is 0"
     found = find_frames(samples, split.manifest.clip, videos, encoding.get("fit"))
     if (first := next(found, None)) is None:
-        notes["encoded again"] = "no clip's video is at hand: give --videos"
-        return
+        return "no clip's video is at hand: give --videos"
     try:
         autoencoder = _load(split.manifest, config)
     except BadInput as error:
         if config.autoencoder:
             raise
-        notes["encoded again"] = str(error)
-        return
+        return str(error)
     at_hand = itertools.chain([first], found)
     encode_again(at_hand, len(samples), autoencoder, split.manifest, split.inspection)
-    if missing := len(samples) - split.inspection.checked["encoded again"]:
-        notes["encoded again"] = f"the videos of {missing} more are not at hand: give --videos"
+    missing = len(samples) - split.inspection.checked["encoded again"]
+    return f"the videos of {missing} more are not at hand: give --videos" if missing else ""
 
 
 def _load(manifest: Manifest, config: VerifyConfig) -> Autoencoder:
-    """The autoencoder of a split.
-
-    Raises:
-        BadInput: it cannot be loaded, or is another one.
-    """
+    """The autoencoder of a split; BadInput where it cannot be loaded, or is another one."""
     recorded = manifest.autoencoder
     name = config.autoencoder or str(recorded["name"])
     device = choose_device(config.device)
@@ -348,16 +321,12 @@ def _load(manifest: Manifest, config: VerifyConfig) -> Autoencoder:
 
 
 def _repair(root: Path, config: VerifyConfig, inspections: Sequence[Inspection]) -> None:
-    """Encode what is damaged or missing, with the configuration of the first time.
-
-    Raises:
-        BadInput: that is not known, or the videos are not there.
-    """
+    """Encode what is damaged or missing, with the configuration of the first time."""
     defects = [defect for inspection in inspections for defect in inspection.defects]
     if all(defect.remedy != REPAIR for defect in defects):
         print("vidfill verify: encoding again repairs none of this", file=sys.stderr)
         return
-    encoding = _read_encoding(root)
+    encoding = _read_json(root / JOB, "config")
     try:
         videos = config.videos or Path(encoding["videos"])
         mask_files = encoding["mask_files"] and Path(encoding["mask_files"])
@@ -365,7 +334,7 @@ def _repair(root: Path, config: VerifyConfig, inspections: Sequence[Inspection])
         again = EncodeConfig(**{**encoding, **places})
     except (KeyError, TypeError):
         raise BadInput(
-            f"{root / 'job.json'} does not say how this was encoded: encode into another folder"
+            f"{root / JOB} does not say how this was encoded: encode into another folder"
         ) from None
     if not videos.is_dir():
         raise BadInput(f"cannot repair: the videos are not in {videos}; give --videos")

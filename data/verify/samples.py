@@ -49,13 +49,9 @@ def choose_samples(manifest: Manifest, count: int) -> dict[int, list[int]]:
 def find_frames(
     samples: Sequence[Sample], clip: dict[str, int], videos: Path | None, fit: Fit | None
 ) -> Iterator[tuple[Sample, Frames]]:
-    """The samples whose frames are at hand, in their videos or in the shards.
+    """The samples whose frames are at hand, in the folder of videos or in the shards.
 
-    Args:
-        samples: Of a split.
-        clip: The manifest's frames, height and width.
-        videos: The folder of videos.
-        fit: How the videos' frames got to the clip's size; None is not known.
+    `clip` is the manifest's; how the videos' frames were brought to its size may not be known.
     """
     for sample in samples:
         frames = _read_video(sample.example, clip, videos, fit) if videos else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import itertools
 import tarfile
 from collections.abc import Collection
@@ -19,10 +18,9 @@ from jaxtyping import Float16, UInt8, UInt64
 from ...files import hash_file
 from .. import masks
 from ..shards.format import DamagedShard, Example, Manifest, ShardIndex, family_of
-from ..shards.reading import ExampleLayout, Shard
+from ..shards.reading import ExampleLayout, Shard, npy_header
 from ..shards.writing import Moments
-from ..storage.cache import NodeCache
-from ..storage.store import LocalStore
+from ..storage.store import Store
 from ..storage.transfer import WrongFile
 from .defects import Inspection
 from .samples import Sample
@@ -40,17 +38,9 @@ class ShardSummary:
 
 
 def inspect_shard(
-    store: LocalStore | NodeCache,
-    manifest: Manifest,
-    number: int,
-    sampled: Collection[int],
-    inspection: Inspection,
+    store: Store, manifest: Manifest, number: int, sampled: Collection[int], inspection: Inspection
 ) -> ShardSummary | None:
-    """Check a shard; its summary holds the examples of the rows `sampled`.
-
-    Returns:
-        None where the shard cannot be read.
-    """
+    """Check a shard, and keep its examples of the rows `sampled`; None where it cannot be read."""
     inspection.checked["shards"] += 1
     find = functools.partial(inspection.add_damage, number)
     try:
@@ -138,10 +128,7 @@ def _inspect_examples(
 def _find_wrong_header(raw: UInt8[np.ndarray, " span"], span: ExampleLayout) -> str:
     """Whether other readers find the arrays that training takes, which looks at no header."""
     for name, place in span.arrays.items():
-        whole = io.BytesIO()
-        np.save(whole, np.empty(place.shape, np.float16))
-        header = whole.getvalue()[: place.data - place.offset]
-        if raw[place.offset : place.data].tobytes() != header:
+        if raw[place.offset : place.data].tobytes() != npy_header(place.shape):
             return f"{name} is no array of the manifest's shape {list(place.shape)}"
     return ""
 

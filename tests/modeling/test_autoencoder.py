@@ -299,7 +299,7 @@ def test_a_hub_name_in_the_local_cache_opens_without_a_network(tiny_folder, tmp_
         (WEIGHTS, None, WEIGHTS),
         (CONFIG, "{", "Invalid JSON"),
         (CONFIG, "[]", "it is []: Input should be an object"),
-        (CONFIG, "{}", "_class_name: Field required"),
+        (CONFIG, "{}", "field _class_name is missing"),
         (CONFIG, '{"_class_name": "UNet2DModel"}', "'AutoencoderKL' or 'AutoencoderTiny'"),
         (CONFIG, '{"_class_name": "AutoencoderTiny", "latent_channels": 3}', "shape"),
         (CONFIG, '{"_class_name": "AutoencoderTiny", "latent_channels": "x"}', ""),

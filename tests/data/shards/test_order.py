@@ -293,7 +293,7 @@ def test_a_resumed_reader_reads_again_at_most_one_block_a_lane(
     epoch: tuple[Order, np.ndarray],
 ) -> None:
     order, _ = epoch
-    for position in range(0, order.examples, 997):
+    for position in range(0, order.examples, 2503):
         again = [
             use
             for use in uses_until(order, 0, position, set(range(order.lanes + 1)))

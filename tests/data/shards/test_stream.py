@@ -126,7 +126,7 @@ def test_any_number_of_workers_gives_the_same_bytes(dataset: ShardedDataset, wor
     assert [content(batch) for batch in run] == [content(alone.batch(k)) for k in range(3, 23)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     stop=st.integers(0, 12),
     before=st.integers(1, 4),
@@ -236,8 +236,6 @@ def test_weights_make_the_processes_mean_the_mean_of_the_batch(
 def test_a_batch_of_nothing_is_refused(dataset: ShardedDataset) -> None:
     with pytest.raises(BadInput, match="batch_size is 0: give 1 or more"):
         Stream(dataset, 0, 0)
-    with pytest.raises(BadInput, match="workers is 0: give 1 or more"):
-        Stream(dataset, 1, 0).run(0, workers=0)
 
 
 # Threads and memory
@@ -452,5 +450,5 @@ def test_what_any_process_in_lockstep_still_holds_or_awaits_is_not_passed(
     passed: list[int] = []
     monkeypatch.setattr(dataset.store, "passed", passed.append)
     stream = Stream(dataset, 5, 0, 1, 2)
-    for k, _ in zip(range(7, 20), stream.run(7, workers=2, ahead=3), strict=False):
+    for k, _ in zip(range(7, 20), stream.run(7, workers=2), strict=False):
         assert passed == [5 * max(7, passing - 5) for passing in range(7, k + 1)]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from vidfill.data.shards.format import ShardTable
+from vidfill.data.storage import folder
 from vidfill.data.storage.cache import NodeCache
 from vidfill.data.storage.names import index_name, shard_name
 from vidfill.data.storage.transfer import Remote
@@ -95,16 +96,19 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def make_cache(tmp_path: Path, server: Server) -> Iterator[Callable[..., NodeCache]]:
+def make_cache(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., NodeCache]]:
     """A cache of the server's split "train", as one process of the node has it."""
     made = []
+    monkeypatch.setattr(folder, "PATIENCE", 0.3)
+    monkeypatch.setattr(folder, "GRACE", 0.0)
 
     def make(table: ShardTable, gigabytes: float = 0.0, process: int = 0, **settings) -> NodeCache:
-        attempts = settings.pop("attempts", 3)
-        remote = Remote(server.url, stall=5.0, attempts=attempts, first_pause=0.01)
-        folder = settings.pop("folder", tmp_path / "cache")
-        settings = {"patience": 0.3, "grace": 0.0} | settings
-        cache = NodeCache(remote, "train", folder, gigabytes, process, **settings)
+        remote = Remote(server.url)
+        remote.stall, remote.attempts, remote.first_pause = 5.0, settings.pop("attempts", 3), 0.01
+        place = settings.pop("folder", tmp_path / "cache")
+        cache = NodeCache(remote, "train", place, gigabytes, process, **settings)
         cache.expect(table)
         made.append(cache)
         return cache

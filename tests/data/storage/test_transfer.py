@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vidfill.data.storage.transfer import GaveUp, Remote, Stopped, WrongFile, is_remote
+from vidfill.data.storage.transfer import GaveUp, Remote, Stopped, WrongFile
 from vidfill.errors import BadInput
 from vidfill.files import PARTIAL, hide_secrets
 
@@ -203,8 +203,14 @@ def flip_a_bit() -> Fault:
     return see
 
 
+def connect(url: str, **settings: object) -> Remote:
+    remote = Remote(url)
+    vars(remote).update({**QUICK, **settings})
+    return remote
+
+
 def fetch(url: str, to: Path, **settings: object) -> None:
-    Remote(url, **{**QUICK, **settings}).fetch(NAME, to, SIZE, SHA256)
+    connect(url, **settings).fetch(NAME, to, SIZE, SHA256)
 
 
 def url_of(port: int, path: str = "") -> str:
@@ -233,7 +239,7 @@ def test_a_file_comes_whole_in_pieces_of_any_size(port: int, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_a_small_file_is_read_at_once_and_a_large_one_in_pieces(port: int, folder: Path) -> None:
-    remote = Remote(url_of(port), **QUICK)
+    remote = connect(url_of(port))
     for size in (0, 1, QUICK["chunk"] - 1, QUICK["chunk"], QUICK["chunk"] + 1, SIZE):
         (folder / "manifest.json").write_bytes(CONTENT[:size])
         assert remote.read("manifest.json") == CONTENT[:size]
@@ -344,7 +350,7 @@ def test_a_server_that_knows_no_ranges_is_no_harm(folder: Path, tmp_path: Path) 
             (tmp_path / f"{PARTIAL}a").write_bytes(CONTENT[: SIZE // 3])
             fetch(url, tmp_path / "a", chunk=chunk)
             assert (tmp_path / "a").read_bytes() == CONTENT
-            assert Remote(url, **{**QUICK, "chunk": chunk}).read(NAME) == CONTENT
+            assert connect(url, chunk=chunk).read(NAME) == CONTENT
         server.shutdown()
 
 
@@ -357,7 +363,8 @@ def test_what_a_killed_process_fetched_is_not_fetched_again(
     script = f"""
 import pathlib
 from vidfill.data.storage.transfer import Remote
-remote = Remote({url_of(port, "/slow")!r}, chunk=1 << 16)
+remote = Remote({url_of(port, "/slow")!r})
+remote.chunk = 1 << 16
 remote.fetch({NAME!r}, pathlib.Path({str(to)!r}), {SIZE}, {SHA256!r})
 """
     killed = subprocess.Popen([sys.executable, "-c", script])
@@ -386,7 +393,7 @@ def test_a_partial_file_of_something_else_is_begun_anew(port: int, tmp_path: Pat
 def test_a_transfer_can_be_stopped(proxy: Callable[..., Proxy], port: int, tmp_path: Path) -> None:
     stop = threading.Event()
     threading.Timer(0.1, stop.set).start()
-    remote = Remote(url_of(port, "/busy"), attempts=100, first_pause=10.0)
+    remote = connect(url_of(port, "/busy"), attempts=100, first_pause=10.0)
     began = time.monotonic()
     with pytest.raises(Stopped):
         remote.fetch(NAME, tmp_path / "a", SIZE, SHA256, stop)
@@ -414,7 +421,7 @@ def test_memory_is_a_few_chunks_however_large_the_file(
 ) -> None:
     content = CONTENT * 20
     file.write_bytes(content)
-    remote = Remote(url_of(port), chunk=1 << 19)
+    remote = connect(url_of(port), chunk=1 << 19)
     remote.read(NAME)  # what is imported and kept once
     tracemalloc.start()
     remote.fetch(NAME, tmp_path / "a", len(content), hashlib.sha256(content).hexdigest())
@@ -433,7 +440,7 @@ def test_no_message_repeats_credentials(port: int, tmp_path: Path) -> None:
         "nonsense://user:hunter2@host/folder",
     ):
         with pytest.raises(BadInput) as caught:
-            Remote(url, **QUICK).fetch(NAME, tmp_path / "a", SIZE, SHA256)
+            connect(url).fetch(NAME, tmp_path / "a", SIZE, SHA256)
         assert "hunter2" not in str(caught.value)
     assert hide_secrets("(GET 's3://k:s@b/x?y=1') failed") == "(GET 's3://b/x') failed"
 
@@ -442,79 +449,3 @@ def test_no_message_repeats_credentials(port: int, tmp_path: Path) -> None:
 def test_the_query_of_a_signed_url_goes_to_every_file(port: int, tmp_path: Path) -> None:
     fetch(url_of(port) + "/?signature=abc", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == CONTENT
-
-
-def test_a_protocol_that_is_not_installed_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from fsspec.registry import known_implementations
-
-    known = {"class": "filesystem_of_nobody.Files", "err": ""}
-    monkeypatch.setitem(known_implementations, "nobody", known)
-    with pytest.raises(BadInput, match=r"nobody:// needs .*pip install filesystem_of_nobody"):
-        Remote("nobody://bucket/shards")
-    with pytest.raises(BadInput, match="nonsense:// is no protocol"):
-        Remote("nonsense://bucket/shards")
-
-
-def test_only_urls_are_remote() -> None:
-    assert is_remote("s3://bucket/shards")
-    assert is_remote("https://host/shards")
-    assert not is_remote("/data/shards")
-    assert not is_remote("file:///data/shards")
-    assert not is_remote("shards")
-
-
-def test_a_protocol_without_asynchronous_requests_works_too(tmp_path: Path) -> None:
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file(f"/shards/train/{NAME}", CONTENT)
-    remote = Remote("memory://shards/train", **QUICK)
-    remote.fetch(NAME, tmp_path / "a", SIZE, SHA256)
-    assert (tmp_path / "a").read_bytes() == CONTENT
-    assert Remote("memory://shards").folders() == ["train"]
-    assert Remote("memory://shards").has(f"train/{NAME}")
-    with pytest.raises(FileNotFoundError):
-        remote.read("manifest.json")
-    memory.pipe_file(f"/shards/train/{NAME}", CONTENT[:-5])
-    with pytest.raises(WrongFile):
-        remote.fetch(NAME, tmp_path / "b", SIZE, SHA256)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of a server that speaks S3, with the file in it."""
-    server_of = pytest.importorskip("moto.server", reason="needs moto")
-    s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
-    monkeypatch.setattr("werkzeug.serving.WSGIRequestHandler.log_request", lambda *_: None)
-    server = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    for name, value in {
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "hunter2",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    files = s3fs.S3FileSystem(skip_instance_cache=True)
-    files.mkdir("bucket")
-    files.pipe_file(f"bucket/shards/train/{NAME}", CONTENT)
-    yield "s3://bucket/shards"
-    server.stop()
-
-
-@pytest.mark.slow
-def test_s3_gives_the_same_bytes_and_the_same_errors(bucket: str, tmp_path: Path) -> None:
-    settings = {**QUICK, "stall": 10.0}
-    remote = Remote(f"{bucket}/train", **settings)
-    remote.fetch(NAME, tmp_path / "a", SIZE, SHA256)
-    assert (tmp_path / "a").read_bytes() == CONTENT
-    assert remote.read(NAME) == CONTENT
-    with pytest.raises(FileNotFoundError):
-        remote.read("manifest.json")
-    with pytest.raises(WrongFile, match="is not there"):
-        Remote(f"{bucket}/test", **settings).fetch(NAME, tmp_path / "b", SIZE, SHA256)
-    with pytest.raises(WrongFile, match="than its manifest says"):
-        remote.fetch(NAME, tmp_path / "b", SIZE + 1, SHA256)
-    assert Remote(bucket, **settings).folders() == ["train"]

@@ -96,7 +96,7 @@ def rewrite() -> Callable[..., None]:
         root: Path, change: Callable[[Example], Example], numbers: set[int] | None = None
     ) -> None:
         folder = root / "train"
-        manifest = Manifest.from_json((folder / MANIFEST).read_bytes(), "manifest")
+        manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
         indexes = []
         for number in range(len(manifest.shards.bytes)):
             shard = Shard(folder / shard_name(number), number, manifest)

@@ -17,7 +17,7 @@ from vidfill.data.encode.run import encode
 from vidfill.data.encode.settings import EncodeConfig
 from vidfill.data.shards.reading import ShardedDataset
 from vidfill.data.storage.names import MANIFEST, shard_name
-from vidfill.data.verify.defects import LISTED, is_sound
+from vidfill.data.verify.defects import MOST_LISTED, is_sound
 from vidfill.data.verify.run import VerifyConfig, main, verify
 from vidfill.errors import BadInput
 
@@ -39,6 +39,7 @@ def test_what_encode_wrote_is_sound(pristine: Path, capsys: pytest.CaptureFixtur
     assert "BAD" not in said
 
 
+@pytest.mark.slow
 def test_moments_and_pixels_are_sound_too(pristine: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 
@@ -201,7 +202,7 @@ def damage_much(root: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        damage_much,
+        pytest.param(damage_much, marks=pytest.mark.slow),
         lambda root: shutil.rmtree(root / "validation"),
     ],
 )
@@ -215,6 +216,7 @@ def test_repair_gives_back_the_very_bytes(
     assert after == before
 
 
+@pytest.mark.slow
 def test_repair_gives_back_what_was_written_wrong(
     dataset: Path, pristine: Path, rewrite: Callable[..., None], hash_files: Hash
 ) -> None:
@@ -224,6 +226,7 @@ def test_repair_gives_back_what_was_written_wrong(
     assert all(hash_files(dataset)[name] == hash_files(pristine)[name] for name in shards)
 
 
+@pytest.mark.slow
 def test_repair_says_what_it_lacks(
     dataset: Path, pristine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +290,6 @@ def test_many_defects_are_shown_by_a_few_of_each_kind(
         (dataset / "train" / shard_name(number)).write_bytes(b"")
     assert main([str(dataset), "--samples", "0"]) == 1
     said = capsys.readouterr().out
-    assert said.count("has the value 2") == said.count("remove it") == LISTED
+    assert said.count("has the value 2") == said.count("remove it") == MOST_LISTED
     examples = len(ShardedDataset(dataset, "train"))
-    assert f"and {20 + examples - 2 * LISTED} more" in said
+    assert f"and {20 + examples - 2 * MOST_LISTED} more" in said

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vidfill.data.shards.format import Example, Manifest
+from vidfill.data.shards.format import Example, Manifest, ShardTable
 from vidfill.data.storage.names import MANIFEST
 from vidfill.data.verify.samples import choose_samples
 
@@ -65,8 +65,9 @@ def test_examples_that_encoding_does_not_give_are_found_by_encoding_them(
 def test_samples_are_different_examples_of_the_split(
     pristine: Path, examples: list[int], count: int
 ) -> None:
-    manifest = Manifest.from_json((pristine / "train" / MANIFEST).read_bytes(), "manifest")
-    table = dataclasses.replace(manifest.shards, examples=tuple(examples))
+    manifest = Manifest.from_json((pristine / "train" / MANIFEST).read_bytes())
+    shards = len(examples)
+    table = ShardTable(tuple(examples), (0,) * shards, ("0" * 64,) * shards)
     rows = choose_samples(
         dataclasses.replace(manifest, shards=table, examples=sum(examples)), count
     )
