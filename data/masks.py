@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -66,8 +66,8 @@ def _stationary(frames: int, height: int, width: int, *seed_parts: str | int) ->
 
     Source: Teshome, "Video Inpainting Using Diffusion Model", the section on masks.
     """
-    hidden = np.repeat(_hidden_cells(*seed_parts, "stationary")[None], frames, axis=0)
-    return hidden[:, _cell_of(height)[:, None], _cell_of(width)[None, :]]
+    hidden = _hide_cells(height, width, [(*seed_parts, "stationary")])
+    return np.repeat(hidden, frames, axis=0)
 
 
 def _variable(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
@@ -75,21 +75,21 @@ def _variable(frames: int, height: int, width: int, *seed_parts: str | int) -> M
 
     Source: as "stationary".
     """
-    hidden = np.stack([_hidden_cells(*seed_parts, "variable", i) for i in range(frames)])
-    return hidden[:, _cell_of(height)[:, None], _cell_of(width)[None, :]]
+    return _hide_cells(height, width, [(*seed_parts, "variable", i) for i in range(frames)])
 
 
-def _hidden_cells(*seed_parts: str | int) -> UInt8[np.ndarray, "grid grid"]:
-    ranked = sorted(range(GRID**2), key=lambda cell: derive_seed(*seed_parts, "mask cell", cell))
-    hidden = np.zeros(GRID**2, dtype=np.uint8)
-    hidden[ranked[:HIDDEN_CELLS]] = 1
-    return hidden.reshape(GRID, GRID)
-
-
-def _cell_of(length: int) -> Int64[np.ndarray, " length"]:
-    """The cell, 0 to GRID - 1, in which each of `length` pixels lies."""
-    lines = [(line * length + GRID // 2) // GRID for line in range(1, GRID)]
-    return np.searchsorted(lines, np.arange(length), side="right")
+def _hide_cells(height: int, width: int, seed_parts: Sequence[tuple[str | int, ...]]) -> Masks:
+    """The cells drawn for each frame's seed parts."""
+    hidden = np.zeros((len(seed_parts), GRID**2), dtype=np.uint8)
+    for frame, parts in zip(hidden, seed_parts, strict=True):
+        ranked = sorted(range(GRID**2), key=lambda cell: derive_seed(*parts, "mask cell", cell))
+        frame[ranked[:HIDDEN_CELLS]] = 1
+    cells = []
+    for length in (height, width):
+        lines = [(line * length + GRID // 2) // GRID for line in range(1, GRID)]
+        cells.append(np.searchsorted(lines, np.arange(length), side="right"))
+    rows, columns = cells
+    return hidden[:, GRID * rows[:, None] + columns]
 
 
 def _box(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
@@ -197,9 +197,8 @@ def _window(length: int, *seed_parts: str | int) -> UInt8[np.ndarray, " length"]
     size = _draw(-(-length // 2), 3 * length // 4, *seed_parts, "size")
     room = length - size
     first = _draw(room // 4, room - room // 4, *seed_parts, "first")
-    window = np.zeros(length, dtype=np.uint8)
-    window[first : first + size] = 1
-    return window
+    pixel = np.arange(length)
+    return ((first <= pixel) & (pixel < first + size)).astype(np.uint8)
 
 
 def _prediction(frames: int, height: int, width: int, *seed_parts: str | int) -> Masks:
@@ -317,7 +316,8 @@ class Mix:
         """What `parse` reads; the same for equal mixes."""
         return " ".join(
             name if weight == 1 else f"{name}:{str(float(weight)).removesuffix('.0')}"
-            for name, weight in self._ordered()
+            for name in (*FAMILIES, OWN)
+            if (weight := self.weights.get(name))
         )
 
     def choose(self, count: int, seed_parts: tuple[str | int, ...]) -> list[str]:
@@ -326,19 +326,12 @@ class Mix:
         Each family's expected number is its share of `count`, and its number is less than one away
         from that: systematic sampling, with a hashed order and offset, exact in fractions.
         """
-        ordered = sorted(
-            self._ordered(), key=lambda item: derive_seed(*seed_parts, "mix order", item[0])
-        )
-        names = [name for name, _ in ordered]
-        sums = list(itertools.accumulate(Fraction(weight) for _, weight in ordered))
+        names = sorted(self.weights, key=lambda name: derive_seed(*seed_parts, "mix order", name))
+        sums = list(itertools.accumulate(Fraction(self.weights[name]) for name in names))
         offset = Fraction(derive_seed(*seed_parts, "mix offset"), 2**63)
         ends = [math.ceil(count * end / sums[-1] - offset) for end in sums]
         numbers = [end - begin for begin, end in itertools.pairwise([0, *ends])]
         return [name for name, number in zip(names, numbers, strict=True) for _ in range(number)]
-
-    def _ordered(self) -> list[tuple[str, float]]:
-        """In the order of FAMILIES."""
-        return [(name, self.weights[name]) for name in (*FAMILIES, OWN) if name in self.weights]
 
 
 def latent_mask(
@@ -352,10 +345,7 @@ def latent_mask(
     return torch.nn.functional.interpolate(hidden, (latent_height, latent_width), mode="area")
 
 
-def visible_median(
-    frames: Frames,
-    mask: Masks,
-) -> Colour:
+def visible_median(frames: Frames, mask: Masks) -> Colour:
     """Each channel's median over every visible pixel of the clip, in whole 8-bit units.
 
     Where the camera stands still and the background fills most of the frame, this is its colour.
@@ -366,22 +356,16 @@ def visible_median(
     visible = np.compress((mask == 0).reshape(-1), frames.reshape(-1, 3), axis=0)
     if not len(visible):
         raise BadInput("the mask hides every pixel of the clip: give a fill colour")
-    red, green, blue = (_median(visible[:, channel]) for channel in range(3))
+    # As np.median rounds, but five times as fast: counts the 256 possible values.
+    middles = [(len(visible) - 1) // 2, len(visible) // 2]
+    below = [np.cumsum(np.bincount(visible[:, channel], minlength=256)) for channel in range(3)]
+    red, green, blue = (
+        round(int(np.searchsorted(counts, middles, side="right").sum()) / 2) for counts in below
+    )
     return red, green, blue
 
 
-def _median(values: UInt8[np.ndarray, " pixels"]) -> int:
-    """np.median, rounded, but five times as fast: counts the 256 possible values."""
-    below = np.cumsum(np.bincount(values, minlength=256))
-    middle = np.searchsorted(below, [(len(values) - 1) // 2, len(values) // 2], side="right")
-    return round(int(middle.sum()) / 2)
-
-
-def fill_hole(
-    frames: Frames,
-    mask: Masks,
-    colour: Colour | None = None,
-) -> Frames:
+def fill_hole(frames: Frames, mask: Masks, colour: Colour | None = None) -> Frames:
     """The masked video: `colour` (0 to 255), or `visible_median`, in the hole."""
     filling = np.array(visible_median(frames, mask) if colour is None else colour, dtype=np.uint8)
     return np.where(mask[..., None] == 1, filling, frames)

@@ -21,42 +21,11 @@ from PIL import Image, ImageOps
 from ..errors import BadInput
 from ..files import aside
 
-SUFFIXES = frozenset(
-    {
-        ".3g2",
-        ".3gp",
-        ".asf",
-        ".avi",
-        ".divx",
-        ".dv",
-        ".f4v",
-        ".flv",
-        ".gif",
-        ".m2ts",
-        ".m2v",
-        ".m4v",
-        ".mj2",
-        ".mjpeg",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".mxf",
-        ".nut",
-        ".ogm",
-        ".ogv",
-        ".qt",
-        ".rm",
-        ".rmvb",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-        ".y4m",
-    }
-)
+CONTAINERS = """
+3g2 3gp asf avi divx dv f4v flv gif m2ts m2v m4v mj2 mjpeg mkv mov mp4 mpeg mpg mts mxf nut
+ogm ogv qt rm rmvb ts vob webm wmv y4m
+"""
+SUFFIXES = frozenset(f".{name}" for name in CONTAINERS.split())
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 LEAD = 10  # seconds: longer than what a key frame leaves damaged behind it
@@ -110,14 +79,10 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path, frame_rate: Fraction | float = 24.0) -> Header:
-    """A video's length, size and rate.
+    """A video's length, size and rate; `frame_rate` is that of a folder of images.
 
     A container that does not say its length has its packets counted, which reads the whole file
     but decodes nothing.
-
-    Args:
-        path: a file, or a folder of images.
-        frame_rate: frames per second of a folder of images.
 
     Raises:
         UnreadableVideo: it is no video, or its first frame is damaged.
@@ -184,11 +149,12 @@ def list_images(folder: Path) -> list[Path]:
         for path in folder.iterdir()
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     ]
-    return sorted(found, key=lambda path: (_split_numbers(path.name), path.name))
 
+    def with_numbers(path: Path) -> tuple[list[str | int], str]:
+        parts = re.split(r"(\d+)", path.name)
+        return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
-def _split_numbers(name: str) -> list[str | int]:
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
+    return sorted(found, key=with_numbers)
 
 
 def list_frames(folder: Path) -> list[Path]:
@@ -224,9 +190,13 @@ def read_frames(
     Raises:
         UnreadableVideo: it is no video, is damaged, or changes its size on the way.
     """
-    read = _read_images if path.is_dir() else _read_file
-    for pixels in read(path, first):
-        yield pixels if size is None else fit_frame(pixels, size, fit)
+    pixels: Iterable[Pixels]
+    if path.is_dir():
+        pixels = _read_images(path, first)
+    else:
+        pixels = map(upright_rgb, itertools.islice(decode_frames(path), first, None))
+    for frame in pixels:
+        yield frame if size is None else fit_frame(frame, size, fit)
 
 
 def _read_images(folder: Path, first: int) -> Iterator[Pixels]:
@@ -240,18 +210,11 @@ def _read_images(folder: Path, first: int) -> Iterator[Pixels]:
         yield pixels
 
 
-def _read_file(path: Path, first: int) -> Iterator[Pixels]:
-    for frame in itertools.islice(decode_frames(path), first, None):
-        yield upright_rgb(frame)
-
-
 def decode_frames(path: Path, since: int | None = None) -> Generator[av.VideoFrame, None, None]:
     """A file's frames as they are stored, one in memory at a time.
 
-    Args:
-        path: any file that FFmpeg reads, whose first video stream is taken.
-        since: a time stamp of that stream; frames before it are left out, and what lies well
-            before it is not read where the file can be entered there.
+    Frames before the time stamp `since` are left out, and what lies well before it is not read
+    where the file can be entered there.
 
     Raises:
         UnreadableVideo: it is no video, is damaged, or changes its size on the way.
@@ -344,13 +307,13 @@ def fit_mask(
 def _crop(pixels: np.ndarray, size: FrameSize) -> np.ndarray:
     """The largest middle part in `size`'s proportions."""
     height, width = pixels.shape[:2]
+    kept_height, kept_width = height, width
     if width * size.height > height * size.width:
-        kept = max(1, round(Fraction(height * size.width, size.height)))
-        left = (width - kept) // 2
-        return pixels[:, left : left + kept]
-    kept = max(1, round(Fraction(width * size.height, size.width)))
-    top = (height - kept) // 2
-    return pixels[top : top + kept]
+        kept_width = max(1, round(Fraction(height * size.width, size.height)))
+    else:
+        kept_height = max(1, round(Fraction(width * size.height, size.width)))
+    top, left = (height - kept_height) // 2, (width - kept_width) // 2
+    return pixels[top : top + kept_height, left : left + kept_width]
 
 
 def cut_clips(video_frames: int, frames: int, stride: int) -> range:
@@ -361,16 +324,10 @@ def cut_clips(video_frames: int, frames: int, stride: int) -> range:
 def clips_of(
     frames: Iterable[UInt8[np.ndarray, "..."]], length: int, stride: int, clips: int | None = None
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "frames ..."]]]:
-    """The clips that `cut_clips` names, each with its first frame's number.
+    """The clips that `cut_clips` names, each with its first frame's number; at most `clips`.
 
     Between two clips no more than `length` frames are held, and no frame past the last clip is
     asked for.
-
-    Args:
-        frames: pixels or masks, all of one size.
-        length: frames of a clip.
-        stride: frames from one clip's start to the next's; it may exceed `length`.
-        clips: how many at most; None is all.
     """
     window: collections.deque[np.ndarray] = collections.deque(maxlen=length)
     made = 0
@@ -384,12 +341,7 @@ def clips_of(
                 return
 
 
-def write_video(
-    path: Path,
-    frames: Frames,
-    fps: Fraction | float,
-    crf: int = 18,
-) -> None:
+def write_video(path: Path, frames: Frames, fps: Fraction | float, crf: int = 18) -> None:
     """Write RGB frames as H.264 (yuv420p, BT.601); the file appears whole or not at all.
 
     The same frames give the same bytes with the same FFmpeg, on any number of cores.
@@ -419,18 +371,13 @@ def write_video(
         stream.codec_context.thread_count = 1
         stream.codec_context.colorspace = Colorspace.SMPTE170M
         stream.codec_context.color_range = ColorRange.MPEG
-        for pixels in _yuv_frames(frames):
-            container.mux(stream.encode(pixels))
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            converted = frame.reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.SMPTE170M,
+                dst_color_range=ColorRange.MPEG,
+            )
+            converted.pts = index
+            container.mux(stream.encode(converted))
         container.mux(stream.encode())
-
-
-def _yuv_frames(frames: np.ndarray) -> Iterator[av.VideoFrame]:
-    for index, pixels in enumerate(frames):
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        converted = frame.reformat(
-            format="yuv420p",
-            dst_colorspace=Colorspace.SMPTE170M,
-            dst_color_range=ColorRange.MPEG,
-        )
-        converted.pts = index
-        yield converted

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tarfile
 
 from ...errors import BadInput
 from ...files import write_atomically
 from ...modeling.autoencoder import Autoencoder
-from ..shards.format import Manifest, ShardTable, Skipped
+from ..shards.format import Manifest, ShardTable
 from ..shards.order import choose_lanes
 from ..shards.writing import latent_moments, read_index
 from ..storage.names import MANIFEST, SKIPPED, shard_name
@@ -30,19 +29,13 @@ def latent_shape(
 def bound_example(
     latents: tuple[int, int, int, int], size: FrameSize, moments: bool, pixels: bool, label: int
 ) -> int:
-    """Bytes in a tar that no example exceeds.
+    """Bytes in a tar that no example exceeds, with or without log-variances (`moments`) and pixels.
 
-    Args:
-        latents: the shape of a clip's latents.
-        size: of its frames.
-        moments: whether it holds the log-variance.
-        pixels: whether it holds the pixels.
-        label: characters of the longest label, as JSON has it.
+    `label` is the number of characters of the longest label, as JSON has it.
     """
     frames, channels, h, w = latents
     values = frames * size.height * size.width
-    arrays = [frames * channels * h * w * 2] * (3 if moments else 2)
-    arrays += [frames * h * w * 2]
+    arrays = [frames * channels * h * w * 2] * (3 if moments else 2) + [frames * h * w * 2]
     arrays += [values * 3] if pixels else []
     mask = 1024 + values // 6  # deflate takes 0.16 of a byte for a random value out of two
     members = [*(NPY_HEADER + array for array in arrays), mask, 512 + label]
@@ -63,8 +56,7 @@ def write_manifest(
     folder = config.out / split
     indexes = []
     for number in range(shards):
-        index = read_index(folder, number)
-        if index is None:
+        if (index := read_index(folder, number)) is None:
             raise BadInput(
                 f"{folder / shard_name(number)} is gone: the same command makes it again"
             )
@@ -76,7 +68,6 @@ def write_manifest(
         raise BadInput(f"no video of the split {split} gave a clip: {label}: {reason}")
     mean, std = latent_moments(indexes)
     lanes, block = choose_lanes(table.examples)
-    colour = config.fill_colour
     manifest = Manifest(
         split=split,
         autoencoder=autoencoder.identity(),
@@ -89,7 +80,7 @@ def write_manifest(
             "per_clip": config.masks_per_clip,
             "seed": config.seed,
         },
-        fill="median" if colour is None else list(colour),
+        fill="median" if config.fill_colour is None else list(config.fill_colour),
         latents_mean=tuple(mean),
         latents_std=tuple(std),
         examples=sum(table.examples),
@@ -98,8 +89,9 @@ def write_manifest(
         block=block,
         skipped=len(skipped),
     )
-    listed = [Skipped(label, reason) for label, reason in skipped.items()]
-    lines = "".join(json.dumps(dataclasses.asdict(skip)) + "\n" for skip in listed)
+    lines = "".join(
+        json.dumps({"source": label, "reason": reason}) + "\n" for label, reason in skipped.items()
+    )
     write_atomically(folder / SKIPPED, lines.encode())
     write_atomically(folder / MANIFEST, manifest.to_json().encode())
     return skipped

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...files import in_threads
 from ...progress import show_progress
@@ -17,7 +17,7 @@ from .sources import Source
 
 PLAN = "plan.json"
 
-THREADS = 16  # that look at videos; on a network's disk they mostly wait
+SURVEY_THREADS = 16  # on a network's disk they mostly wait
 AT_ONCE = 4096  # videos handed to the threads, so that a million do not wait in memory
 
 
@@ -60,7 +60,7 @@ def survey(
     Unusable are those that cannot be read, are shorter than a clip, or lack masks that fit.
 
     Args:
-        sources: what `find_sources` found.
+        sources: their videos.
         length: frames of a clip.
         own_masks: whether the videos' own masks are needed.
         frame_rate: frames per second of folders of images.
@@ -80,7 +80,7 @@ def survey(
 
     surveyed = []
     with show_progress("look at", len(sources), "videos") as progress:
-        for video in in_threads(look, sources, THREADS, AT_ONCE):
+        for video in in_threads(look, sources, SURVEY_THREADS, AT_ONCE):
             surveyed.append(video)
             progress.advance(note=video.source.label)
     return surveyed
@@ -133,10 +133,14 @@ class ShardPlan:
         numbers = {label: number for number, label in enumerate(self.videos)}
         shards = defaultdict(list)
         for shard, parts in self.shards.items():
-            rows = [[numbers[p.source.label], p.first_clip, p.clips] for p in parts]
-            shards[shard.split].append(rows)
-        sources = [_to_row(video, mask_files or root) for video in self.videos.values()]
-        return json.dumps({"sources": sources, "shards": shards})
+            listed = [[numbers[p.source.label], p.first_clip, p.clips] for p in parts]
+            shards[shard.split].append(listed)
+        rows = []
+        for source, size, header, reason in self.videos.values():
+            masks = source.masks and source.masks.relative_to(mask_files or root)
+            own = [source.label, source.name, source.split, masks, source.annotated]
+            rows.append([*own, size, header, reason])
+        return json.dumps({"sources": rows, "shards": shards}, default=str)
 
     @classmethod
     def from_json(
@@ -144,7 +148,12 @@ class ShardPlan:
     ) -> ShardPlan:
         """Read what `to_json` wrote; `root` and `mask_files` are where the videos lie now."""
         tree = json.loads(text)
-        videos = [_from_row(row, root, mask_files or root) for row in tree["sources"]]
+        videos = []
+        for label, name, split, masks, annotated, size, fields, reason in tree["sources"]:
+            own = masks and (mask_files or root) / masks
+            source = Source(label, name, split, root / label, own, annotated)
+            header = fields and Header._make([*fields[:3], Fraction(fields[3])])
+            videos.append(SurveyedVideo(source, size, header, reason))
         shards = {
             ShardId(split, number): [
                 ClipRange(videos[video].source, first_clip, clips)
@@ -158,7 +167,7 @@ class ShardPlan:
     def differs(self, sources: Sequence[Source]) -> str:
         """What is other in `sources` than in the plan, in one line; "" where nothing is."""
         before = {(video.source.split, label): video.bytes for label, video in self.videos.items()}
-        sizes = in_threads(_count_bytes, sources, THREADS, AT_ONCE)
+        sizes = in_threads(_count_bytes, sources, SURVEY_THREADS, AT_ONCE)
         now = {
             (source.split, source.label): size for source, size in zip(sources, sizes, strict=True)
         }
@@ -172,23 +181,6 @@ class ShardPlan:
             for change, keys in changes.items()
             if keys
         )
-
-
-def _to_row(video: SurveyedVideo, masks_root: Path) -> list[Any]:
-    source, header = video.source, video.header
-    masks = source.masks and source.masks.relative_to(masks_root).as_posix()
-    fields = header and [header.frames, header.height, header.width, str(header.fps)]
-    own = [source.label, source.name, source.split, masks, source.annotated]
-    return [*own, video.bytes, fields, video.reason]
-
-
-def _from_row(row: list[Any], root: Path, masks_root: Path) -> SurveyedVideo:
-    label, name, split, masks, annotated, size, fields, reason = row
-    source = Source(label, name, split, root / label, masks and masks_root / masks, annotated)
-    if fields is None:
-        return SurveyedVideo(source, size, None, reason)
-    frames, height, width, fps = fields
-    return SurveyedVideo(source, size, Header(frames, height, width, Fraction(fps)))
 
 
 def plan_shards(

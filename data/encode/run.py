@@ -45,7 +45,7 @@ from .stages import (
     encode_clips,
     encode_frames,
     make_examples,
-    mask_clips,
+    mask_clip,
 )
 
 EXAMPLES = """examples:
@@ -64,7 +64,7 @@ EXAMPLES = """examples:
       for fresh latents in every epoch; up to ten videos may be unusable
 """
 
-MAY_CHANGE = ("max_skipped", "videos", "mask_files", "device")  # when a job is continued
+CONTINUES_WITH_OTHER = ("max_skipped", "videos", "mask_files", "device")
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,20 @@ class Timings:
     stages: Mapping[str, float]  # seconds in which each was busy, summed over the processes
 
     def __str__(self) -> str:
-        elapsed = max(self.elapsed, 1e-9)
-        shares = ", ".join(
-            f"{name} {seconds / elapsed / self.processes:.0%}"
+        busy = ", ".join(
+            f"{name} {seconds / self.elapsed / self.processes:.0%}"
             for name, seconds in self.stages.items()
         )
         return (
-            f"{self.clips} clips in {self.elapsed:.1f} s, {self.clips / elapsed:.1f} clips/s on "
-            f"{self.processes} process(es), which were busy: {shares}"
+            f"{self.clips} clips in {self.elapsed:.1f} s, {self.clips / self.elapsed:.1f} clips/s "
+            f"on {self.processes} process(es), which were busy: {busy}"
         )
 
 
 def encode(config: EncodeConfig, again: Collection[ShardId] = ()) -> Timings | None:
     """Encode every video of `config.videos` into shards under `config.out`.
 
-    Args:
-        config: What to encode, and how.
-        again: Shards to make anew though they are there.
+    Shards that are there already stay, unless they are to be made `again`.
 
     Returns:
         Where the time of all processes went; None in a process that is not the first.
@@ -131,7 +128,7 @@ def _begin(config: EncodeConfig) -> tuple[ShardPlan, Autoencoder]:
             file=sys.stderr,
         )
     if (config.out / PLAN).is_file():
-        jobs.claim(config.out, "encode", config, MAY_CHANGE)
+        jobs.claim(config.out, "encode", config, CONTINUES_WITH_OTHER)
         plan = _read_plan(config)
         if change := plan.differs(found):
             raise BadInput(
@@ -142,7 +139,7 @@ def _begin(config: EncodeConfig) -> tuple[ShardPlan, Autoencoder]:
     videos = _survey(found, config)
     autoencoder = _load_autoencoder(config, videos)
     plan = _plan(videos, config, autoencoder)
-    jobs.claim(config.out, "encode", config, MAY_CHANGE)
+    jobs.claim(config.out, "encode", config, CONTINUES_WITH_OTHER)
     write_atomically(config.out / PLAN, plan.to_json(config.videos, config.mask_files).encode())
     return plan, autoencoder
 
@@ -150,12 +147,8 @@ def _begin(config: EncodeConfig) -> tuple[ShardPlan, Autoencoder]:
 def _join(config: EncodeConfig, digest: str) -> tuple[ShardPlan, Autoencoder]:
     """The first process's plan, once this node sees it."""
     path = config.out / PLAN
-
-    def find_missing() -> str:
-        is_there = path.is_file() and hash_file(path) == digest
-        return "" if is_there else f"{path} is not what the first process wrote"
-
-    wait_until_visible(find_missing)
+    differs = f"{path} is not what the first process wrote"
+    wait_until_visible(lambda: "" if path.is_file() and hash_file(path) == digest else differs)
     plan = _read_plan(config)
     return plan, _load_autoencoder(config, plan.videos.values())
 
@@ -167,11 +160,7 @@ def _read_plan(config: EncodeConfig) -> ShardPlan:
 
 
 def _survey(found: Sequence[Source], config: EncodeConfig) -> list[SurveyedVideo]:
-    """Look at every video's header, and refuse a job that cannot end well.
-
-    Raises:
-        BadInput: too many videos are unusable, or all of a split.
-    """
+    """Look at every video's header; refuse too many unusable ones, and a split of them alone."""
     videos: list[SurveyedVideo] = []
     for split in dict.fromkeys(source.split for source in found):
         own = OWN in config.mix(split).weights
@@ -195,7 +184,7 @@ def _refuse_skipped(count: int, label: str, reason: str, config: EncodeConfig) -
 
 
 def _load_autoencoder(config: EncodeConfig, videos: Iterable[SurveyedVideo]) -> Autoencoder:
-    """Load the autoencoder; check that the frames fit it and the masks.
+    """Load the autoencoder.
 
     Raises:
         BadInput: it cannot be loaded, or the frames do not fit it or a family of masks.
@@ -221,34 +210,24 @@ def _load_autoencoder(config: EncodeConfig, videos: Iterable[SurveyedVideo]) -> 
 
 
 def _choose_size(config: EncodeConfig, videos: Iterable[SurveyedVideo]) -> FrameSize:
-    """The size of all frames.
-
-    Raises:
-        BadInput: sizes differ and none was asked for.
-    """
+    """The size of all frames; refuse videos that differ where none was asked for."""
     if config.frame_size:
         return config.frame_size
-    sizes: dict[FrameSize, str] = {}
-    for video in videos:
-        if video.header:
-            size = FrameSize(video.header.width, video.header.height)
-            sizes.setdefault(size, video.source.label)
-    if len(sizes) > 1:
-        (size, label), (other_size, other), *_ = sizes.items()
-        raise BadInput(
-            f"videos differ in size ({label} is {size}, {other} is {other_size}): give --size"
-        )
-    return next(iter(sizes))
+    usable = ((video.source.label, video.header) for video in videos if video.header)
+    sizes = [(FrameSize(header.width, header.height), label) for label, header in usable]
+    size, label = sizes[0]
+    for other_size, other in sizes:
+        if other_size != size:
+            raise BadInput(
+                f"videos differ in size ({label} is {size}, {other} is {other_size}): give --size"
+            )
+    return size
 
 
 def _plan(
     videos: Sequence[SurveyedVideo], config: EncodeConfig, autoencoder: Autoencoder
 ) -> ShardPlan:
-    """Cut each split's clips into shards.
-
-    Raises:
-        BadInput: a shard cannot hold one clip.
-    """
+    """Cut each split's clips into shards; refuse shards that cannot hold one clip."""
     limit = int(config.shard_megabytes * 1e6) - tarfile.RECORDSIZE  # the tar's own end
     size = _choose_size(config, videos)
     shape = latent_shape(config.frames, size, autoencoder)
@@ -306,8 +285,11 @@ def _write_shards(
     with crew.tally("encode", total, "clips", total - left) as tally:
         for shard in crew.take("shards", missing):
             clock = StageClock()
-            clips = decode_clips(plan.shards[shard], plan.videos, config)
-            masked = mask_clips(clock.run_ahead(clips, "decode", "masks"), config)
+            decoded = decode_clips(plan.shards[shard], plan.videos, config)
+            masked = (
+                clip if isinstance(clip, RangeEnd) else mask_clip(clip, config)
+                for clip in clock.run_ahead(decoded, "decode", "masks")
+            )
             encoded = encode_clips(
                 clock.run_ahead(masked, "masks", "autoencoder"),
                 *(autoencoder, config.posterior, config.batch_size),
@@ -324,7 +306,7 @@ def _write_shards(
     return Timings(
         crew.size,
         crew.add("clips", 0),
-        time.monotonic() - began,
+        max(time.monotonic() - began, 1e-9),
         {stage: crew.add(f"{stage} in ms", 0) / 1000 for stage in STAGES},
     )
 

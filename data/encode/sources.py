@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ...errors import BadInput
 from ..own_masks import OwnMasks
@@ -56,12 +55,6 @@ class Source:
         return OwnMasks(self.masks, header, names, all_but_zero=self.annotated)
 
 
-class _Found(NamedTuple):
-    split: str
-    path: Path
-    masks: Path | None = None
-
-
 def find_sources(root: Path, mask_files: Path | None = None) -> list[Source]:
     """The videos under `root`, by split, then by path, in one of these layouts.
 
@@ -92,19 +85,20 @@ def find_sources(root: Path, mask_files: Path | None = None) -> list[Source]:
     if mask_files is not None and not (mask_files.is_dir() and not mask_files.samefile(root)):
         raise BadInput(f"mask_files is {mask_files}: name a folder of masks beside or below {root}")
     found = _find(root, mask_files)
+    paths = [path for _, path, _ in found]
+    masks = [own for *_, own in found]
     if mask_files is not None:
-        found = _mirror(found, root, mask_files)
-    names = _name(root, [video.path for video in found])
+        masks = _mirror(paths, root, mask_files)
     return [
         Source(
-            label=video.path.relative_to(root).as_posix(),
+            label=path.relative_to(root).as_posix(),
             name=name,
-            split=video.split,
-            path=video.path,
-            masks=video.masks,
-            annotated=video.masks is not None and mask_files is None,
+            split=split,
+            path=path,
+            masks=own,
+            annotated=own is not None and mask_files is None,
         )
-        for video, name in zip(found, names, strict=True)
+        for (split, path, _), name, own in zip(found, _name(root, paths), masks, strict=True)
     ]
 
 
@@ -114,22 +108,10 @@ def find_outside(root: Path, sources: Sequence[Source], mask_files: Path | None)
     return [path for path in _search(root, mask_files) if path not in inside]
 
 
-def _find(root: Path, mask_files: Path | None) -> list[_Found]:
+def _find(root: Path, mask_files: Path | None) -> list[tuple[str, Path, Path | None]]:
+    """The split, path and annotations of each video."""
     if (root / FRAMES).is_dir() and (root / LISTS).is_dir():
         return _find_davis(root)
-    if folders := _split_folders(root):
-        return [
-            _Found(split, path, masks)
-            for split, folder in folders.items()
-            for path, masks in _list_videos(folder, mask_files)
-        ]
-    listed = _list_videos(root, mask_files)
-    splits = _clevrer_splits([path for path, _ in listed]) or ["train"] * len(listed)
-    found = [_Found(split, *pair) for split, pair in zip(splits, listed, strict=True)]
-    return sorted(found, key=lambda video: list(SPLITS).index(video.split))
-
-
-def _split_folders(root: Path) -> dict[str, Path]:
     folders = {}
     for split, names in SPLITS.items():
         present = [name for name in names if (root / name).is_dir()]
@@ -139,26 +121,42 @@ def _split_folders(root: Path) -> dict[str, Path]:
             )
         if present:
             folders[split] = root / present[0]
-    return folders
+    if folders:
+        return [
+            (split, *video)
+            for split, folder in folders.items()
+            for video in _list_videos(folder, mask_files)
+        ]
+    videos = _list_videos(root, mask_files)
+    matches = (re.fullmatch(r"video_([01]\d{4})", path.stem, re.ASCII) for path, _ in videos)
+    numbers = [int(match[1]) for match in matches if match]
+    if len(numbers) < len(videos):
+        return [("train", *video) for video in videos]
+    return [
+        (split, *video)
+        for split, official in CLEVRER.items()
+        for number, video in zip(numbers, videos, strict=True)
+        if number in official
+    ]
 
 
-def _find_davis(root: Path) -> list[_Found]:
+def _find_davis(root: Path) -> list[tuple[str, Path, Path | None]]:
     resolutions = sorted(path.name for path in (root / FRAMES).iterdir() if path.is_dir())
-    resolution = DAVIS_RESOLUTION if DAVIS_RESOLUTION in resolutions else "".join(resolutions[:1])
-    if resolution != DAVIS_RESOLUTION and len(resolutions) != 1:
+    if DAVIS_RESOLUTION in resolutions:
+        resolutions = [DAVIS_RESOLUTION]
+    if len(resolutions) != 1:
         raise BadInput(
             f"{root / FRAMES} has the resolutions {', '.join(resolutions) or 'none'}: "
             f"keep one of them, or add {DAVIS_RESOLUTION}"
         )
-    frames, annotations = root / FRAMES / resolution, root / ANNOTATIONS / resolution
+    frames, annotations = (root / kind / resolutions[0] for kind in (FRAMES, ANNOTATIONS))
     years = sorted(path for path in (root / LISTS).iterdir() if path.name.isdecimal())
     for year in reversed(years):
-        lists = {split: year / name for split, name in DAVIS_LISTS.items()}
         found = [
-            _Found(split, frames / name, _annotations(annotations / name))
-            for split, file in lists.items()
-            if file.is_file()
-            for name in sorted(set(file.read_text().split()))
+            (split, frames / name, _annotations(annotations / name))
+            for split, listed in DAVIS_LISTS.items()
+            if (year / listed).is_file()
+            for name in sorted(set((year / listed).read_text().split()))
         ]
         if found:
             return found
@@ -166,16 +164,6 @@ def _find_davis(root: Path) -> list[_Found]:
         f"{root / LISTS} has no YEAR/train.txt or YEAR/val.txt that names a video: "
         "DAVIS comes with them"
     )
-
-
-def _clevrer_splits(paths: Sequence[Path]) -> list[str]:
-    """Each video's official split; none at all unless every video is named as CLEVRER's."""
-    splits = []
-    for path in paths:
-        match = re.fullmatch(r"video_(\d{5})", path.stem, re.ASCII)
-        number = int(match[1]) if match else -1
-        splits += [split for split, numbers in CLEVRER.items() if number in numbers]
-    return splits if len(splits) == len(paths) else []
 
 
 def _list_videos(folder: Path, mask_files: Path | None) -> list[tuple[Path, Path | None]]:
@@ -227,34 +215,34 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _mirror(found: Sequence[_Found], root: Path, mask_files: Path) -> list[_Found]:
-    """The same videos with their masks out of `mask_files`."""
-    list_masks = functools.cache(_list_masks)
+def _mirror(paths: Sequence[Path], root: Path, mask_files: Path) -> list[Path | None]:
+    """The masks of each video in `mask_files`."""
+
+    @functools.cache
+    def list_by_stem(folder: Path) -> dict[str, list[Path]]:
+        listed: dict[str, list[Path]] = collections.defaultdict(list)
+        for path in sorted(folder.glob("*")):
+            if path.suffix.lower() in SUFFIXES | IMAGE_SUFFIXES or path.is_dir():
+                listed[_stem(path)].append(path)
+        return listed
+
     mirrored = []
-    for video in found:
-        place = mask_files / video.path.relative_to(root)
-        present = list_masks(place.parent).get(_stem(place), [])
+    for path in paths:
+        place = mask_files / path.relative_to(root)
+        present = list_by_stem(place.parent).get(_stem(place), [])
         if len(present) > 1:
-            listed = " and ".join(path.name for path in present)
+            listed = " and ".join(masks.name for masks in present)
             raise BadInput(
-                f"{place.parent} has {listed} for one video, {video.path.name}: keep one of them"
+                f"{place.parent} has {listed} for one video, {path.name}: keep one of them"
             )
-        mirrored.append(video._replace(masks=present[0] if present else None))
-    if not any(video.masks for video in mirrored):
-        expected = mask_files / found[0].path.relative_to(root).with_suffix("")
+        mirrored.append(present[0] if present else None)
+    if not any(mirrored):
+        expected = mask_files / paths[0].relative_to(root).with_suffix("")
         raise BadInput(
-            f"mask_files is {mask_files}, which has no mask for any of {len(found)} videos: "
+            f"mask_files is {mask_files}, which has no mask for any of {len(paths)} videos: "
             f"name a folder that mirrors {root}, with {expected}.png or the like"
         )
     return mirrored
-
-
-def _list_masks(folder: Path) -> dict[str, list[Path]]:
-    listed: dict[str, list[Path]] = collections.defaultdict(list)
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.suffix.lower() in SUFFIXES | IMAGE_SUFFIXES or path.is_dir():
-            listed[_stem(path)].append(path)
-    return listed
 
 
 def _stem(path: Path) -> str:
@@ -269,16 +257,13 @@ def _name(root: Path, paths: Sequence[Path]) -> list[str]:
     """
     stems = [make_key_part(_stem(path.resolve() if path == root else path)) for path in paths]
     count = collections.Counter(stems)
-    names = [
-        stem if count[stem] == 1 else make_key_part(path.relative_to(root).as_posix())
-        for path, stem in zip(paths, stems, strict=True)
-    ]
     named: dict[str, Path] = {}
-    for path, name in zip(paths, names, strict=True):
+    for path, stem in zip(paths, stems, strict=True):
+        name = stem if count[stem] == 1 else make_key_part(path.relative_to(root).as_posix())
         if name in named:
             raise BadInput(f"{named[name]} and {path} would share a key: rename one of them")
         named[name] = path
-    return names
+    return list(named)
 
 
 def make_key_part(name: str) -> str:

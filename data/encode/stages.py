@@ -6,7 +6,7 @@ import collections
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar, cast
 
@@ -20,15 +20,34 @@ from ...errors import BadInput
 from ...modeling.autoencoder import Autoencoder, to_pixels
 from ..masks import OWN, Colour, draw_mask, fill_hole, visible_median
 from ..shards.format import Example
-from ..videos import Frames, Masks, Pixels, UnreadableVideo
-from .clips import Clip, read_clips
+from ..videos import (
+    Fit,
+    Frames,
+    FrameSize,
+    Masks,
+    Pixels,
+    UnreadableVideo,
+    clips_of,
+    read_frames,
+    read_header,
+)
 from .plan import ClipRange, SurveyedVideo
 from .settings import EncodeConfig
+from .sources import Source
 
 AHEAD = 2  # clips that each stage may be ahead of the next
 STAGES = ("decode", "masks", "autoencoder", "write")
 
 Item = TypeVar("Item")
+
+
+class Clip(NamedTuple):
+    """Consecutive frames of a video."""
+
+    source: Source
+    first: int  # the number of its first frame in the video
+    frames: Frames
+    mask: Masks | None  # its own, where that was asked for
 
 
 class ClipMask(NamedTuple):
@@ -105,37 +124,72 @@ def decode_clips(
     parts: Iterable[ClipRange], videos: Mapping[str, SurveyedVideo], config: EncodeConfig
 ) -> Iterator[Clip | RangeEnd]:
     """The clips of each range, then its end, with the reason if the video cannot be used."""
+    size, needs_visible = config.frame_size, config.fill_colour is None
     for part in parts:
+        own = OWN in config.mix(part.source.split).weights
         reason = videos[part.source.label].reason
-        if not reason:
-            try:
-                yield from _read_fillable(part, config)
-            except UnreadableVideo as error:
-                reason = str(error)
+        try:
+            clips = read_clips(part, config.frames, config.clip_stride, size, config.fit, own)
+            for clip in () if reason else clips:
+                if needs_visible and clip.mask is not None and clip.mask.all():
+                    raise UnreadableVideo(
+                        f"its own masks hide all of the clip at frame {clip.first}, which leaves "
+                        "no colour to fill it with"
+                    )
+                yield clip
+        except UnreadableVideo as error:
+            reason = str(error)
         yield RangeEnd(part, reason)
 
 
-def _read_fillable(part: ClipRange, config: EncodeConfig) -> Iterator[Clip]:
-    own = OWN in config.mix(part.source.split).weights
-    size, needs_visible = config.frame_size, config.fill_colour is None
-    for clip in read_clips(part, config.frames, config.clip_stride, size, config.fit, own):
-        if needs_visible and clip.mask is not None and clip.mask.all():
-            raise UnreadableVideo(
-                f"its own masks hide all of the clip at frame {clip.first}, which leaves no colour "
-                "to fill it with"
-            )
-        yield clip
+def read_clips(
+    part: ClipRange,
+    length: int,
+    stride: int,
+    size: FrameSize | None = None,
+    fit: Fit = "crop",
+    own_masks: bool = False,
+) -> Generator[Clip, None, None]:
+    """A range of a video's clips, in memory one at a time; nothing after the last is decoded.
+
+    What comes before the range is decoded and dropped, so that its frames are those that reading
+    the video from its start gives, to the bit.
+
+    Args:
+        part: what to read.
+        length: frames of a clip.
+        stride: frames from one clip's start to the next's.
+        size: what each frame becomes; None keeps the frames as they are.
+        fit: see `videos.read_frames`; masks are cropped alike, and take the nearest value.
+        own_masks: whether the clips come with the video's own masks.
+
+    Raises:
+        UnreadableVideo: the video, or its own masks, cannot be read, are damaged, or end before
+            the range does. This may come after some of the clips.
+    """
+    source, start = part.source, part.first_clip * stride
+    with contextlib.ExitStack() as opened:
+        frames = opened.enter_context(
+            contextlib.closing(read_frames(source.path, size, fit, start))
+        )
+        mask_clips: Iterator[tuple[int, Masks]] = iter(())
+        if own_masks:
+            masks = source.own_masks(read_header(source.path)).read(size, fit, start)
+            opened.enter_context(contextlib.closing(masks))
+            mask_clips = clips_of(masks, length, stride, part.clips)
+        made = 0
+        for first, pixels in clips_of(frames, length, stride, part.clips):
+            _, mask = next(mask_clips, (first, None))
+            if own_masks and mask is None:
+                raise UnreadableVideo(f"its masks end before frame {start + first + length}")
+            yield Clip(source, start + first, pixels, mask)
+            made += 1
+    if made < (part.clips or 1):
+        raise UnreadableVideo(f"it ends before frame {start + made * stride + length}")
 
 
-def mask_clips(
-    clips: Iterable[Clip | RangeEnd], config: EncodeConfig
-) -> Iterator[MaskedClip | RangeEnd]:
-    """Each clip under all of its masks."""
-    for event in clips:
-        yield event if isinstance(event, RangeEnd) else _mask_clip(event, config)
-
-
-def _mask_clip(clip: Clip, config: EncodeConfig) -> MaskedClip:
+def mask_clip(clip: Clip, config: EncodeConfig) -> MaskedClip:
+    """A clip under all of its masks."""
     name = f"{clip.source.name}_{clip.first:05}"
     masks: list[ClipMask] = []
     count: collections.Counter[str] = collections.Counter()

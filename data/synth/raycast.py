@@ -6,6 +6,7 @@ rectangle of the picture that it, or its shadow, can reach. Light is linear unti
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,45 +40,38 @@ class Placed:
     body: Body
     centre: Float[np.ndarray, "3"]
     half_height: float
-    cosine: float
+    cosine: float  # of its angle about the vertical
     sine: float
 
 
 @dataclass(frozen=True)
-class View:
+class CameraRays:
     """The fixed camera's rays, and the floor that they meet."""
 
-    axes: Float[np.ndarray, "3 3"]
-    """Rows: right, up, forward."""
+    axes: Float[np.ndarray, "3 3"]  # rows: right, up, forward
     directions: Float[np.ndarray, "3 height width"]
-    distance: Float[np.ndarray, "height width"]
-    """Along each ray, to the floor."""
-    floor: Float[np.ndarray, "3 height width"]
-    """The points there."""
+    distance: Float[np.ndarray, "height width"]  # along each ray, to the floor
+    floor: Float[np.ndarray, "3 height width"]  # the points there
 
 
 def render(scene: Scene, size: int) -> UInt8[np.ndarray, "frames size size 3"]:
     """Draw every frame of a scene, `size` pixels wide and high, as 8-bit sRGB."""
-    view = look(size * SUPERSAMPLING)
-    return np.stack(
-        [
-            _to_pixels(_draw_frame(view, place(scene, frame)))
-            for frame in range(len(scene.positions))
-        ]
-    )
+    rays = look(size * SUPERSAMPLING)
+    frames = range(len(scene.positions))
+    return np.stack([_to_pixels(_draw_frame(rays, place(scene, frame))) for frame in frames])
 
 
-def look(rays: int) -> View:
-    """The camera's rays through a grid of rays × rays points."""
+def look(side: int) -> CameraRays:
+    """The camera's rays through a grid of side × side points."""
     forward = (LOOK_AT - CAMERA) / np.linalg.norm(LOOK_AT - CAMERA)
     right = np.array([forward[1], -forward[0], 0]) / np.hypot(forward[0], forward[1])
     axes = np.stack([right, np.cross(right, forward), forward]).astype(np.float32)
-    steps = ((np.arange(rays, dtype=np.float32) + 0.5) / rays * 2 - 1) * HALF_VIEW
+    steps = ((np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1) * HALF_VIEW
     across, down = np.broadcast_arrays(steps[None, :], steps[:, None])
     directions = _unit(_combine(axes.T, np.stack([across, -down, np.ones_like(across)])))
     distance = -CAMERA[2] / directions[2]
     floor = _column(CAMERA, 2) + distance * directions
-    return View(axes, directions, distance, floor)
+    return CameraRays(axes, directions, distance, floor)
 
 
 def place(scene: Scene, frame: int) -> list[Placed]:
@@ -91,29 +85,25 @@ def place(scene: Scene, frame: int) -> list[Placed]:
     return placed
 
 
-def _draw_frame(view: View, bodies: list[Placed]) -> Float[np.ndarray, "3 height width"]:
-    picture = _shade_floor(view, bodies)
-    nearest = view.distance.copy()
+def _draw_frame(rays: CameraRays, bodies: list[Placed]) -> Float[np.ndarray, "3 height width"]:
+    picture = _shade_floor(rays, bodies)
+    nearest = rays.distance.copy()
     for index, body in enumerate(bodies):
-        box = _screen_box(view, *_extent(body))
-        if box is None:
-            continue
-        directions = view.directions[(slice(None), *box)]
+        box = _screen_box(rays, *_extent(body))
+        directions = rays.directions[:, *box]
         near, far = _span(body, _column(CAMERA, 2), directions)
         hit = (near < far) & (near < nearest[box]) & (near > 0)
-        if not hit.any():
-            continue
-        nearest[box][hit] = near[hit]
-        others = bodies[:index] + bodies[index + 1 :]
-        picture[(slice(None), *box)][:, hit] = _shade_body(
-            body, others, directions[:, hit], near[hit]
-        )
+        if hit.any():
+            nearest[box][hit] = near[hit]
+            others = bodies[:index] + bodies[index + 1 :]
+            picture[:, *box][:, hit] = _shade_body(body, others, directions[:, hit], near[hit])
     return picture
 
 
 def _span(placed: Placed, origin: Vectors, direction: Vectors) -> tuple[Scalars, Scalars]:
     """Where rays enter and leave a body; they miss it where enter >= leave."""
-    o, d = _to_local(placed, origin - _column(placed.centre, origin.ndim - 1), direction)
+    o = _to_local(placed, origin - _column(placed.centre, origin.ndim - 1))
+    d = _to_local(placed, direction)
     if placed.body.shape == "sphere":
         return _round_span(o, d, placed.body.radius)
     if placed.body.shape == "cube":
@@ -123,10 +113,8 @@ def _span(placed: Placed, origin: Vectors, direction: Vectors) -> tuple[Scalars,
             _round_span(o[:2], d[:2], placed.body.radius),
             _slab_span(o[2], d[2], placed.half_height),
         ]
-    near, far = spans[0]
-    for other_near, other_far in spans[1:]:
-        near, far = np.maximum(near, other_near), np.minimum(far, other_far)
-    return near, far
+    nears, fars = zip(*spans, strict=True)
+    return functools.reduce(np.maximum, nears), functools.reduce(np.minimum, fars)
 
 
 def _round_span(
@@ -146,28 +134,19 @@ def _slab_span(o: Scalars, d: Scalars, half: float) -> tuple[Scalars, Scalars]:
     return middle - reach, middle + reach
 
 
-def _shade_floor(view: View, bodies: list[Placed]) -> Float[np.ndarray, "3 height width"]:
-    lit = np.ones_like(view.distance)
-    open_sky = np.ones_like(view.distance)
+def _shade_floor(rays: CameraRays, bodies: list[Placed]) -> Float[np.ndarray, "3 height width"]:
+    lit, open_sky = np.ones_like(rays.distance), np.ones_like(rays.distance)
     for body in bodies:
-        box = _screen_box(view, *_shadow_extent(body))
-        if box is not None:
-            points = view.floor[(slice(None), *box)]
-            lit[box] *= _lamp_visible(points, [body])
-            open_sky[box] *= _sky_visible(points, body)
-    light = 0.34 * open_sky * _sky_on_floor(view.floor) + _lamp_on_floor(view.floor) * lit
+        box = _screen_box(rays, *_shadow_extent(body))
+        points = rays.floor[:, *box]
+        lit[box] *= _lamp_visible(points, [body])
+        open_sky[box] *= _sky_visible(points, body)
+    x, y, _ = rays.floor
+    sky = 1 / (1 + np.maximum(y + 2, 0) ** 2 / 500)
+    lamp = 0.72 / (1 + ((x - 2.2) ** 2 + (y + 3.0) ** 2) / 48)
     # The room's light is a little warm, as CLEVR's is.
     tint = _column(np.array([1.0, 0.995, 0.975], np.float32), 2)
-    return FLOOR_ALBEDO * tint * light
-
-
-def _sky_on_floor(points: Vectors) -> Scalars:
-    return 1 / (1 + np.maximum(points[1] + 2, 0) ** 2 / 500)
-
-
-def _lamp_on_floor(points: Vectors) -> Scalars:
-    x, y = points[0] - 2.2, points[1] + 3.0
-    return 0.72 / (1 + (x * x + y * y) / 48)
+    return FLOOR_ALBEDO * tint * (0.34 * open_sky * sky + lamp * lit)
 
 
 def _sky_visible(points: Vectors, placed: Placed) -> Scalars:
@@ -204,55 +183,33 @@ def _shade_body(
     direction: Vectors,
     distance: Scalars,
 ) -> Vectors:
+    """Rubber is lit evenly; metal is a tinted mirror of a dim room with a bright floor."""
+    body = placed.body
     points = _column(CAMERA, 1) + distance * direction
     normal = _normal(placed, points)
-    near = [other for other in others if _may_shade(placed, other)]
+    near = [
+        other
+        for other in others
+        if np.hypot(*(other.centre - placed.centre)[:2]) < 4 * other.body.radius
+    ]
     lit = _lamp_visible(points + EPSILON * normal, near) if near else np.ones_like(distance)
-    lamp = _unit(_column(LAMP, 1) - points)
+    to_lamp = _unit(_column(LAMP, 1) - points)
+    facing = np.maximum(_dot(normal, to_lamp), 0)
     mirrored = direction - 2 * _dot(direction, normal) * normal
-    albedo = _column(_albedo(placed.body), 1)
-    shade = _metal if placed.body.material == "metal" else _rubber
-    return shade(albedo, normal, mirrored, lamp, lit, points[2])
-
-
-def _albedo(body: Body) -> Float[np.ndarray, "3"]:
-    linear = (np.array(COLOURS[body.colour], np.float32) / 255) ** 2.2
-    return linear if body.material == "metal" else 0.90 * linear + 0.03  # rubber is chalky
-
-
-def _rubber(
-    albedo: Vectors,
-    normal: Vectors,
-    mirrored: Vectors,
-    lamp: Vectors,
-    lit: Scalars,
-    height: Scalars,
-) -> Vectors:
-    """Lambert's law under the lamp, the fill light, the sky and the floor, and a dull gleam."""
-    contact = np.clip(0.45 + height, 0, 1)
-    around = contact * (0.24 + 0.12 * normal[2])
-    diffuse = 0.66 * lit * np.maximum(_dot(normal, lamp), 0)
-    diffuse += around + 0.16 * np.maximum(_dot(normal, _column(FILL, 1)), 0)
-    gleam = 0.08 * lit * np.maximum(_dot(mirrored, lamp), 0) ** 10
-    return albedo * diffuse + gleam
-
-
-def _metal(
-    albedo: Vectors,
-    normal: Vectors,
-    mirrored: Vectors,
-    lamp: Vectors,
-    lit: Scalars,
-    height: Scalars,
-) -> Vectors:
-    """A tinted mirror of a dim room with a bright floor, and the highlights of its two lights."""
-    contact = np.clip(0.35 + 1.2 * height, 0, 1)
+    gleam = np.maximum(_dot(mirrored, to_lamp), 0)
+    albedo = _column((np.array(COLOURS[body.colour], np.float32) / 255) ** 2.2, 1)
+    fill = _column(FILL, 1)
+    if body.material == "rubber":
+        contact = np.clip(0.45 + points[2], 0, 1)
+        diffuse = 0.66 * lit * facing
+        diffuse += contact * (0.24 + 0.12 * normal[2]) + 0.16 * np.maximum(_dot(normal, fill), 0)
+        return (0.90 * albedo + 0.03) * diffuse + 0.08 * lit * gleam**10
+    contact = np.clip(0.35 + 1.2 * points[2], 0, 1)
     horizon = np.clip(mirrored[2] * 4 + 0.5, 0, 1)
     room = (1 - horizon) * 0.75 * contact + horizon * (0.10 + 0.5 * np.maximum(mirrored[2], 0) ** 2)
-    soft = 0.16 * lit * np.maximum(_dot(normal, lamp), 0)
-    highlight = 1.6 * lit * np.maximum(_dot(mirrored, lamp), 0) ** 36
-    highlight += 0.9 * np.maximum(_dot(mirrored, _column(FILL, 1)), 0) ** 40
-    return albedo * (room + soft) + (0.5 + 0.5 * albedo) * highlight
+    highlight = 1.6 * lit * gleam**36
+    highlight += 0.9 * np.maximum(_dot(mirrored, fill), 0) ** 40
+    return albedo * (room + 0.16 * lit * facing) + (0.5 + 0.5 * albedo) * highlight
 
 
 def _normal(placed: Placed, points: Vectors) -> Vectors:
@@ -263,25 +220,20 @@ def _normal(placed: Placed, points: Vectors) -> Vectors:
         lid = np.abs(outward[2]) > placed.half_height - EPSILON
         side = outward * _column(np.array([1, 1, 0], np.float32), 1) / placed.body.radius
         return np.where(lid, np.sign(outward) * _column(np.array([0, 0, 1], np.float32), 1), side)
-    local, _ = _to_local(placed, outward, outward)
+    local = _to_local(placed, outward)
     face = np.abs(local) >= np.abs(local).max(axis=0)
     x, y, z = np.where(face, np.sign(local), 0).astype(np.float32)
     c, s = placed.cosine, placed.sine
     return _unit(np.stack([c * x - s * y, s * x + c * y, z]))
 
 
-def _to_local(placed: Placed, o: Vectors, d: Vectors) -> tuple[Vectors, Vectors]:
+def _to_local(placed: Placed, vectors: Vectors) -> Vectors:
     """Turn vectors into a cube's own axes; the other bodies are round."""
     if placed.body.shape != "cube":
-        return o, d
+        return vectors
     c, s = placed.cosine, placed.sine
-    turned = [np.stack([c * v[0] + s * v[1], c * v[1] - s * v[0], v[2]]) for v in (o, d)]
-    return turned[0], turned[1]
-
-
-def _may_shade(placed: Placed, other: Placed) -> bool:
-    offset = other.centre - placed.centre
-    return float(np.hypot(offset[0], offset[1])) < 4 * other.body.radius
+    x, y, z = vectors
+    return np.stack([c * x + s * y, c * y - s * x, z])
 
 
 def _extent(placed: Placed) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
@@ -304,21 +256,19 @@ def _shadow_extent(placed: Placed) -> tuple[Float[np.ndarray, "3"], Float[np.nda
 
 
 def _screen_box(
-    view: View, low: Float[np.ndarray, "3"], high: Float[np.ndarray, "3"]
-) -> tuple[slice, slice] | None:
-    """The rows and columns of the picture that a box in space can reach; None if out of view."""
+    rays: CameraRays, low: Float[np.ndarray, "3"], high: Float[np.ndarray, "3"]
+) -> tuple[slice, slice]:
+    """The rows and columns of the picture that a box in space can reach; none if out of view."""
     corners = np.stack(np.meshgrid(*np.stack([low, high], axis=1), indexing="ij")).reshape(3, 8)
-    across, up, depth = _combine(view.axes, corners - _column(CAMERA, 1))
+    across, up, depth = _combine(rays.axes, corners - _column(CAMERA, 1))
     if depth.min() < 1:  # beside or behind the camera, which looks over it
-        return None
-    rays = view.distance.shape[0]
-    columns = (across / depth / HALF_VIEW + 1) / 2 * rays
-    rows = (1 - up / depth / HALF_VIEW) / 2 * rays
-    box = tuple(
-        slice(max(0, int(np.floor(at.min()))), min(rays, int(np.ceil(at.max()))))
-        for at in (rows, columns)
-    )
-    return (box[0], box[1]) if all(side.start < side.stop for side in box) else None
+        return slice(0), slice(0)
+    side = len(rays.distance)
+    columns = (across / depth / HALF_VIEW + 1) / 2 * side
+    rows = (1 - up / depth / HALF_VIEW) / 2 * side
+    ends = [np.floor([rows.min(), columns.min()]), np.ceil([rows.max(), columns.max()])]
+    (top, left), (bottom, right) = np.clip(ends, 0, side).astype(int)
+    return slice(top, bottom), slice(left, right)
 
 
 def _to_pixels(picture: Float[np.ndarray, "3 height width"]) -> UInt8[np.ndarray, "size size 3"]:
@@ -334,8 +284,8 @@ def _to_pixels(picture: Float[np.ndarray, "3 height width"]) -> UInt8[np.ndarray
 
 def _dot(a: Float[np.ndarray, "axes *#rays"], b: Float[np.ndarray, "axes *#rays"]) -> Scalars:
     total = a[0] * b[0]
-    for axis in range(1, len(a)):
-        total = total + a[axis] * b[axis]
+    for one, other in zip(a[1:], b[1:], strict=True):
+        total = total + one * other
     return total
 
 

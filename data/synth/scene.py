@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -20,8 +20,8 @@ from jaxtyping import Float
 Shape = Literal["sphere", "cube", "cylinder"]
 Material = Literal["rubber", "metal"]
 
-SHAPES: tuple[Shape, ...] = ("sphere", "cube", "cylinder")
-MATERIALS: tuple[Material, ...] = ("rubber", "metal")
+SHAPES: tuple[Shape, ...] = get_args(Shape)
+MATERIALS: tuple[Material, ...] = get_args(Material)
 MASSES: dict[Material, float] = {"rubber": 1.0, "metal": 1.6}
 
 # The eight colours of CLEVR (Johnson et al. 2017), 8-bit sRGB.
@@ -40,7 +40,7 @@ RADII = (0.38, 0.47)  # of a body's disc
 SPEEDS = (1.8, 3.0)  # of the bodies that move at the start
 ARRIVALS = (0.2, 0.65)  # when a moving body meets its target, as a fraction of the clip
 STAGE = ((-2.0, 2.0), (-1.7, 1.9))  # x and y within which bodies rest: well inside the view
-GAP = 0.12  # between bodies at the start
+CLEARANCE = 0.12  # between bodies at the start
 SHORTEST = 1.0  # seconds; a shorter clip shows bodies on their way to each other
 TRIES = 100
 
@@ -52,10 +52,8 @@ class Body:
     shape: Shape
     material: Material
     colour: str
-    radius: float
-    """Of its disc on the floor; a cube's corners are on that disc."""
-    twist: float
-    """Radians that it turns for each unit of its path."""
+    radius: float  # of its disc on the floor; a cube's corners are on that disc
+    twist: float  # radians that it turns for each unit of its path
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ class Scene:
 
     bodies: tuple[Body, ...]
     positions: Float[np.ndarray, "frames bodies 2"]
-    angles: Float[np.ndarray, "frames bodies"]
-    """About the vertical, in radians."""
+    angles: Float[np.ndarray, "frames bodies"]  # about the vertical, in radians
     collisions: tuple[Collision, ...]
 
 
@@ -91,31 +88,21 @@ def draw_scene(rng: np.random.Generator, frames: int, fps: float) -> Scene:
     """
     times = np.arange(frames) / fps
     for _ in range(TRIES):
-        scene = _play(rng, _draw_starts(rng, float(times[-1])), times)
-        if any(_on_stage(collision.place) for collision in scene.collisions):
+        starts = _draw_starts(rng, float(times[-1]))
+        bodies = tuple(start.body for start in starts)
+        positions, paths, collisions = simulate(
+            np.stack([start.place for start in starts]),
+            np.stack([start.velocity for start in starts]),
+            np.array([body.radius for body in bodies]),
+            np.array([MASSES[body.material] for body in bodies]),
+            times,
+        )
+        angles = rng.uniform(0, 2 * np.pi, len(bodies))
+        angles = angles + paths * np.array([body.twist for body in bodies])
+        low, high = np.transpose(STAGE)
+        if any(((low <= hit.place) & (hit.place <= high)).all() for hit in collisions):
             break
-    return scene
-
-
-def _on_stage(place: tuple[float, float]) -> bool:
-    return all(low <= value <= high for value, (low, high) in zip(place, STAGE, strict=True))
-
-
-def _play(
-    rng: np.random.Generator, starts: Sequence[_Start], times: Float[np.ndarray, "frames"]
-) -> Scene:
-    bodies = tuple(start.body for start in starts)
-    positions, paths, collisions = simulate(
-        np.stack([start.place for start in starts]),
-        np.stack([start.velocity for start in starts]),
-        np.array([body.radius for body in bodies]),
-        np.array([MASSES[body.material] for body in bodies]),
-        times,
-    )
-    angles = rng.uniform(0, 2 * np.pi, len(bodies))
-    return Scene(
-        bodies, positions, angles + paths * np.array([b.twist for b in bodies]), collisions
-    )
+    return Scene(bodies, positions, angles, collisions)
 
 
 def _draw_starts(rng: np.random.Generator, duration: float) -> list[_Start]:
@@ -132,13 +119,15 @@ def _draw_starts(rng: np.random.Generator, duration: float) -> list[_Start]:
 def _first_free(others: Sequence[_Start], candidates: Iterable[_Start]) -> list[_Start]:
     """The first candidate that keeps its distance from the others; none where it is too crowded."""
     for candidate in candidates:
-        if all(_gap(candidate, other) > GAP for other in others):
+        apart = (
+            np.linalg.norm(candidate.place - other.place)
+            - candidate.body.radius
+            - other.body.radius
+            for other in others
+        )
+        if all(gap > CLEARANCE for gap in apart):
             return [candidate]
     return []
-
-
-def _gap(a: _Start, b: _Start) -> float:
-    return float(np.linalg.norm(a.place - b.place)) - a.body.radius - b.body.radius
 
 
 def _draw_body(rng: np.random.Generator) -> Body:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vidfill.data.encode.clips import read_clips
 from vidfill.data.encode.plan import (
     ClipRange,
     ShardId,
@@ -20,6 +19,7 @@ from vidfill.data.encode.plan import (
     survey,
 )
 from vidfill.data.encode.sources import Source, find_sources
+from vidfill.data.encode.stages import read_clips
 from vidfill.data.videos import FrameSize, Header, UnreadableVideo, cut_clips, write_video
 
 COLLISIONS = Path(__file__).parents[4] / "shared" / "videos" / "collisions"

@@ -103,8 +103,8 @@ def test_a_body_is_seen_in_its_colour_where_it_stands(shape, material):
     body = Body(shape, material, "red", 0.45, 0.0)
     for at in ((0.0, 0.0), (-1.5, 1.0), (1.5, -1.0)):
         scene = still((body, at))
-        view, centre = look(64), place(scene, 0)[0].centre
-        off_ray = np.cross(centre - CAMERA, view.directions, axisb=0)
+        rays, centre = look(64), place(scene, 0)[0].centre
+        off_ray = np.cross(centre - CAMERA, rays.directions, axisb=0)
         row, column = np.unravel_index((off_ray**2).sum(-1).argmin(), (64, 64))
         red, green, blue = render(scene, 64)[0, row, column].astype(int)
         assert red > 1.5 * max(green, blue)
