@@ -24,6 +24,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt
 
 from .videos import (
     IMAGE_SUFFIXES,
@@ -70,10 +71,8 @@ class OwnMasks:
     ) -> Generator[Mask, None, None]:
         """The masks, upright, 1 in the hole, one for each frame, in memory one at a time.
 
-        Args:
-            size: what they are brought to, as `videos.read_frames` does it; None is the video's.
-            fit: see there.
-            first: the frame of the video to begin with.
+        They begin with the video's frame `first`, and are brought to `size` (None is the video's)
+        as `videos.read_frames` brings its frames.
 
         Raises:
             UnreadableVideo: the masks cannot be read, or do not fit the video.

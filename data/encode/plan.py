@@ -59,11 +59,7 @@ def survey(
 
     Unusable are those that cannot be read, are shorter than a clip, or lack masks that fit.
 
-    Args:
-        sources: their videos.
-        length: frames of a clip.
-        own_masks: whether the videos' own masks are needed.
-        frame_rate: frames per second of folders of images.
+    `length` is that of a clip, `frame_rate` that of folders of images.
     """
 
     def look(source: Source) -> SurveyedVideo:

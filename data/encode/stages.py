@@ -155,13 +155,8 @@ def read_clips(
     What comes before the range is decoded and dropped, so that its frames are those that reading
     the video from its start gives, to the bit.
 
-    Args:
-        part: what to read.
-        length: frames of a clip.
-        stride: frames from one clip's start to the next's.
-        size: what each frame becomes; None keeps the frames as they are.
-        fit: see `videos.read_frames`; masks are cropped alike, and take the nearest value.
-        own_masks: whether the clips come with the video's own masks.
+    Frames get `size` as `videos.read_frames` gives it, and the video's own masks, if they are asked
+    for, get it alike.
 
     Raises:
         UnreadableVideo: the video, or its own masks, cannot be read, are damaged, or end before

@@ -23,8 +23,7 @@ from .raycast import render
 from .scene import Scene, draw_scene
 
 FPS = Fraction(25, 2)  # CLEVRER's
-FIRST = {"train": 0, "validation": 10_000}  # CLEVRER's numbers of the first video
-MOST = {"train": 10_000, "validation": 5_000}  # and how many it has
+FIRST_VALIDATION, END = 10_000, 15_000  # CLEVRER's numbers of videos: training's come first
 FOLDER_HOLDS = 1_000
 
 EXAMPLES = """examples:
@@ -44,9 +43,9 @@ class SynthConfig:
 
     out: Path
     """Folder to write: video_train/ and video_validation/ within it."""
-    clips: Annotated[int, Interval(ge=1, le=MOST["train"])] = 120
+    clips: Annotated[int, Interval(ge=1, le=FIRST_VALIDATION)] = 120
     """Training videos, 1 to 10000."""
-    validation: Annotated[int, Interval(ge=0, le=MOST["validation"])] = 16
+    validation: Annotated[int, Interval(ge=0, le=END - FIRST_VALIDATION)] = 16
     """Validation videos, 0 to 5000."""
     size: Annotated[int, Interval(ge=16), MultipleOf(2)] = 64
     """Width and height in pixels; even, at least 16."""
@@ -64,22 +63,19 @@ def synth(config: SynthConfig) -> list[Path]:
     """
     options.check(config)
     jobs.claim(config.out, "synth", config)
-    numbers = [
-        FIRST[split] + index
-        for split, count in (("train", config.clips), ("validation", config.validation))
-        for index in range(count)
-    ]
+    validation = range(FIRST_VALIDATION, FIRST_VALIDATION + config.validation)
+    numbers = [*range(config.clips), *validation]
     paths = {number: video_path(config.out, number) for number in numbers}
-    missing = [number for number in numbers if not paths[number].exists()]
-    done = len(numbers) - len(missing)
-    with show_progress("rendering", len(numbers), "videos", done) as progress:
+    missing = [number for number, path in paths.items() if not path.exists()]
+    done = len(paths) - len(missing)
+    with show_progress("rendering", len(paths), "videos", done) as progress:
         _render_all(config, missing, progress)
     return list(paths.values())
 
 
 def video_path(out: Path, number: int) -> Path:
     """Where CLEVRER keeps video `number`: a folder of each split holds a thousand."""
-    split = "validation" if number >= FIRST["validation"] else "train"
+    split = "validation" if number >= FIRST_VALIDATION else "train"
     first = number // FOLDER_HOLDS * FOLDER_HOLDS
     folder = f"video_{first:05}-{first + FOLDER_HOLDS:05}"
     return out / f"video_{split}" / folder / f"video_{number:05}.mp4"

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vidfill.data import masks
 from vidfill.data.masks import FAMILIES, OWN, Mix, draw_mask
@@ -25,12 +25,14 @@ sides = st.integers(4, 48)
 seeds = st.integers(0, 2**31)
 weights = st.floats(0, exclude_min=True, allow_infinity=False)
 mixes = st.dictionaries(st.sampled_from((*FAMILIES, OWN)), weights, min_size=1).map(Mix)
+few_examples = settings(deadline=None, max_examples=25)
 
 
 def digest(mask: np.ndarray) -> str:
     return hashlib.sha256(mask.tobytes()).hexdigest()[:16]
 
 
+@few_examples
 @given(families, st.integers(2, 30), sides, sides, seeds)
 @example("infilling", 2, 4, 4, 0)
 def test_a_mask_is_of_zeros_and_ones_and_never_all_of_either(
@@ -42,6 +44,7 @@ def test_a_mask_is_of_zeros_and_ones_and_never_all_of_either(
     assert set(np.unique(mask)) == {0, 1}
 
 
+@few_examples
 @given(families, st.integers(2, 8), sides, sides, seeds)
 def test_a_mask_is_a_pure_function_of_its_arguments(
     family: str, frames: int, height: int, width: int, seed: int
@@ -90,6 +93,7 @@ def test_the_papers_masks_are_these() -> None:
     ]
 
 
+@few_examples
 @given(st.sampled_from(WITHIN_FRAMES), st.integers(1, 20), st.integers(1, 20), sides, seeds)
 def test_a_longer_clip_begins_with_the_shorter_ones_holes(
     family: str, frames: int, more: int, side: int, seed: int
@@ -99,6 +103,7 @@ def test_a_longer_clip_begins_with_the_shorter_ones_holes(
     np.testing.assert_array_equal(longer[:frames], shorter)
 
 
+@few_examples
 @given(st.sampled_from(GRIDS), st.integers(1, 12), st.integers(1, 12), seeds)
 def test_the_papers_masks_hide_4_whole_cells_of_every_frame(
     family: str, tall: int, wide: int, seed: int
@@ -109,6 +114,7 @@ def test_the_papers_masks_hide_4_whole_cells_of_every_frame(
     assert (cells[:, :, 0, :, 0].sum(axis=(1, 2)) == 4).all()
 
 
+@few_examples
 @given(st.sampled_from(sorted(SHARES)), st.integers(1, 20), sides, sides, seeds)
 @example("strokes", 3, 4, 2000, 0)
 @example("strokes", 3, 240, 432, 0)
@@ -136,6 +142,7 @@ def test_variable_masks_change_and_hide_every_cell_equally_often() -> None:
     assert np.abs(mask.mean(axis=0) - 0.25).max() < 0.05
 
 
+@few_examples
 @given(st.sampled_from(STILL), st.integers(2, 20), sides, sides, seeds)
 def test_still_masks_stay(family: str, frames: int, height: int, width: int, seed: int) -> None:
     mask = draw_mask(family, frames, height, width, (seed, "clip"))
@@ -148,6 +155,7 @@ def extent(mask: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return hidden.argmax(axis=1), hidden.sum(axis=1)
 
 
+@few_examples
 @given(st.integers(1, 60), sides, sides, seeds)
 def test_a_box_is_one_rectangle_of_one_size_inside_every_frame(
     frames: int, height: int, width: int, seed: int
@@ -162,6 +170,7 @@ def test_a_box_is_one_rectangle_of_one_size_inside_every_frame(
     assert (mask.sum(axis=(1, 2)) == tall[0] * wide[0]).all()
 
 
+@few_examples
 @given(st.integers(8, 200), seeds, st.sampled_from([1, 2]))
 def test_a_box_moves_at_a_constant_speed_and_turns_at_the_borders_alone(
     side: int, seed: int, axis: int
@@ -183,6 +192,7 @@ def test_a_box_moves_at_a_constant_speed_and_turns_at_the_borders_alone(
     assert np.ptp(first) >= room - fastest - 1  # from border to border
 
 
+@few_examples
 @given(st.integers(2, 40), sides, sides, seeds)
 def test_strokes_keep_their_shape_and_drift_slowly_and_steadily(
     frames: int, height: int, width: int, seed: int
@@ -210,6 +220,7 @@ def test_a_strokes_vertices_round_alike_everywhere() -> None:
         assert np.abs(ends - np.floor(ends) - 0.5).min() > 1e-9
 
 
+@few_examples
 @given(
     down=st.integers(-20, 20),
     right=st.integers(-20, 20),
@@ -232,6 +243,7 @@ def test_a_line_is_what_lies_within_half_a_brush_of_it(
     assert drawn == expected
 
 
+@few_examples
 @given(sides, sides, seeds)
 def test_a_border_leaves_a_window_of_half_to_three_quarters_of_each_side(
     height: int, width: int, seed: int
@@ -245,6 +257,7 @@ def test_a_border_leaves_a_window_of_half_to_three_quarters_of_each_side(
     assert window.sum() == extent(window, 1)[1][0] * extent(window, 2)[1][0]
 
 
+@few_examples
 @given(st.sampled_from(WHOLE_FRAMES), st.integers(2, 60), seeds)
 def test_whole_frames_are_hidden_or_visible(family: str, frames: int, seed: int) -> None:
     mask = draw_mask(family, frames, 4, 5, (seed, "clip"))
@@ -260,6 +273,7 @@ def test_whole_frames_are_hidden_or_visible(family: str, frames: int, seed: int)
         assert min(1, frames - 2) <= frames - begin - number <= most
 
 
+@few_examples
 @given(st.integers(2, 60), seeds)
 def test_a_continuation_shows_its_first_frames_and_is_stationary_from_then_on(
     frames: int, seed: int
@@ -305,6 +319,7 @@ def test_a_mix_is_names_with_weights() -> None:
     assert list(Mix.parse("own,box:1e-3").weights) == ["own", "box"]
 
 
+@few_examples
 @given(mixes)
 def test_a_mix_survives_its_text(mix: Mix) -> None:
     assert Mix.parse(str(mix)) == mix
@@ -343,6 +358,7 @@ def test_what_is_no_mix_is_refused_in_one_line(text: str, said: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
+@few_examples
 @given(mixes, st.integers(0, 40), seeds)
 def test_a_clips_masks_meet_the_weights_within_one(mix: Mix, count: int, seed: int) -> None:
     chosen = mix.choose(count, (seed, "clip"))
@@ -354,6 +370,7 @@ def test_a_clips_masks_meet_the_weights_within_one(mix: Mix, count: int, seed: i
         assert abs(chosen.count(name) - count * (weight / largest / total)) < 1 + 1e-9
 
 
+@few_examples
 @given(seeds)
 def test_as_many_masks_as_families_of_one_weight_give_each_once(seed: int) -> None:
     assert sorted(Mix.parse("stationary variable").choose(2, (seed,))) == sorted(GRIDS)
@@ -398,6 +415,7 @@ def test_filling_changes_the_hole_only_and_never_looks_inside(family: str) -> No
     np.testing.assert_array_equal(filled[mask == 0], frames[mask == 0])
 
 
+@few_examples
 @given(seeds, st.integers(1, 12), st.sampled_from([2, 4, 256]))
 def test_the_fill_is_numpys_median_of_the_visible_pixels(
     seed: int, pixels: int, values: int

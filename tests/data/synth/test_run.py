@@ -65,7 +65,7 @@ def test_a_scene_keeps_its_energy_and_momentum_over_all_of_its_collisions():
 
 
 def test_bodies_never_interpenetrate():
-    for scene in scenes(40, frames=60):
+    for scene in scenes(15, frames=60):
         radii = np.array([body.radius for body in scene.bodies])
         offsets = scene.positions[:, :, None] - scene.positions[:, None]
         gaps = np.linalg.norm(offsets, axis=-1) - radii[:, None] - radii
