@@ -179,13 +179,10 @@ def read_frames(
 ) -> Generator[Pixels, None, None]:
     """A video's frames, RGB and upright, from frame `first` on, one in memory at a time.
 
-    Args:
-        path: any file that FFmpeg reads, whose first video stream is taken, or a folder of images,
-            which are taken by name.
-        size: what each frame becomes; None keeps the frames as they are.
-        fit: "crop" takes the middle of a frame in `size`'s proportions, "resize" all of it. What
-            is taken is shrunk by area average and grown by cubic interpolation.
-        first: frames before it are decoded and dropped.
+    `path` is any file that FFmpeg reads, whose first video stream is taken, or a folder of images,
+    which are taken by name. Frames before `first` are decoded and dropped. The others become of
+    `size`, if that is given: `fit` "crop" takes the middle of a frame in its proportions, "resize"
+    all of it; what is taken is shrunk by area average and grown by cubic interpolation.
 
     Raises:
         UnreadableVideo: it is no video, is damaged, or changes its size on the way.
@@ -344,13 +341,9 @@ def clips_of(
 def write_video(path: Path, frames: Frames, fps: Fraction | float, crf: int = 18) -> None:
     """Write RGB frames as H.264 (yuv420p, BT.601); the file appears whole or not at all.
 
-    The same frames give the same bytes with the same FFmpeg, on any number of cores.
-
-    Args:
-        path: its suffix chooses the container, `.mp4` as a rule; its folder is made.
-        frames: height and width even, as 4:2:0 asks for.
-        fps: frames per second.
-        crf: x264's rate factor, 0 (lossless) to 51; 18 shows no difference to the eye.
+    The same frames give the same bytes with the same FFmpeg, on any number of cores. The path's
+    suffix chooses the container, `.mp4` as a rule; its folder is made. `crf` is x264's rate factor,
+    0 (lossless) to 51; 18 shows no difference to the eye.
 
     Raises:
         BadInput: an odd height or width.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -98,11 +98,6 @@ class ShardPlan:
     length: int  # frames of a clip
     stride: int  # frames from one clip's start to the next's
 
-    @property
-    def splits(self) -> Counter[str]:
-        """How many shards each split has."""
-        return Counter(shard.split for shard in self.shards)
-
     def names(self, shard: ShardId) -> tuple[str, ...]:
         """What a shard's index says that it is made of."""
         return tuple(str(part) for part in self.shards[shard])
@@ -191,12 +186,8 @@ def plan_shards(
     A video stays whole unless it has more clips than a shard may hold: then each range but the
     last fills a shard of its own. An unusable video is in a shard too, which lists it.
 
-    Args:
-        videos: what `survey` returned.
-        length: frames of a clip.
-        stride: frames from one clip's start to the next's.
-        clip_bytes: by split, at most what all examples of one clip take in a shard.
-        shard_bytes: maximum of a shard; one clip's examples may exceed it.
+    All examples of one clip take at most `clip_bytes` of its split, and a shard `shard_bytes`,
+    which one clip's examples may exceed.
     """
     shards: dict[str, list[list[ClipRange]]] = {}
     room: dict[str, int] = {}

@@ -16,6 +16,7 @@ import math
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ EXAMPLES = """examples:
       for fresh latents in every epoch; up to ten videos may be unusable
 """
 
-CONTINUES_WITH_OTHER = ("max_skipped", "videos", "mask_files", "device")
+CHANGEABLE = ("max_skipped", "videos", "mask_files", "device")  # when a job is continued
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _begin(config: EncodeConfig) -> tuple[ShardPlan, Autoencoder]:
             file=sys.stderr,
         )
     if (config.out / PLAN).is_file():
-        jobs.claim(config.out, "encode", config, CONTINUES_WITH_OTHER)
+        jobs.claim(config.out, "encode", config, CHANGEABLE)
         plan = _read_plan(config)
         if change := plan.differs(found):
             raise BadInput(
@@ -139,7 +140,7 @@ def _begin(config: EncodeConfig) -> tuple[ShardPlan, Autoencoder]:
     videos = _survey(found, config)
     autoencoder = _load_autoencoder(config, videos)
     plan = _plan(videos, config, autoencoder)
-    jobs.claim(config.out, "encode", config, CONTINUES_WITH_OTHER)
+    jobs.claim(config.out, "encode", config, CHANGEABLE)
     write_atomically(config.out / PLAN, plan.to_json(config.videos, config.mask_files).encode())
     return plan, autoencoder
 
@@ -238,13 +239,13 @@ def _plan(
         * bound_example(shape, size, moments, config.keeps_pixels(split), label)
         for split in {video.source.split for video in videos}
     }
-    for most in clip_bytes.values():
-        if most > limit:
-            least = math.ceil((most + tarfile.RECORDSIZE) / 1e5) / 10
-            raise BadInput(
-                f"shard_megabytes is {config.shard_megabytes}, and one clip may take more: "
-                f"give --shard_megabytes {least}"
-            )
+    most = max(clip_bytes.values())
+    if most > limit:
+        least = math.ceil((most + tarfile.RECORDSIZE) / 1e5) / 10
+        raise BadInput(
+            f"shard_megabytes is {config.shard_megabytes}, and one clip may take more: "
+            f"give --shard_megabytes {least}"
+        )
     return plan_shards(videos, config.frames, config.clip_stride, clip_bytes, limit)
 
 
@@ -343,7 +344,7 @@ def _write_manifests(config: EncodeConfig, plan: ShardPlan, autoencoder: Autoenc
     """Write what is known once all shards are there; say which videos were skipped."""
     size = _choose_size(config, plan.videos.values())
     skipped: dict[str, str] = {}
-    for split, shards in plan.splits.items():
+    for split, shards in Counter(shard.split for shard in plan.shards).items():
         skipped |= write_manifest(config, split, shards, size, autoencoder)
     if skipped:
         label, reason = next(iter(skipped.items()))

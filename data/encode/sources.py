@@ -68,13 +68,9 @@ def find_sources(root: Path, mask_files: Path | None = None) -> list[Source]:
       `video_00000` to `video_19999`, get its official splits (10,000, 5,000 and 5,000); others are
       all "train".
 
-    Hidden files and folders are left out.
-
-    Args:
-        root: the folder of videos.
-        mask_files: a folder of masks that mirrors `root`, used instead of annotations: for
-            `a/b.mp4` a video `a/b.mkv`, an image `a/b.png` for all frames, or a folder `a/b` of
-            images. `data.own_masks` says how they are read.
+    Hidden files and folders are left out. `mask_files` is a folder of masks that mirrors `root`,
+    used instead of annotations: for `a/b.mp4` a video `a/b.mkv`, an image `a/b.png` for all frames,
+    or a folder `a/b` of images. `data.own_masks` says how they are read.
 
     Raises:
         BadInput: a folder is missing or holds no video, a split has two folders, two videos

@@ -195,14 +195,12 @@ def next_collision(
     within: float,
 ) -> tuple[float, tuple[int, int]] | None:
     """The time until the next two discs touch, and which two; None if none do in time."""
-    first = None
+    touches = []
     for i, j in combinations(range(len(radii)), 2):
-        wait = _time_to_touch(
-            positions[j] - positions[i], velocities[j] - velocities[i], radii[i] + radii[j]
-        )
-        if wait <= within and (first is None or wait < first[0]):
-            first = (wait, (i, j))
-    return first
+        offset, velocity = positions[j] - positions[i], velocities[j] - velocities[i]
+        touches.append((_time_to_touch(offset, velocity, radii[i] + radii[j]), (i, j)))
+    first = min(touches, default=None)
+    return first if first and first[0] <= within else None
 
 
 def _time_to_touch(

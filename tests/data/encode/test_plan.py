@@ -209,9 +209,9 @@ def test_a_plan_tells_what_changed_in_the_folder(
 # Reading.
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(
-    count=st.integers(5, 40),
+    count=st.integers(5, 25),
     length=st.integers(1, 5),
     stride=st.integers(1, 9),
     most=st.integers(1, 4),
