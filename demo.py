@@ -91,7 +91,7 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
     )
     words = [str(out / "shards"), str(out / "train"), "--config", str(RECIPES / "demo.yaml")]
     words += ["--steps", str(config.steps), "--seed", str(seed)]
-    training = jobs.parse(TrainConfig, words, verb="train", examples="")
+    training = jobs.parse(TrainConfig, words, verb="train")
     compared = SweepConfig(
         out / "train",
         str(out / "shards"),

@@ -13,10 +13,19 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from pydantic import BaseModel, ValidationError
+
 from .errors import BadInput, BadInputEverywhere, say_error
 from .files import PARTIAL, write_atomically
 
 Config = TypeVar("Config")
+
+
+class JobRecord(BaseModel):
+    """What job.json says of the job that claimed a folder."""
+
+    verb: str
+    config: dict[str, Any]
 
 
 def main(
@@ -51,7 +60,7 @@ def _say_error(verb: str, error: BadInput | OSError) -> None:
 
 
 def parse(
-    config_class: type[Config], argv: Sequence[str] | None, *, verb: str, examples: str
+    config_class: type[Config], argv: Sequence[str] | None, *, verb: str, examples: str = ""
 ) -> Config:
     """The command line of a job, read off its configuration.
 
@@ -68,7 +77,11 @@ def parse(
         prog=f"vidfill {verb}",
         description=config_class.__doc__,
         epilog=examples,
-        formatter_class=_HelpFormatter(),
+        formatter_class=type(  # it keeps the line breaks of the description and the examples
+            "HelpFormatter",
+            (jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter),
+            {},
+        ),
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="A YAML file of the options below.")
@@ -85,6 +98,18 @@ def parse(
     return config_class(
         **{field.name: fields[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     )
+
+
+def words_of(config: Any, leave_out: Collection[str] = ()) -> list[str]:
+    """The words that `parse` reads as this configuration, which has no parts."""
+    words = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in leave_out and value != field.default:
+            is_text = isinstance(value, str | Path)
+            option = [] if field.default is dataclasses.MISSING else [f"--{field.name}"]
+            words += [*option, str(value) if is_text else json.dumps(value, separators=(",", ":"))]
+    return words
 
 
 def _explain(message: str, options: Sequence[str]) -> str:
@@ -124,71 +149,52 @@ def _complete_switches(words: Sequence[str], switches: Collection[str]) -> list[
     return completed
 
 
-def _HelpFormatter() -> type:
-    import argparse
-
-    import jsonargparse
-
-    class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the line breaks of the description and the examples."""
-
-    return HelpFormatter
-
-
 def claim(out: Path, verb: str, config: Any, may_change: Collection[str] = ()) -> None:
     """Take `out` for this job: make it, or find that the same command began there before.
 
-    The configuration's own field `out` is not compared: a folder that was moved continues.
-
-    Args:
-        out: The output folder.
-        verb: The job's verb.
-        config: The job's configuration; recorded in `out/job.json`.
-        may_change: Dotted fields, or groups of them, that may change when a job continues.
+    `out/job.json` records the configuration. The dotted fields and groups of fields in `may_change`
+    may change when a job continues; so may `out` itself, if its folder was moved.
 
     Raises:
         BadInput: `out` holds anything else; nothing in it is touched.
     """
-    mark = out / "job.json"
-    job = {"verb": verb, "config": _record(config)}
+    # A path reads the same from wherever it was given.
+    record = json.dumps(dataclasses.asdict(config), default=lambda path: str(path.resolve()))
+    job = JobRecord(verb=verb, config=json.loads(record))
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; name a folder")
-    before = _read_job(mark) if mark.is_file() else None
+    before = read_job(out)
     if before:
         _refuse_another_job(out, before, job, {"out", *may_change})
     elif out.is_dir() and any(not path.name.startswith(PARTIAL) for path in out.iterdir()):
         raise BadInput(f"{out} exists and is not empty: choose another folder or remove it")
     if before != job:
-        write_atomically(mark, json.dumps(job, indent=2).encode())
+        write_atomically(out / "job.json", json.dumps(job.model_dump(), indent=2).encode())
 
 
-def _record(config: Any) -> dict[str, Any]:
-    """A configuration as JSON has it; a path reads the same from wherever it was given."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=lambda p: str(p.resolve())))
+def read_job(folder: Path) -> JobRecord | None:
+    """The job that claimed a folder, if one did.
 
-
-def _read_job(mark: Path) -> dict[str, Any]:
+    Raises:
+        BadInput: Its record is malformed.
+    """
+    mark = folder / "job.json"
     try:
-        job = json.loads(mark.read_bytes())
-    except ValueError:
-        job = None
-    if not (
-        isinstance(job, dict)
-        and isinstance(job.get("verb"), str)
-        and isinstance(job.get("config"), dict)
-    ):
-        raise BadInput(f"{mark} was not written by vidfill: choose another folder or remove it")
-    return job
+        return JobRecord.model_validate_json(mark.read_bytes()) if mark.is_file() else None
+    except ValidationError:
+        raise BadInput(
+            f"{mark} was not written by vidfill: choose another folder or remove it"
+        ) from None
 
 
 def _refuse_another_job(
-    out: Path, before: dict[str, Any], now: dict[str, Any], may_change: Collection[str]
+    out: Path, before: JobRecord, now: JobRecord, may_change: Collection[str]
 ) -> None:
-    if before["verb"] != now["verb"]:
+    if before.verb != now.verb:
         raise BadInput(
-            f"{out} was written by `vidfill {before['verb']}`: choose another folder or remove it"
+            f"{out} was written by `vidfill {before.verb}`: choose another folder or remove it"
         )
-    was, wanted = _flatten(before["config"]), _flatten(now["config"])
+    was, wanted = _flatten(before.config), _flatten(now.config)
     changed = sorted(
         key
         for key in was.keys() | wanted.keys()
@@ -218,6 +224,6 @@ def refuse_launcher(verb: str) -> None:
     """Raise BadInput where a launcher started several processes of a job that uses one."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
-        raise BadInput(
+        raise BadInputEverywhere(
             f"WORLD_SIZE is {processes}; {verb} runs in one process: start it without a launcher"
         )

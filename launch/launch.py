@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import re
@@ -195,7 +194,7 @@ def _read_task(line: str) -> LaunchedCommand:
         remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(MODULES)}"
         raise BadInput(f"job begins with {verb!r}: {remedy}")
     if verb in ("train", "doctor"):
-        training = jobs.parse(TrainConfig, find_recipe(words), verb=verb, examples="")
+        training = jobs.parse(TrainConfig, find_recipe(words), verb=verb)
         check(training)
         return LaunchedCommand(verb, words, training if verb == "train" else None)
     # The verb itself parses its command line: this folder imports neither data nor sampling.
@@ -220,8 +219,9 @@ def write_script(config: LaunchConfig, tasks: Sequence[LaunchedCommand]) -> str:
     """The batch script of a job."""
     trains = tasks[0].training is not None
     container = " ".join(shlex.quote(word) for word in _split("container", config.container))
+    words = jobs.words_of(config, leave_out=("out", "submit"))
     parts = {
-        "made by": shlex.join(_command(config)).replace("\n", "\n# "),
+        "made by": shlex.join(["vidfill", "launch", *words]).replace("\n", "\n# "),
         "options": "\n".join(f"#SBATCH {option}" for option in _options(config, len(tasks))),
         "setup": f"{config.setup.strip()}\n" if config.setup.strip() else "",
         "task": _choose_task(tasks),
@@ -233,16 +233,6 @@ def write_script(config: LaunchConfig, tasks: Sequence[LaunchedCommand]) -> str:
     }
     # In one pass, so that nothing in the user's own text is replaced.
     return re.sub("<<([a-z ]+)>>", lambda found: parts[found[1]], TEMPLATE)
-
-
-def _command(config: LaunchConfig) -> list[str]:
-    """The words that make this script again."""
-    words = ["vidfill", "launch", config.job]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in ("job", "out", "submit") and value != field.default:
-            words += [f"--{field.name}", str(value)]
-    return words
 
 
 def _options(config: LaunchConfig, tasks: int) -> list[str]:

@@ -175,5 +175,5 @@ class Switches:
     ],
 )
 def test_a_switch_needs_no_value(words: list[str], plan: bool, deep: bool) -> None:
-    config = jobs.parse(Switches, words, verb="test", examples="")
+    config = jobs.parse(Switches, words, verb="test")
     assert config == Switches(Path("a"), plan, Inner(deep))

@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +18,7 @@ import torch
 from annotated_types import Ge, Len, MultipleOf
 from diffusers import AutoencoderTiny
 from jaxtyping import Float, UInt8
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .. import jobs, options
@@ -49,7 +48,7 @@ LEVELS = 4  # three halvings: 8 pixels to a latent, as in Stable Diffusion
 WARMUP = 100  # steps
 GRADIENT_CLIP = 1.0
 HOLDS_OUT = 10  # where there is no validation split: one video in so many
-HIDES = 4  # one frame in so many has a hole, for the masked videos to be coded as well as others
+HIDES = 4  # one frame in so many has a hole, so that masked videos are coded as well as others
 
 Side = Annotated[int, Ge(2 ** (LEVELS - 1)), MultipleOf(2 ** (LEVELS - 1))]
 Blocks = Annotated[tuple[NonNegativeInt, ...], Len(LEVELS, LEVELS)]
@@ -58,7 +57,7 @@ FramesBySize = dict[int, UInt8[np.ndarray, "_ _ _ 3"]]  # frames, height, width;
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderTraining:
     """Train a small autoencoder (diffusers' AutoencoderTiny) on a folder of videos.
 
     Writes a folder that `--autoencoder` takes: weights in float16, scaled so that the latents'
@@ -86,7 +85,7 @@ class AutoencoderConfig:
     steps: PositiveInt = 4500
     """Optimizer steps."""
     batch: PositiveInt = 16
-    """FramesBySize of a step at the smallest size; at the others as many as have as many pixels."""
+    """Frames of a step at the smallest size; at the others as many as have as many pixels."""
     learning_rate: PositiveFloat = 1e-3
     """Adam's at its highest; it rises over 100 steps and falls to 0 along a cosine."""
     l1: NonNegativeFloat = 0.05
@@ -97,14 +96,14 @@ class AutoencoderConfig:
     latent_penalty: NonNegativeFloat = 1e-4
     """Weight of the latents' mean square, which keeps them near 1."""
     seed: Seed = 0
-    """Of the first weights, the order of the frames, their holes and the noise."""
+    """Seed of the first weights, the order of the frames, their holes and the noise."""
     save_every: PositiveInt = 250
     """Steps between the states from which an interrupted run continues."""
     device: str = "auto"
     """Where it trains: "cpu", "cuda", "cuda:1"…; "auto" is a GPU if there is one."""
 
 
-def train_autoencoder(config: AutoencoderConfig) -> dict[int, float]:
+def train_autoencoder(config: AutoencoderTraining) -> dict[int, float]:
     """Train, write the folder, and return the PSNR (dB) on held-out videos by size.
 
     Raises:
@@ -141,7 +140,7 @@ def _split(videos: Path) -> tuple[list[Path], list[Path]]:
     return [video for video in everything if video not in held_out], held_out
 
 
-def _read(videos: Sequence[Path], config: AutoencoderConfig, description: str) -> FramesBySize:
+def _read(videos: Sequence[Path], config: AutoencoderTraining, description: str) -> FramesBySize:
     read: dict[int, list[np.ndarray]] = {size: [] for size in config.sizes}
     with show_progress(description, len(videos), "videos") as progress:
         for video in videos:
@@ -159,7 +158,7 @@ def _read_evenly(video: Path, size: int, count: int) -> UInt8[np.ndarray, "frame
     return frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
-def build_network(config: AutoencoderConfig) -> TinyNetwork:
+def build_network(config: AutoencoderTraining) -> TinyNetwork:
     """The network at its first weights, which the seed alone decides."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "first weights"))
@@ -172,7 +171,7 @@ def build_network(config: AutoencoderConfig) -> TinyNetwork:
         )
 
 
-def _train(config: AutoencoderConfig, network: TinyNetwork, frames: FramesBySize) -> float:
+def _train(config: AutoencoderTraining, network: TinyNetwork, frames: FramesBySize) -> float:
     """Train to the end, from the newest state if there is one; return the seconds of it all."""
     optimizer = torch.optim.Adam(network.parameters())
     done, seconds = _load_state(config.out / STATE, network, optimizer)
@@ -194,14 +193,14 @@ def _train(config: AutoencoderConfig, network: TinyNetwork, frames: FramesBySize
     return seconds
 
 
-def learning_rate(config: AutoencoderConfig, step: int) -> float:
+def learning_rate(config: AutoencoderTraining, step: int) -> float:
     """The rate of a step: a linear rise, then half a cosine down to 0."""
     rise = min(1.0, (step + 1) / WARMUP)
     return config.learning_rate * rise * (1 + math.cos(math.pi * step / config.steps)) / 2
 
 
 def draw_batch(
-    config: AutoencoderConfig, frames: FramesBySize, step: int
+    config: AutoencoderTraining, frames: FramesBySize, step: int
 ) -> Float[Tensor, "batch 3 height width"]:
     """The frames of a step, a pure function of the seed and the step; some have a hole."""
     size = config.sizes[step % len(config.sizes)]
@@ -216,7 +215,7 @@ def draw_batch(
 
 
 def _loss(
-    config: AutoencoderConfig,
+    config: AutoencoderTraining,
     network: TinyNetwork,
     pixels: Float[Tensor, "batch 3 height width"],
     step: int,
@@ -238,29 +237,26 @@ def _save_state(
     path: Path, network: TinyNetwork, optimizer: torch.optim.Adam, step: int, seconds: float
 ) -> None:
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{name}": value for name, value in values.items()}
+    for name, parameter in network.named_parameters():
+        tensors |= {f"{kind}.{name}": value for kind, value in optimizer.state[parameter].items()}
     whole = {name: value.contiguous() for name, value in tensors.items()}
-    write_atomically(path, save(whole, {"step": str(step), "seconds": str(seconds)}))
+    whole |= {"steps": torch.tensor(step), "seconds": torch.tensor(seconds, dtype=torch.float64)}
+    write_atomically(path, save(whole))
 
 
 def _load_state(path: Path, network: TinyNetwork, optimizer: torch.optim.Adam) -> tuple[int, float]:
     """Restore the state, if there is one; return the steps and seconds that it took."""
     if not path.is_file():
         return 0, 0.0
-    moments: dict[int, dict[str, Tensor]] = {}
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        network.load_state_dict(
-            {name: file.get_tensor(f"network.{name}") for name in network.state_dict()}
-        )
-        for name in file.keys():  # noqa: SIM118 (no mapping)
-            if name.startswith("adam."):
-                _, index, moment = name.split(".")
-                moments.setdefault(int(index), {})[moment] = file.get_tensor(name)
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    return int(metadata["step"]), float(metadata["seconds"])
+    tensors = load_file(path)
+    network.load_state_dict({name: tensors[f"network.{name}"] for name in network.state_dict()})
+    for name, parameter in network.named_parameters():
+        optimizer.state[parameter] = {
+            "step": tensors[f"step.{name}"],  # Adam keeps it on the CPU
+            "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
+            "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
+        }
+    return int(tensors["steps"]), float(tensors["seconds"])
 
 
 @torch.no_grad()
@@ -302,42 +298,41 @@ def _say(figures: dict[int, float]) -> dict[int, float]:
 
 
 def write_card(
-    config: AutoencoderConfig,
+    config: AutoencoderTraining,
     figures: dict[int, float],
     seconds: float,
     train_videos: int,
     held_out_videos: int,
 ) -> str:
     """The model card, in Markdown: data, command, hardware, time, figures."""
-    sizes = " and ".join(map(str, config.sizes))
+    channels, sizes = config.latent_channels, " and ".join(map(str, config.sizes))
     rows = "\n".join(f"| {size}x{size} | {figure:.2f} |" for size, figure in figures.items())
     return f"""\
 # A small autoencoder
 
-An AutoencoderTiny (diffusers) of {config.latent_channels} latent channels and 8-fold downsampling,
-trained from scratch by vidfill's own recipe. Weights are float16 and are used in float32; latents
-times `scaling_factor` have a deviation of 1. It is not meant for videos of another kind.
+An AutoencoderTiny (diffusers) with {channels} latent channels and 8-fold downsampling,
+trained from scratch with vidfill's own recipe. Weights are stored in float16 and used in float32;
+latents times `scaling_factor` have a deviation of 1. It is not meant for other kinds of videos.
 
 ## Data
 
 - {_describe_data(config.videos)}
-- {train_videos} videos trained it, {held_out_videos} were held out.
+- {train_videos} videos for training, {held_out_videos} held out.
 - {config.frames_per_video} evenly spaced frames of each, scaled to {sizes} pixels.
-- In a quarter of the training frames cells of a 4x4 grid were hidden, as `vidfill encode` hides
-  them.
+- In a quarter of the training frames, cells of a 4x4 grid were hidden, as `vidfill encode` does.
 
 ## Training
 
-    {_command(config)}
+    {MODULE} {shlex.join(jobs.words_of(config))}
 
-- {config.steps} steps of Adam in {seconds / 60:.0f} minutes on {_describe_hardware(config)}.
+- {config.steps} steps of Adam in {seconds / 60:.0f} minutes on {_describe_hardware(config.device)}.
 - Loss: mean squared error + {config.l1:g} mean absolute error + {config.latent_penalty:g} mean
   square of the latents.
 - Noise of deviation {config.latent_noise:g} on the latents (before `scaling_factor`).
 
 ## Figures
 
-PSNR on the held-out videos, in dB: of each frame as 8-bit RGB, averaged over frames and videos.
+PSNR on the held-out videos in dB, for each frame as 8-bit RGB, averaged over frames and videos.
 
 | size | PSNR |
 | --- | --- |
@@ -346,27 +341,15 @@ PSNR on the held-out videos, in dB: of each frame as 8-bit RGB, averaged over fr
 
 
 def _describe_data(videos: Path) -> str:
-    job = videos / "job.json"
-    if not job.is_file():
+    job = jobs.read_job(videos)
+    if not job:
         return f"The videos in `{videos.name}`."
-    record = json.loads(job.read_text())
-    record["config"].pop("out", None)
-    options = ", ".join(f"{name} {value}" for name, value in record["config"].items())
-    return f"Videos made by `vidfill {record['verb']}` ({options})."
+    options = ", ".join(f"{name} {value}" for name, value in job.config.items() if name != "out")
+    return f"Videos made by `vidfill {job.verb}` ({options})."
 
 
-def _command(config: AutoencoderConfig) -> str:
-    default = asdict(AutoencoderConfig(config.videos, config.out))
-    given = [str(config.videos), str(config.out)]
-    for name, value in asdict(config).items():
-        if value != default[name]:
-            written = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-            given += [f"--{name}", written]
-    return f"{MODULE} {shlex.join(given)}"
-
-
-def _describe_hardware(config: AutoencoderConfig) -> str:
-    device = choose_device(config.device)
+def _describe_hardware(name: str) -> str:
+    device = choose_device(name)
     if device.type == "cuda":
         return f"one {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
@@ -374,7 +357,7 @@ def _describe_hardware(config: AutoencoderConfig) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return jobs.main(AutoencoderConfig, train_autoencoder, argv, verb=VERB, examples=EXAMPLES)
+    return jobs.main(AutoencoderTraining, train_autoencoder, argv, verb=VERB, examples=EXAMPLES)
 
 
 if __name__ == "__main__":

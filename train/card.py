@@ -1,4 +1,4 @@
-"""The model card: what a model was trained on, what was measured on it, and where it ends."""
+"""The model card: what a model was trained on, its measurements and its limits."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ tags: [video-inpainting]
 
 # {name}
 
-A latent video diffusion model that fills the holes of a video, trained by vidfill. It was trained
-on `{data}`, clips of {clips}, and is good for videos like those only.
+A latent video diffusion model that fills the holes of a video, trained with vidfill. It was trained
+on `{data}`, clips of {clips}, and works only on videos like those.
 
     vidfill inpaint VIDEO --mask MASK --model MODEL --out OUT
 
-    from vidfill.sampling.pipeline import VideoInpaintPipeline
+    from vidfill import VideoInpaintPipeline
     pipe = VideoInpaintPipeline.from_pretrained("MODEL")
     frames = pipe(video, mask).frames[0]
 
-Where no schedule is given it takes `{schedule}`.
+The default schedule is `{schedule}`.
 
 ## Training
 
 - Data: `{data}`, its training split{examples}.
 - Masks: {masks}.
 - Autoencoder: {autoencoder}.
-- {step} steps of {batch_size} clips{left_out}.
+- {step} steps of {batch_size} examples{left_out}.
 - Forward pass in {precision}; the weights here are {weights}.
-- These are not the last weights but their average, of decay {decay} a step.
+- These are not the last weights but their moving average, with a decay of {decay} per step.
 
 ## Figures
 
@@ -50,26 +50,26 @@ Where no schedule is given it takes `{schedule}`.
 ## Limits
 
 - What it fills in is made up: plausible at best, and no evidence of what was there.
-- It knows the data and the masks above. Other scenes, holes that are larger or move otherwise, and
-  other rates of frames were not trained.
-- It looks at {frames} frames at a time. Of longer videos a window sees the last frames of the one
-  before, and nothing that was shown only earlier or later.
-- It sees what is around the holes at about {size} pixels; finer detail is not made.
-- What is filled went through the autoencoder, which blurs and may shift colours a little. Pixels
-  outside the holes are not touched.
+- It knows the data and the masks above. It was not trained on other scenes, larger holes, holes
+  that move differently, or other frame rates.
+- It looks at {frames} frames at a time. In longer videos, a window sees the last frames of the one
+  before, and nothing that is visible only earlier or later.
+- It sees the surroundings of the holes at about {size} pixels, and makes no finer detail.
+- What it fills in has gone through the autoencoder, which blurs and may shift colours a little.
+  Pixels outside the holes are not touched.
 """
 
 LOSSES = """\
-The mean squared error of what this average predicts on held-out clips, at fixed noise and
-timesteps: of all latents, of those inside the hole and outside, and by ranges of the timesteps.
+The mean squared error of this average's predictions on held-out clips, at fixed noise and
+timesteps: over all latents, inside the hole and outside, and by ranges of timesteps.
 
 | measure | value | at step |
 | --- | --- | --- |
 """
 
 SWEPT = """\
-Schedules, and what they have to beat, on {clips} held-out clips of `{data}` under masks of {masks};
-docs/metrics.md of vidfill says what the columns mean.
+Schedules and baselines on {clips} held-out clips of `{data}` with masks of the families {masks};
+vidfill's docs/metrics.md explains the columns.
 
 """
 
@@ -88,7 +88,7 @@ def write_card(
         name: Of the model.
         options: Of `vidfill train`.
         facts: Of the checkpoint.
-        losses: On held-out clips: by name the step and the value.
+        losses: The step and the value of each figure on held-out clips, by name.
         sweep: Of this model.
         chosen: decay, schedule and weights.
     """
@@ -102,14 +102,14 @@ def write_card(
         name=name,
         clips=f"{frames} frames of {size}",
         data=public_name(options["shards"]),
-        examples=f", {manifest.examples} clips" if manifest else "",
+        examples=f", {manifest.examples} examples" if manifest else "",
         masks=_describe_masks(manifest),
         autoencoder="{kind} {name} (sha256 of its weights {sha256:.12})".format(
             **{**autoencoder, "name": public_name(autoencoder["name"])}
         ),
         step=facts["counters"]["step"],
         batch_size=options["batch_size"],
-        left_out=f", {skipped} of them left out as not finite" if skipped else "",
+        left_out=f"; {skipped} were left out because they were not finite" if skipped else "",
         precision=options["precision"],
         figures="\n\n".join(_figures(losses, sweep)),
         frames=frames,
@@ -119,17 +119,17 @@ def write_card(
 
 
 def public_name(name: str) -> str:
-    """A hub's name as it is; of a folder or a URL the last part, which tells of no machine."""
+    """A name on the hub as it is; only the last part of a path or a URL, to name no machine."""
     local = "://" in name or Path(name).is_absolute() or Path(name).exists()
     return name.rstrip("/").rpartition("/")[2] if local else name
 
 
 def _find_manifest(shards: str) -> Manifest | None:
-    """What the training split holds; None, said on stderr, where it is not to be found any more."""
+    """The training split's manifest; None, with a line on stderr, if it cannot be read any more."""
     try:
         if has_split(shards, "train"):
             return ShardedDataset(shards, "train").manifest
-        reason = "they are not there"
+        reason = "there is no training split"
     except (BadInput, OSError) as error:
         reason = describe(error)
     place = hide_secrets(shards)
@@ -139,10 +139,11 @@ def _find_manifest(shards: str) -> Manifest | None:
 
 def _describe_masks(manifest: Manifest | None) -> str:
     if manifest is None:
-        return "not known any more when this was written"
+        return "not known any more when this card was written"
     families = manifest.masks["families"]
     if len(families) == 1:
-        return next(iter(families))
+        (family,) = families
+        return family
     return ", ".join(f"{name} (weight {weight:g})" for name, weight in families.items())
 
 

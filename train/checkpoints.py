@@ -49,14 +49,9 @@ def folder_of_average(which: int) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run; every process has one, and the first writes.
+    """The checkpoints of one run, of which `keep` are kept; every process has one.
 
-    Args:
-        out: The run's folder.
-        keep: How many are kept.
-        ema_decays: Of the averages.
-        denoiser: The run's, which describes the latents and the process.
-        accelerator: The run's.
+    `denoiser` describes the latents and the process.
     """
 
     def __init__(
@@ -181,8 +176,7 @@ class Checkpoints:
         Raises:
             BadInput: On the first process, if it could not be written.
         """
-        failure = self._end_of_last_write()
-        if failure:
+        if failure := self._end_of_last_write():
             raise failure
 
     def close(self) -> None:

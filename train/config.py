@@ -110,7 +110,7 @@ class EvaluationConfig:
 class PreviewConfig:
     """The inpainted validation clips that TensorBoard shows, as frames and as GIF.
 
-    One process makes them while the others wait: let them be few, and the schedule short.
+    One process makes them while the others wait: keep them few, and the schedule short.
     """
 
     every: NonNegativeInt = 1000
@@ -128,7 +128,7 @@ class TrainConfig:
     """Train a conditional video UNet on encoded shards.
 
     `--config demo`, `paper`, `base` or `collisions` takes a recipe that the package carries; a path
-    takes a YAML file of one's own. Options after it change it.
+    takes your own YAML file. Options after it override it.
 
     The same command continues a run that was stopped, on any number of processes and any ZeRO
     stage. What does not change the result may change then, such as `steps` and the intervals.
@@ -151,7 +151,7 @@ class TrainConfig:
     """DeepSpeed ZeRO stage: what the processes share out, 1 the optimizer's state, 2 the gradients
     too, 3 the weights too; 0 is plain data parallel training without DeepSpeed."""
     gradient_accumulation: PositiveInt = 1
-    """Parts in which a process takes its clips of a step, one after the other: less memory."""
+    """A process takes its clips of a step in so many parts, one after the other: less memory."""
     compile: bool = False
     """Compile the network (torch.compile): minutes at the start, faster steps."""
     deterministic: bool = False
@@ -160,7 +160,7 @@ class TrainConfig:
     """Steps that may be left out because their loss or gradient is not finite; 0 stops the run at
     the first. Each is listed in OUT/not-finite.jsonl."""
     timeout: Minutes = 10.0
-    """Minutes that a process waits for the others before it gives them up for lost."""
+    """Minutes that a process waits for the others before it gives up."""
     log_every: PositiveInt = 10
     """Optimizer steps between TensorBoard scalars."""
     checkpoint_every: PositiveInt = 1000
@@ -168,11 +168,11 @@ class TrainConfig:
     keep_checkpoints: PositiveInt = 2
     """Checkpoints kept; older ones are removed once a newer one is whole."""
     profile: str = ""
-    """Steps to profile, as "100:105"; their traces lie in OUT/profile, for Perfetto."""
+    """Steps to profile, as "100:105"; their traces go to OUT/profile, for Perfetto."""
     plan: bool = False
     """Measure a few steps here, say what the run needs and how long it takes, and start nothing."""
     plan_gpus: NonNegativeInt = 0
-    """GPUs that --plan counts with; 0 takes the processes that there are."""
+    """GPUs that --plan assumes; 0 is one."""
     data: DataConfig = field(default_factory=DataConfig)
     """The stream."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -253,11 +253,10 @@ def find_recipe(words: Sequence[str]) -> list[str]:
     """
     found = list(words)
     for at, word in enumerate(words):
-        option, equals, name = word.partition("=")
-        if option != "--config" or not (equals or at + 1 < len(words)):
-            continue
-        name = name if equals else words[at + 1]
+        option = "--config=" if word.startswith("--config=") else ""
+        name = word.removeprefix(option)
         path = RECIPES / f"{name}.yaml"
-        if path.is_file() and not Path(name).is_file():
-            found[at if equals else at + 1] = f"--config={path}" if equals else str(path)
+        is_name = option or (at and words[at - 1] == "--config")
+        if is_name and path.is_file() and not Path(name).is_file():
+            found[at] = f"{option}{path}"
     return found

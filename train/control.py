@@ -13,7 +13,7 @@ import json
 import signal
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from torch import distributed
@@ -57,12 +57,7 @@ class Control:
         self._handlers = {number: signal.signal(number, self._catch) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -73,11 +68,8 @@ class Control:
     def stop(self, step: int, failure: Exception | None = None) -> signal.Signals | None:
         """The signal, to any process, that ends the run before `step`; None if it goes on.
 
-        Every process calls this before each of its steps; all get the same answer.
-
-        Args:
-            step: Optimizer steps done.
-            failure: What went wrong in this process since the last step, so that the run must end.
+        Every process calls this before each of its steps; all get the same answer. A `failure` in
+        this process since the last step ends the run too.
 
         Raises:
             BadInputEverywhere: A process had a failure.

@@ -31,8 +31,6 @@ from .config import TrainConfig
 from .deepspeed import deepspeed_config
 
 FIRST_SCALE = 65536.0  # of float16's loss
-PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-ALONE = dict(zip(PLACE, ("0", "0", "1", "1", "127.0.0.1", "0"), strict=True))
 COUNTERS = ("step", "skipped", "scale", "scale_age", "began", "productive")
 
 
@@ -97,7 +95,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if "LOCAL_RANK" not in os.environ:  # no launcher has set what DeepSpeed relies on
-        os.environ |= ALONE
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     backend = "gloo" if on_cpu else "nccl"
     return Accelerator(
         mixed_precision="no",
@@ -255,28 +254,23 @@ def write_full(state: TrainState, parameter: torch.nn.Parameter, kind: str, valu
     """The inverse of `read_full`; every process is given the whole tensor."""
     if hasattr(parameter, "ds_id"):
         _write_partition(parameter, kind, value)
-    elif is_under_zero(state.engine):
-        _write_fragment(parameter, kind, value)
-    elif kind == "weights":
+        return
+    if kind == "weights":
         parameter.copy_(value)
-    else:
+    if is_under_zero(state.engine):  # stages 1 and 2: a part of everything in float32
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if kind == "weights":
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+    elif kind != "weights":
         state.optimizer.state[parameter][kind].copy_(value)
 
 
 def is_under_zero(engine: Any) -> bool:
     """Whether DeepSpeed trains the network; found out without importing it."""
     return hasattr(engine, "zero_optimization_stage")
-
-
-def _write_fragment(parameter: torch.nn.Parameter, kind: str, value: Tensor) -> None:
-    """ZeRO 1 and 2: every process has the weights, and a part of everything else in float32."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    if kind == "weights":
-        parameter.copy_(value)
-        safe_set_full_fp32_param(parameter, value)
-    else:
-        safe_set_full_optimizer_state(parameter, value, kind)
 
 
 def _write_partition(parameter: Any, kind: str, value: Tensor) -> None:

@@ -26,8 +26,8 @@ from ..seeding import generator
 from .config import OptimizerConfig, TrainConfig
 from .state import TrainState, is_under_zero, update_averages
 
-LISTED = "not-finite.jsonl"  # in the run's folder: the clips of steps that were left out
-SCALE_GROWS_AFTER = 2000  # updates of float16 without an overflow
+NOT_FINITE = "not-finite.jsonl"  # in the run's folder: the clips of steps that were left out
+SCALE_GROWS_AFTER = 2000  # updates without an overflow, after which float16's scale doubles
 
 
 class NotFinite(BadInputEverywhere):
@@ -119,12 +119,14 @@ def train_step(
     if math.isfinite(norm):
         update_averages(state, config.optimizer.ema_decays)
         if config.precision == "float16":
-            _age_scale(state)
+            state.scale_age += 1
+            if state.scale_age == SCALE_GROWS_AFTER:
+                state.scale, state.scale_age = 2 * state.scale, 0
     else:
         state.scale, state.scale_age = scale, age  # they were not the cause
         state.skipped += 1
         what = "gradient" if finite else "loss"
-        path = config.out / LISTED
+        path = config.out / NOT_FINITE
         _list_examples(path, state.step, accelerator.process_index, batch.keys, losses, what)
         said = f"the {what} of step {state.step} is not finite"
         if state.skipped > config.max_skipped:
@@ -223,13 +225,6 @@ def _update(state: TrainState, limit: float) -> float:
         state.optimizer.step()
     state.optimizer.zero_grad()
     return norm
-
-
-def _age_scale(state: TrainState) -> None:
-    """Double float16's scale after many updates without an overflow."""
-    state.scale_age += 1
-    if state.scale_age == SCALE_GROWS_AFTER:
-        state.scale, state.scale_age = 2 * state.scale, 0
 
 
 def _list_examples(

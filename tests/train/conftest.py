@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 from vidfill.train.config import ModelConfig, OptimizerConfig, PreviewConfig, TrainConfig
+from vidfill.train.loop import train
 
 
-@pytest.fixture
-def tiny_config(shards: Path, tmp_path: Path) -> TrainConfig:
-    """The smallest run that does everything."""
+def tiny(shards: Path, out: Path) -> TrainConfig:
     return TrainConfig(
         str(shards),
-        tmp_path / "run",
+        out,
         steps=6,
         batch_size=3,
         log_every=1,
@@ -22,3 +21,17 @@ def tiny_config(shards: Path, tmp_path: Path) -> TrainConfig:
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup=2),
         preview=PreviewConfig(every=0),
     )
+
+
+@pytest.fixture
+def tiny_config(shards: Path, tmp_path: Path) -> TrainConfig:
+    """The smallest run that does everything."""
+    return tiny(shards, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `tiny_config`'s run, to read and to copy."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(tiny(shards, out))
+    return out

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from vidfill.data.videos import write_video
 from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import WEIGHTS, load_autoencoder, to_pixels
 from vidfill.train import autoencoder as recipe
-from vidfill.train.autoencoder import AutoencoderConfig, train_autoencoder
+from vidfill.train.autoencoder import AutoencoderTraining, train_autoencoder
 
 SMALL = {
     "sizes": (16, 32),
@@ -45,7 +44,14 @@ def a_moving_square(number):
 
 
 def small(videos, out, **changes):
-    return AutoencoderConfig(videos, out, **(SMALL | changes))
+    return AutoencoderTraining(videos, out, **(SMALL | changes))
+
+
+@pytest.fixture(scope="module")
+def trained(videos, tmp_path_factory):
+    """A configuration that has run, and the figures that it returned."""
+    config = small(videos, tmp_path_factory.mktemp("trained") / "out")
+    return config, train_autoencoder(config)
 
 
 @pytest.mark.slow
@@ -55,33 +61,28 @@ def test_training_raises_the_psnr_of_held_out_videos(videos, tmp_path):
     assert all(longer[size] > short[size] + 6 for size in (16, 32))
 
 
-def test_the_folder_opens_in_diffusers_and_its_latents_have_unit_scale(videos, tmp_path):
-    train_autoencoder(small(videos, tmp_path / "out"))
-    AutoencoderTiny.from_pretrained(tmp_path / "out")
-    assert {weight.dtype for weight in load_file(tmp_path / "out" / WEIGHTS).values()} == {
-        torch.float16
-    }
-    autoencoder = load_autoencoder(str(tmp_path / "out"))
-    held_out = recipe._read(sorted((videos / "val").iterdir()), small(videos, tmp_path), "reading")
+def test_the_folder_opens_in_diffusers_and_its_latents_have_unit_scale(videos, trained):
+    config, _ = trained
+    AutoencoderTiny.from_pretrained(config.out)
+    dtypes = {weight.dtype for weight in load_file(config.out / WEIGHTS).values()}
+    assert dtypes == {torch.float16}
+    autoencoder = load_autoencoder(str(config.out))
+    held_out = recipe._read(sorted((videos / "val").iterdir()), config, "reading")
     latents = [autoencoder.encode(to_pixels(clip[None])) for clip in held_out.values()]
     deviation = torch.cat([latent.flatten() for latent in latents]).std().item()
     assert deviation == pytest.approx(1, abs=0.02)
 
 
-def test_a_seed_gives_the_same_weights_again_and_another_seed_others(videos, tmp_path):
-    weights = {}
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+def test_a_seed_gives_the_same_weights_again_and_another_seed_others(videos, trained, tmp_path):
+    before = (trained[0].out / WEIGHTS).read_bytes()
+    for name, seed in (("same", 0), ("other", 1)):
         train_autoencoder(small(videos, tmp_path / name, seed=seed))
-        weights[name] = (tmp_path / name / WEIGHTS).read_bytes()
-    assert weights["a"] == weights["b"]
-    assert weights["a"] != weights["c"]
+        assert ((tmp_path / name / WEIGHTS).read_bytes() == before) == (name == "same")
 
 
 def test_an_interrupted_run_continues_to_the_weights_of_an_uninterrupted_one(
-    videos, tmp_path, monkeypatch
+    videos, trained, tmp_path, monkeypatch
 ):
-    train_autoencoder(small(videos, tmp_path / "whole"))
-
     def interrupt(config, frames, step):
         if step == 5:
             raise KeyboardInterrupt
@@ -93,34 +94,31 @@ def test_an_interrupted_run_continues_to_the_weights_of_an_uninterrupted_one(
         train_autoencoder(small(videos, tmp_path / "halved"))
     assert not (tmp_path / "halved" / WEIGHTS).exists()
     train_autoencoder(small(videos, tmp_path / "halved"))
-    whole, halved = (tmp_path / name / WEIGHTS for name in ("whole", "halved"))
-    assert whole.read_bytes() == halved.read_bytes()
+    halved = (tmp_path / "halved" / WEIGHTS).read_bytes()
+    assert halved == (trained[0].out / WEIGHTS).read_bytes()
 
 
-def test_a_finished_command_given_again_tells_its_figures_and_changes_nothing(
-    videos, tmp_path, capsys
-):
-    config = small(videos, tmp_path / "out")
-    first, said = train_autoencoder(config), capsys.readouterr().out
+def test_a_finished_command_given_again_tells_its_figures_and_changes_nothing(trained, capsys):
+    config, figures = trained
     before = {file: file.stat().st_mtime_ns for file in config.out.iterdir()}
-    assert train_autoencoder(config) == first
-    assert capsys.readouterr().out == said
+    assert train_autoencoder(config) == figures
+    said = capsys.readouterr().out
+    assert all(f"{size}x{size}: {figure:.2f} dB" in said for size, figure in figures.items())
     assert {file: file.stat().st_mtime_ns for file in config.out.iterdir()} == before
 
 
-def test_the_card_tells_data_command_time_and_figures(videos, tmp_path):
-    figures = train_autoencoder(small(videos, tmp_path / "out"))
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert f"python -m vidfill.train.autoencoder {videos} {tmp_path / 'out'} --sizes" in card
-    assert "2 videos trained it, 1 were held out" in card
+def test_the_card_tells_data_command_time_and_figures(videos, trained):
+    config, figures = trained
+    card = (config.out / "README.md").read_text()
+    assert f"python -m vidfill.train.autoencoder {videos} {config.out} --sizes" in card
+    assert "2 videos for training, 1 held out" in card
     assert "minutes on" in card
     assert all(f"| {size}x{size} | {figures[size]:.2f} |" in card for size in (16, 32))
 
 
 def test_the_cards_command_line_gives_the_same_configuration(videos, tmp_path):
     config = small(videos, tmp_path / "out", l1=0.1)
-    arguments = shlex.split(recipe._command(config).removeprefix(f"{recipe.MODULE} "))
-    parsed = jobs.parse(AutoencoderConfig, arguments, verb=recipe.VERB, examples="")
+    parsed = jobs.parse(AutoencoderTraining, jobs.words_of(config), verb=recipe.VERB)
     assert dataclasses.asdict(parsed) == dataclasses.asdict(config)
 
 

@@ -12,9 +12,7 @@ from vidfill.train.loop import main
 
 
 def parse(*words: str) -> TrainConfig:
-    return jobs.parse(
-        TrainConfig, find_recipe(["shards", "run", *words]), verb="train", examples=""
-    )
+    return jobs.parse(TrainConfig, find_recipe(["shards", "run", *words]), verb="train")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ READER = """
 import sys
 from pathlib import Path
 from safetensors.torch import save_file
-from vidfill.modeling.diffusion import Denoiser
+from vidfill.modeling.denoiser import Denoiser
 from vidfill.modeling.unet import VideoUNet
 
 folder = Path(sys.argv[1])
@@ -93,8 +93,8 @@ def test_the_exported_folder_is_the_average_asked_for_and_its_card_says_so(
     assert main([str(run), str(out), *options]) == 0
     assert_same_tensors(out / WEIGHTS, run / "checkpoints" / source / WEIGHTS)
     card = (out / "README.md").read_text()
-    assert f"{steps} steps of 3 clips" in card
-    assert f"of decay {decay} a step" in card
+    assert f"{steps} steps of 3 examples" in card
+    assert f"with a decay of {decay} per step" in card
     assert ("| loss |" in card) == (decay == "0.2")  # what the run evaluates is the first average
     assert str(run.parent) not in card
 
@@ -222,7 +222,7 @@ def test_the_card_names_data_masks_metrics_and_limits_and_no_path(
     assert main([str(run), str(model), "--sweep", str(swept)]) == 0
     card = (model / "README.md").read_text()
     manifest = ShardedDataset(shards, "train").manifest
-    assert f"Data: `shards`, its training split, {manifest.examples} clips" in card
+    assert f"Data: `shards`, its training split, {manifest.examples} examples" in card
     assert f"Masks: {' '.join(manifest.masks['families'])}." in card
     assert "Autoencoder: AutoencoderTiny autoencoder (sha256" in card
     header, _, *rows = [line for line in card.splitlines() if line.startswith("|")][:8]

@@ -77,7 +77,7 @@ class Run:
 
     def __init__(self, wanted: dict[str, Any], out: Path) -> None:
         self.wanted, self.out = wanted, out
-        config = jobs.parse(TrainConfig, wanted["argv"], verb="train", examples="")
+        config = jobs.parse(TrainConfig, wanted["argv"], verb="train")
         config.out.mkdir(exist_ok=True)
         accelerator = make_accelerator(config)
         dataset = ShardedDataset(config.shards, "train", config.data.cache)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from ...data.masks import latent_mask
-from ...data.shards.format import DamagedShard
+from ...data.shards.format import DamagedShard, Example
 from ...data.shards.reading import ShardedDataset, has_split
 from ...data.shards.stream import Batch
 from ...files import hide_secrets
@@ -28,45 +27,21 @@ from ..step import draw_latents, draw_noise
 Sums = Float64[Tensor, "quantiles 6"]
 
 
-class HeldOutClip(NamedTuple):
-    """What the loss of a held-out clip needs; latents as the shards hold them."""
-
-    number: int  # in the split
-    latents: Float[Tensor, "frames channels height width"]
-    masked_latents: Float[Tensor, "frames channels height width"]
-    latent_mask: Float[Tensor, "frames 1 height width"]
-    log_variance: Float[Tensor, "frames channels height width"] | None
-
-
 class HeldOut:
-    """A process's share of the held-out clips, in memory.
+    """A process's share of the held-out clips, in memory; a position is an index in the split.
 
     A draw depends only on the seed, the clip's index in its split and the range of timesteps. So
     the figures of two evaluations differ by the network only, and are the same on any number of
-    processes, up to rounding.
-
-    Args:
-        clips: This process's share.
-        quantiles: Ranges of timesteps, of equal length.
-        seed: The run's.
-        at_once: Clips in a batch.
+    processes, up to rounding. There are `quantiles` ranges of timesteps, of equal length.
     """
 
-    def __init__(
-        self, clips: Sequence[HeldOutClip], quantiles: int, seed: int, at_once: int
-    ) -> None:
-        self.clips = clips
+    def __init__(self, batches: Sequence[Batch], quantiles: int, seed: int) -> None:
+        self.batches = batches
         self.quantiles = quantiles
         self.seed = seed
-        self.at_once = at_once
 
     def measure(self, denoiser: Denoiser, accelerator: Accelerator) -> dict[str, float]:
-        """The figures over all processes, each of which calls this; one reduction, at the end.
-
-        Args:
-            denoiser: With the averaged network, in evaluation mode.
-            accelerator: The run's.
-        """
+        """The figures over all processes, each of which calls this with the averaged network."""
         return figures(accelerator.reduce(self.sums(denoiser, accelerator.device), "sum"))
 
     @torch.no_grad()
@@ -75,14 +50,10 @@ class HeldOut:
         rows = []
         for quantile in range(self.quantiles):
             row = torch.zeros(6, dtype=torch.float64, device=device)
-            for batch in self._batches():
+            for batch in self.batches:
                 row += self._measure_batch(denoiser, batch.to(device), quantile)
             rows.append(row)
         return torch.stack(rows)
-
-    def _batches(self) -> Iterator[Batch]:
-        for first in range(0, len(self.clips), self.at_once):
-            yield _collate(self.clips[first : first + self.at_once])
 
     def _measure_batch(
         self, denoiser: Denoiser, batch: Batch, quantile: int
@@ -136,9 +107,8 @@ def open_held_out(
     They are spread evenly over the split; a process takes neighbours, which lie in few shards. All
     are read now, so that a damaged or missing shard is found before the first step.
 
-    Returns:
-        None if there is nothing to measure: no clips are wanted, or the shards have no validation
-        split, which the first process reports.
+    None if there is nothing to measure: no clips are wanted, or the shards have no validation
+    split, which the first process reports.
 
     Raises:
         DamagedShard: A clip is not what was written, and `data.damaged` is "stop".
@@ -154,41 +124,33 @@ def open_held_out(
     dataset = ShardedDataset(config.shards, "validation", config.data.cache)
     spread = np.linspace(0, len(dataset) - 1, min(wanted.clips, len(dataset))).round().astype(int)
     share = np.array_split(spread, processes)[process].tolist()
-    read = [_read(dataset, index, config.data.damaged == "skip") for index in share]
+    examples: dict[int, Example] = {}
+    for index in share:
+        try:
+            examples[index] = dataset[index]
+        except DamagedShard as damage:
+            if config.data.damaged == "stop":
+                raise
+            print(f"vidfill train: left out of the held-out clips: {damage}", file=sys.stderr)
     dataset.store.close()
-    clips = [clip for clip in read if clip]
     at_once = -(-config.batch_size // (processes * config.gradient_accumulation))
-    return HeldOut(clips, wanted.quantiles, config.seed, at_once)
+    read = list(examples)
+    parts = [read[first : first + at_once] for first in range(0, len(read), at_once)]
+    batches = [_collate(part, [examples[index] for index in part]) for part in parts]
+    return HeldOut(batches, wanted.quantiles, config.seed)
 
 
-def _read(dataset: ShardedDataset, index: int, may_skip: bool) -> HeldOutClip | None:
-    """A clip, or None if it is damaged and may be left out, which is reported."""
-    try:
-        example = dataset[index]
-    except DamagedShard as damage:
-        if not may_skip:
-            raise
-        print(f"vidfill train: left out of the held-out clips: {damage}", file=sys.stderr)
-        return None
-    latents, log_variance = torch.from_numpy(example.latents), example.log_variance
-    return HeldOutClip(
-        number=index,
-        latents=latents,
-        masked_latents=torch.from_numpy(example.masked_latents),
-        latent_mask=latent_mask(example.mask, *latents.shape[-2:]),
-        log_variance=None if log_variance is None else torch.from_numpy(log_variance),
-    )
-
-
-def _collate(clips: Sequence[HeldOutClip]) -> Batch:
-    """A batch as the stream gives it; a clip's position is its index in the split."""
-    log_variances = [clip.log_variance for clip in clips if clip.log_variance is not None]
+def _collate(positions: list[int], examples: Sequence[Example]) -> Batch:
+    """A batch as the stream gives it."""
+    latents = np.stack([example.latents for example in examples])
+    log_variances = [e.log_variance for e in examples if e.log_variance is not None]
+    masks = [latent_mask(example.mask, *latents.shape[-2:]) for example in examples]
     return Batch(
-        keys=[str(clip.number) for clip in clips],
-        positions=[clip.number for clip in clips],
-        weights=torch.ones(len(clips)),
-        latents=torch.stack([clip.latents for clip in clips]),
-        masked_latents=torch.stack([clip.masked_latents for clip in clips]),
-        latent_mask=torch.stack([clip.latent_mask for clip in clips]),
-        log_variance=torch.stack(log_variances) if log_variances else None,
+        keys=[example.key for example in examples],
+        positions=positions,
+        weights=torch.ones(len(examples)),
+        latents=torch.from_numpy(latents),
+        masked_latents=torch.from_numpy(np.stack([e.masked_latents for e in examples])),
+        latent_mask=torch.stack(masks),
+        log_variance=torch.from_numpy(np.stack(log_variances)) if log_variances else None,
     )

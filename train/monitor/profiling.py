@@ -30,11 +30,9 @@ def profiled_steps(text: str) -> range:
 
 
 class Profile:
-    """Profiles the steps that were asked for, and writes their trace when the last has ended.
+    """Profiles `steps`, and writes their trace into `folder` when the last has ended.
 
-    Args:
-        steps: Those to profile, counted by the finished ones before each.
-        folder: Where the trace goes.
+    A step is counted by the finished ones before it.
     """
 
     def __init__(self, steps: range, folder: Path) -> None:
@@ -44,7 +42,7 @@ class Profile:
         self._first = 0
 
     def step(self, finished: int) -> None:
-        """Begin or end, where `finished` steps are the border; called before the first step too."""
+        """Begin or end profiling after `finished` steps; called before the first step too."""
         if self._running is None and finished in self._steps:
             import torch
 

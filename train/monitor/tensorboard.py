@@ -117,7 +117,7 @@ class Monitor:
         state: Where the run begins or continues: later events of an earlier start are hidden.
         denoiser: Its network determines what a step computes.
         stream: Knows how long it was waited for, and which examples it left out.
-        preview: On the first process, what to show of the model, if anything.
+        preview: What to show of the model, if anything; None but on the first process.
         accelerator: The run's.
         clock: Seconds since 1970.
     """
@@ -202,11 +202,9 @@ class Monitor:
         """
         if self._writer and self._preview:
             clips = self._preview.draw(denoiser)
-            for tag, image in {
-                "samples/frames": png_of(picture_of(clips)),
-                "samples/film": film_of(clips),
-            }.items():
-                self._writer.add_summary(_image_summary(tag, image), step)
+            frames = _image_summary("samples/frames", png_of(picture_of(clips)))
+            self._writer.add_summary(frames, step)
+            self._writer.add_summary(_image_summary("samples/film", film_of(clips)), step)
         self._write(step, {"time/preview_seconds": self._lap()})
 
     def checkpoint(self, step: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""`vidfill doctor`: looks for what goes wrong with a training run, before it burns an hour."""
+"""`vidfill doctor`: finds what would go wrong with a training run before it starts."""
 
 from __future__ import annotations
 
@@ -82,8 +82,10 @@ def doctor(config: TrainConfig) -> None:
             _show(found, int(os.environ.get("WORLD_SIZE", "1")))
         raise BadInputEverywhere("processes share GPUs (see above): correct that first")
     accelerator = make_accelerator(config)
-    found += [*_check_processes(accelerator), _check_folder(config.out, accelerator)]
-    found += _try_step(config, accelerator)
+    out = config.out
+    folder = next(parent for parent in (out, *out.resolve().parents) if parent.is_dir())
+    found += [*_check_processes(accelerator), _check_folder(folder, accelerator)]
+    found += _try_step(config, folder, accelerator)
     everyone: list[tuple[int, Diagnosis]] = gather_object(
         [(accelerator.process_index, one) for one in found]
     )
@@ -176,9 +178,8 @@ def _check_processes(accelerator: Accelerator) -> Iterator[Diagnosis]:
     yield Diagnosis("processes", "good", f"{summed} add up; each on its {place}")
 
 
-def _check_folder(out: Path, accelerator: Accelerator) -> Diagnosis:
+def _check_folder(folder: Path, accelerator: Accelerator) -> Diagnosis:
     """Do all processes see what the first one writes into the run's folder?"""
-    folder = next(parent for parent in (out, *out.resolve().parents) if parent.is_dir())
     token = [uuid.uuid4().hex]
     broadcast_object_list(token)
     mark = folder / f"{PARTIAL}doctor-{token[0]}"
@@ -205,7 +206,7 @@ def _check_folder(out: Path, accelerator: Accelerator) -> Diagnosis:
     return Diagnosis("run's folder", "bad", said, "name a folder that all nodes share")
 
 
-def _try_step(config: TrainConfig, accelerator: Accelerator) -> Iterator[Diagnosis]:
+def _try_step(config: TrainConfig, folder: Path, accelerator: Accelerator) -> Iterator[Diagnosis]:
     """Open the shards, make the model, and take one real step whose result is discarded.
 
     All processes take the step or none does: one that cannot would keep the others waiting.
@@ -222,7 +223,7 @@ def _try_step(config: TrainConfig, accelerator: Accelerator) -> Iterator[Diagnos
         denoiser = make_denoiser(config, manifest)
         parameters = sum(parameter.numel() for parameter in denoiser.network.parameters())
         checkpoint = 4 * parameters * (3 + len(config.optimizer.ema_decays))
-        yield _check_disk(config.out, checkpoint * (config.keep_checkpoints + 1))
+        yield _check_disk(folder, checkpoint * (config.keep_checkpoints + 1))
         process, processes = accelerator.process_index, accelerator.num_processes
         stream = Stream(dataset, config.batch_size, config.seed, process, processes)
         ready = denoiser, stream.batch(0)
@@ -255,8 +256,7 @@ def _check_attention(model: ModelConfig, precision: Precision, device: torch.dev
     return Diagnosis("attention", "good", f"{backend} works, forward and backward")
 
 
-def _check_disk(out: Path, wanted: int) -> Diagnosis:
-    folder = next(path for path in (out, *out.resolve().parents) if path.is_dir())
+def _check_disk(folder: Path, wanted: int) -> Diagnosis:
     free = shutil.disk_usage(folder).free
     said = f"{free / 1e9:.1f} GB free for {wanted / 1e9:.2g} GB of checkpoints"
     if free > wanted:
@@ -289,29 +289,25 @@ def merge(everyone: Sequence[tuple[int, Diagnosis]]) -> list[Diagnosis]:
 
     Good ones of a check count as one: they differ only in seconds and devices.
     """
-    ranks: dict[Hashable, list[int]] = {}
-    first: dict[Hashable, Diagnosis] = {}
+    found: dict[Hashable, list[tuple[int, Diagnosis]]] = {}
     for rank, one in everyone:
-        key = one.check if one.level == "good" else one
-        first.setdefault(key, one)
-        ranks.setdefault(key, []).append(rank)
-    processes = len({rank for rank, _ in everyone})
-    return [
-        one
-        if len(ranks[key]) == processes
-        else one._replace(said=f"process {', '.join(map(str, ranks[key]))}: {one.said}")
-        for key, one in first.items()
-    ]
+        found.setdefault(one.check if one.level == "good" else one, []).append((rank, one))
+    merged = []
+    for alike in found.values():
+        ranks, (one, *_) = zip(*alike, strict=True)
+        if len(ranks) < len({rank for rank, _ in everyone}):
+            one = one._replace(said=f"process {', '.join(map(str, ranks))}: {one.said}")
+        merged.append(one)
+    return merged
 
 
 def _show(found: Sequence[Diagnosis], processes: int) -> None:
-    console = Console()
     table = Table("check", "", "found", "remedy", box=box.SIMPLE, title=f"{processes} process(es)")
     for column in table.columns:
         column.overflow = "fold"  # a long path is shown whole
     for one in found:
         table.add_row(one.check, MARKS[one.level], escape(one.said), escape(one.remedy))
-    (console if console.is_terminal else Console(width=DOCTOR_WIDTH)).print(table)
+    Console(width=None if sys.stdout.isatty() else DOCTOR_WIDTH).print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,10 +18,11 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from ... import jobs
 from ...data.shards.format import Manifest
 from ...data.shards.reading import ShardedDataset
 from ...data.shards.stream import Stream
-from ...errors import BadInput, BadInputEverywhere
+from ...errors import BadInput
 from ...modeling.attention import attention_backend
 from ...modeling.cost import cost_of
 from ...modeling.precision import Precision, autocast
@@ -119,11 +120,7 @@ def state_memory(weights: int, averages: int, stage: int, gpus: int) -> dict[str
     stage 3 (Rajbhandari et al. 2020, "ZeRO", section 5). It keeps the weights that it gathers for
     the forward pass for the backward pass too, unless that is far away.
 
-    Args:
-        weights: Bytes of all weights in float32.
-        averages: How many averages of the weights are kept.
-        stage: Of ZeRO.
-        gpus: That take part.
+    `weights` is the bytes of all weights in float32, `averages` how many averages are kept.
     """
     share = math.ceil(weights / gpus)
     optimizer = (share if stage else weights) * (2 + averages)
@@ -153,11 +150,7 @@ def traffic(sizes: Sequence[int], stage: int, parts: int, gpus: int) -> int:
       weights are gathered once a step. If the network is so large that DeepSpeed drops gathered
       weights before the backward pass, the others are gathered twice a part.
 
-    Args:
-        sizes: Bytes of each parameter in float32.
-        stage: Of ZeRO.
-        parts: In which a GPU takes its clips.
-        gpus: That take part.
+    `sizes` are the bytes of each parameter in float32; a GPU takes its clips in so many `parts`.
     """
     weights, small = sum(sizes), sum(size for size in sizes if size < SMALL)
     gathers = 1 if 2 * weights <= SOON else 2  # the first weights are used again last
@@ -179,13 +172,7 @@ def activation_memory(
     """Bytes at the peak of a forward and backward pass, without weights and gradients.
 
     No memory is allocated: the pass is simulated on shapes, with the CPU's kernels. A GPU's
-    attention keeps less in 16 bits.
-
-    Args:
-        make_network: Makes the network.
-        shape: Of the latents: clips, frames, channels, height, width.
-        precision: Of the forward pass.
-        checkpointing: Whether activations are recomputed in the backward pass.
+    attention keeps less in 16 bits. `shape` is clips, frames, channels, height, width.
     """
     attention_backend("cpu", getattr(torch, precision))  # probes with real tensors
     with FakeTensorMode():
@@ -234,11 +221,7 @@ def measure_step(config: TrainConfig, dataset: ShardedDataset, clips: int) -> tu
 def why_not_measured(config: TrainConfig, cost: TrainingCost, memory: int, rate: float) -> str:
     """Why a CPU should not measure steps; empty if it may.
 
-    Args:
-        config: The run's.
-        cost: The run's.
-        memory: Bytes that the machine has.
-        rate: Operations a second at the CPU's peak.
+    The machine has `memory` bytes, and does `rate` operations a second at most.
     """
     if config.plan_gpus:
         return "a CPU is not a GPU"
@@ -259,10 +242,7 @@ def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
     Raises:
         BadInput: A launcher started several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInputEverywhere(
-            "--plan runs in one process: start it without a launcher, and give --plan_gpus"
-        )
+    jobs.refuse_launcher("--plan")
     gpus = config.plan_gpus or 1
     if config.batch_size < gpus:
         raise BadInput(
@@ -270,13 +250,12 @@ def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
         )
     cost = training_cost(config, dataset.manifest, gpus)
     seconds, peak = _measure(config, dataset, cost)
-    console = Console()
     table = Table("", "", title=f"{config.steps} steps on {gpus} GPU(s)", show_header=False)
     for section in (_size(config, cost), _memory(cost, peak), _time(config, cost, seconds)):
         for name, value in section.items():
             table.add_row(name, value)
         table.add_section()
-    (console if console.is_terminal else Console(width=PLAN_WIDTH)).print(table)
+    Console(width=None if sys.stdout.isatty() else PLAN_WIDTH).print(table)
 
 
 def _measure(

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from vidfill.data.encode.run import encode
 from vidfill.data.encode.settings import EncodeConfig
 from vidfill.data.shards.reading import ShardedDataset
+from vidfill.data.shards.stream import Batch
 from vidfill.data.storage.names import shard_name
 from vidfill.data.synth.run import SynthConfig, synth
 from vidfill.errors import BadInput
@@ -19,11 +20,17 @@ from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.noise import DiffusionConfig, LossConfig
 from vidfill.modeling.unet import VideoUNet
 from vidfill.train.config import DataConfig, EvaluationConfig, TrainConfig
-from vidfill.train.monitor.held_out import HeldOut, HeldOutClip, figures, open_held_out
+from vidfill.train.monitor.held_out import HeldOut, figures, open_held_out
 from vidfill.train.state import make_denoiser
 from vidfill.train.step import diffusion_loss
 
 CPU = torch.device("cpu")
+
+
+def batch_of(position: int, latents: torch.Tensor, latent_mask: torch.Tensor) -> Batch:
+    """A batch of one clip whose masked latents are zero."""
+    one = latents[None], torch.zeros_like(latents)[None], latent_mask[None]
+    return Batch([str(position)], [position], torch.ones(1), *one)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +78,7 @@ def test_the_loss_of_a_network_that_predicts_zero_is_the_targets_mean_square() -
     config = DiffusionConfig(timesteps=10, process="flow", target="clean", normalise=False)
     hole = torch.zeros(2, 1, 4, 4)
     hole[0, :, :2, :2] = 1
-    clip = HeldOutClip(3, 1 + hole, torch.zeros(2, 1, 4, 4), hole, None)
-    held_out = HeldOut([clip], quantiles=2, seed=0, at_once=1)
+    held_out = HeldOut([batch_of(3, 1 + hole, hole)], quantiles=2, seed=0)
     found = figures(held_out.sums(Denoiser(network.eval(), config, space), CPU))
     mean = (4 * 4 + 28 * 1) / 32
     expected = {"loss": mean, "loss_hole": 4, "loss_visible": 1}
@@ -85,7 +91,7 @@ def test_a_latent_half_in_the_hole_counts_half_on_either_side() -> None:
     denoiser = Denoiser(network.eval(), config, LatentSpace([1, 1, 2, 2], [0.0], [1.0], {}))
     latents = torch.tensor([[[[3.0, 1.0], [1.0, 1.0]]]])
     hole = torch.tensor([[[[0.5, 0.5], [0.0, 0.0]]]])
-    held_out = HeldOut([HeldOutClip(0, latents, torch.zeros_like(latents), hole, None)], 1, 0, 1)
+    held_out = HeldOut([batch_of(0, latents, hole)], quantiles=1, seed=0)
     found = figures(held_out.sums(denoiser, CPU))
     assert found["loss_hole"] == pytest.approx((0.5 * 9 + 0.5 * 1) / 1)
     assert found["loss_visible"] == pytest.approx((0.5 * 9 + 0.5 * 1 + 1 + 1) / 3)
@@ -116,7 +122,7 @@ def test_it_is_what_training_computes_at_the_same_draws(
     monkeypatch.setattr(denoiser, "training_pair", listen)
     total = held_out.sums(denoiser, CPU)[:, 0].sum().item()
     monkeypatch.undo()
-    batches = list(held_out._batches()) * held_out.quantiles
+    batches = [*held_out.batches] * held_out.quantiles
     expected = 0.0
     for batch, (clean, noise, timestep) in zip(
         batches, zip(*[iter(seen)] * 3, strict=True), strict=True
@@ -167,7 +173,7 @@ def test_the_shares_of_processes_add_up_to_the_whole(
     whole = figures(opened(config, denoiser).sums(denoiser, CPU))
     for processes in (2, 3, 9):
         parts = [opened(config, denoiser, process, processes) for process in range(processes)]
-        assert sum(len(part.clips) for part in parts) == 7
+        assert sum(len(batch.keys) for part in parts for batch in part.batches) == 7
         total = torch.stack([part.sums(denoiser, CPU) for part in parts]).sum(dim=0)
         assert figures(total) == pytest.approx(whole, rel=1e-5)
 
@@ -176,13 +182,14 @@ def test_a_process_takes_as_many_clips_at_once_as_in_training(
     config: TrainConfig, denoiser: Denoiser
 ) -> None:
     config = dataclasses.replace(config, batch_size=12, gradient_accumulation=2)
-    assert opened(config, denoiser).at_once == 6
-    assert opened(config, denoiser, 1, 3).at_once == 2
+    assert [len(batch.keys) for batch in opened(config, denoiser).batches] == [6, 1]
+    assert [len(batch.keys) for batch in opened(config, denoiser, 0, 3).batches] == [2, 1]
 
 
 def test_clips_are_spread_over_the_split(config: TrainConfig, denoiser: Denoiser) -> None:
     config = dataclasses.replace(config, evaluation=EvaluationConfig(clips=3))
-    assert [clip.number for clip in opened(config, denoiser).clips] == [0, 3, 6]
+    (batch,) = opened(config, denoiser).batches
+    assert batch.positions == [0, 3, 6]
 
 
 def test_there_is_none_without_a_validation_split_or_where_none_is_wanted(
@@ -214,5 +221,5 @@ def test_a_damaged_clip_is_refused_or_left_out_aloud(
     with pytest.raises(BadInput, match="is damaged"):
         open_held_out(config, denoiser, 0, 1)
     config = dataclasses.replace(config, data=DataConfig(damaged="skip"))
-    assert len(opened(config, denoiser).clips) == 6
+    assert sum(len(batch.keys) for batch in opened(config, denoiser).batches) == 6
     assert "left out of the held-out clips" in capsys.readouterr().err

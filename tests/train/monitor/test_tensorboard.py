@@ -39,7 +39,7 @@ from vidfill.train.config import (
     TrainConfig,
 )
 from vidfill.train.monitor.held_out import open_held_out
-from vidfill.train.monitor.previews import PREVIEW_GAP, film_of, open_preview, picture_of
+from vidfill.train.monitor.previews import PREVIEW_GAP, open_preview
 from vidfill.train.monitor.profiling import Profile, profiled_steps
 from vidfill.train.monitor.rates import measure_rate
 from vidfill.train.monitor.tags import IMAGES, LAYOUT, SCALARS
@@ -352,43 +352,6 @@ def test_two_processes_show_what_one_does(config: TrainConfig, tmp_path: Path) -
     clips = theirs["speed/clips_per_second"]
     each = theirs["speed/clips_per_second_per_device"]
     assert {step: 2 * speed for step, speed in each.items()} == pytest.approx(clips)
-
-
-def a_clip(seed: int) -> np.ndarray:
-    """Three versions of 16×16 in 5 frames; few colours, which a GIF's palette holds."""
-    random = np.random.default_rng(seed)
-    version = random.choice(
-        np.uint8([0, 100, 200]), (5, 16, 3 * (16 + PREVIEW_GAP) - PREVIEW_GAP, 3)
-    )
-    version[:, :, 16 : 16 + PREVIEW_GAP] = version[
-        :, :, 2 * 16 + PREVIEW_GAP : 2 * (16 + PREVIEW_GAP)
-    ] = 255
-    return version
-
-
-def test_a_film_is_a_gif_of_the_frames() -> None:
-    clips = [a_clip(0), a_clip(1)]
-    film = Image.open(io.BytesIO(film_of(clips)))
-    assert (film.format, film.n_frames) == ("GIF", 5)
-    for number in range(5):
-        film.seek(number)
-        frame = np.asarray(film.convert("RGB"))
-        assert film.info["duration"] == 120  # a GIF counts hundredths of a second
-        assert np.array_equal(frame[:16], clips[0][number])
-        assert (frame[16 : 16 + PREVIEW_GAP] == 255).all()
-        assert np.array_equal(frame[16 + PREVIEW_GAP :], clips[1][number])
-
-
-def test_a_picture_has_a_film_strip_for_each_version_of_each_clip() -> None:
-    clips = [a_clip(0), a_clip(1)]
-    picture = picture_of(clips)
-    assert picture.shape == (6 * 16 + 5 * PREVIEW_GAP, 5 * 16, 3)
-    for strip in range(6):
-        clip, version = divmod(strip, 3)
-        top, left = strip * (16 + PREVIEW_GAP), version * (16 + PREVIEW_GAP)
-        for frame in range(5):
-            shown = picture[top : top + 16, frame * 16 : (frame + 1) * 16]
-            assert np.array_equal(shown, clips[clip][frame, :, left : left + 16])
 
 
 def test_a_preview_shows_the_truth_outside_the_hole(config: TrainConfig) -> None:
