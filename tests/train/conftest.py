@@ -30,8 +30,8 @@ def tiny_config(shards: Path, tmp_path: Path) -> TrainConfig:
 
 
 @pytest.fixture(scope="session")
-def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `tiny_config`'s run, to read and to copy."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    train(tiny(shards, out))
-    return out
+def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """`tiny_config` with a folder in which it has run, to read and to copy."""
+    config = tiny(shards, tmp_path_factory.mktemp("trained") / "run")
+    train(config)
+    return config

@@ -110,22 +110,24 @@ def test_the_model_overfits_one_clip(
     assert len(events.Tags()["images"]) == 2  # a picture and a film
 
 
-def test_resumed_run_equals_uninterrupted_run(tiny_config: TrainConfig, trained: Path) -> None:
+def test_resumed_run_equals_uninterrupted_run(
+    tiny_config: TrainConfig, trained: TrainConfig
+) -> None:
     for steps in (3, 6):
         train(dataclasses.replace(tiny_config, steps=steps))
-    assert_equal_weights(trained, tiny_config.out)
+    assert_equal_weights(trained.out, tiny_config.out)
 
 
 @pytest.mark.slow
 def test_zero_2_on_two_processes_trains_like_one_and_its_checkpoint_continues_anywhere(
-    trained: Path, shards: Path, tmp_path: Path, losses: Losses
+    trained: TrainConfig, shards: Path, tmp_path: Path, losses: Losses
 ) -> None:
     """Real DeepSpeed over gloo: two steps without it, two under ZeRO-2, and two without."""
     run = tmp_path / "zero"
     assert main([str(shards), str(run), *TINY, "--steps", "2"]) == 0
     launch([str(shards), str(run), *TINY, "--zero_stage", "2", "--steps", "4"], processes=2)
     assert main([str(shards), str(run), *TINY]) == 0
-    assert losses(run) == pytest.approx(losses(trained), rel=1e-4)
+    assert losses(run) == pytest.approx(losses(trained.out), rel=1e-4)
 
 
 def damage_an_example(root: Path) -> str:
@@ -199,20 +201,20 @@ def test_a_preset_of_a_flow_with_tokens_of_the_condition_trains_and_loads(
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    tiny_config: TrainConfig, trained: Path, capsys: pytest.CaptureFixture[str]
+    tiny_config: TrainConfig, trained: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(trained, tiny_config.out)
+    shutil.copytree(trained.out, tiny_config.out)
     damaged = newest(tiny_config.out) / "exp_avg.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(tiny_config)
     assert str(damaged) in capsys.readouterr().err
-    assert_equal_weights(tiny_config.out, trained)
+    assert_equal_weights(tiny_config.out, trained.out)
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(
-    tiny_config: TrainConfig, trained: Path
+    tiny_config: TrainConfig, trained: TrainConfig
 ) -> None:
-    shutil.copytree(trained, tiny_config.out)
+    shutil.copytree(trained.out, tiny_config.out)
     before = (newest(tiny_config.out) / "state.json").read_bytes()
     other = dataclasses.replace(tiny_config, diffusion=DiffusionConfig(target="v"))
     with pytest.raises(BadInput, match=r"diffusion\.target was 'noise', now 'v'"):
