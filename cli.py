@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+
+from .errors import suggest
 
 VERBS = {
     "synth": ("data.synth.run", "make collision videos to try everything on"),
@@ -42,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(VERBS)}"
-        print(f"vidfill: error: no verb {verb!r}; {remedy}", file=sys.stderr)
+        print(f"vidfill: error: no verb {verb!r}; {suggest(verb, VERBS)}", file=sys.stderr)
         return 2
     module = importlib.import_module(f".{VERBS[verb][0]}", package=__package__)
     return module.main(rest)

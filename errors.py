@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
+from collections.abc import Collection
 
 
 class BadInput(Exception):
@@ -33,6 +35,12 @@ def describe(error: Exception) -> str:
     known = [error.filename, error.strerror] if isinstance(error, OSError) else []
     said = ": ".join(str(part) for part in known if part)
     return said or str(error).partition("\n")[0] or type(error).__name__
+
+
+def suggest(unknown: str, known: Collection[str]) -> str:
+    """The remedy for an unknown name: the nearest known one, or all of them."""
+    near = difflib.get_close_matches(unknown, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"give one of {', '.join(known)}"
 
 
 def say_error(verb: str, error: Exception) -> None:

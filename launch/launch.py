@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import shlex
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import jobs, options
-from ..errors import BadInput
+from ..errors import BadInput, suggest
 from ..files import write_atomically
 from ..options import NonNegativeInt, PositiveInt
 from ..train.config import MARKER, TrainConfig, check, find_recipe
@@ -190,9 +189,7 @@ def _read_task(line: str) -> LaunchedCommand:
     words = _split("job", line)
     verb = words.pop(0) if words else ""
     if verb not in MODULES:
-        near = difflib.get_close_matches(verb, MODULES, n=1)
-        remedy = f"did you mean {near[0]}?" if near else f"give one of {', '.join(MODULES)}"
-        raise BadInput(f"job begins with {verb!r}: {remedy}")
+        raise BadInput(f"job begins with {verb!r}: {suggest(verb, MODULES)}")
     if verb in ("train", "doctor"):
         training = jobs.parse(TrainConfig, find_recipe(words), verb=verb)
         check(training)

@@ -14,11 +14,11 @@ from PIL import Image
 
 from ...data.shards.format import Example
 from ...data.shards.reading import ShardedDataset, has_split
+from ...data.videos import Frames
 from ...files import hide_secrets
 from ...modeling.autoencoder import Autoencoder, load_autoencoder
 from ...modeling.denoiser import Denoiser
 from ...sampling.examples import inpaint, pixels_of
-from ...sampling.metrics.pixels import Frames
 from ...sampling.schedules.language import parse
 from ...sampling.schedules.program import compile_schedule
 from ...sampling.sweep.baselines import fill
