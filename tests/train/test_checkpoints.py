@@ -33,6 +33,8 @@ from vidfill.train.state import (
 )
 
 DECAYS = (0.9, 0.99)
+AUTOENCODER = {"name": "none", "kind": "AutoencoderTiny", "sha256": "0" * 64, "channels": 2}
+AUTOENCODER |= {"scaling_factor": 1.0, "downsampling": 8}
 FOUR_DAMAGES = ("truncated", "flipped", "missing", "empty")
 
 
@@ -48,7 +50,7 @@ class Run:
             optimizer=OptimizerConfig(ema_decays=DECAYS),
         )
         network = VideoUNet(2, 3, (8, 16), layers_per_block=1, head_channels=8, norm_groups=4)
-        space = LatentSpace([4, 2, 8, 8], [mean, 0.0], [1.0, 1.0], {"name": "none"})
+        space = LatentSpace([4, 2, 8, 8], [mean, 0.0], [1.0, 1.0], AUTOENCODER)
         self.denoiser = Denoiser(network, DiffusionConfig(mask_channel=True), space)
         self.accelerator: Accelerator = make_accelerator(config)
         self.state: TrainState = make_state(config, self.accelerator, network)

@@ -55,6 +55,8 @@ from vidfill.train.step import StepResult, train_step
 
 ONLY_FLOAT16 = {"train/loss_scale"}
 
+Followed = tuple[TrainConfig, list[StepResult]]
+
 
 @dataclasses.dataclass
 class Run:
@@ -138,6 +140,13 @@ def configured(shards: Path, out: Path) -> TrainConfig:
     )
 
 
+@pytest.fixture(scope="module")
+def followed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Followed:
+    """A run that was followed, and what its steps measured."""
+    config = configured(shards, tmp_path_factory.mktemp("followed") / "run")
+    return config, follow(config)
+
+
 @pytest.fixture
 def config(shards: Path, tmp_path: Path) -> TrainConfig:
     return configured(shards, tmp_path / "run")
@@ -155,8 +164,8 @@ def a_step(loss: float, norm: float = 1.0) -> StepResult:
     return StepResult(torch.tensor(loss), norm, 0.1)
 
 
-def test_what_was_measured_is_what_tensorboard_shows(config: TrainConfig) -> None:
-    results = follow(config)
+def test_what_was_measured_is_what_tensorboard_shows(followed: Followed) -> None:
+    config, results = followed
     values = scalars_of(config)
     assert values.keys() == set(SCALARS) - ONLY_FLOAT16 | {"held_out/loss_quantile_2"}
     for step in (2, 4):
@@ -180,8 +189,8 @@ def test_what_was_measured_is_what_tensorboard_shows(config: TrainConfig) -> Non
     assert kinds["samples/film"].n_frames == 20
 
 
-def test_the_first_page_shows_what_there_is(config: TrainConfig) -> None:
-    follow(config)
+def test_the_first_page_shows_what_there_is(followed: Followed) -> None:
+    config, _ = followed
     tags = scalars_of(config).keys()
     events = events_of(config)
     (layout,) = events.Tensors("custom_scalars__config__")
@@ -193,8 +202,8 @@ def test_the_first_page_shows_what_there_is(config: TrainConfig) -> None:
                 assert any(re.search(pattern, tag) for tag in tags), pattern
 
 
-def test_the_configuration_is_there_and_every_value_is_explained(config: TrainConfig) -> None:
-    follow(config)
+def test_the_configuration_is_there_and_every_value_is_explained(followed: Followed) -> None:
+    config, _ = followed
     events = events_of(config)
     (explanation,) = events.Tensors("explanation/text_summary")
     explained = explanation.tensor_proto.string_val[0].decode()
@@ -323,9 +332,9 @@ def test_a_step_without_logging_costs_under_a_thousandth_of_a_tenth_second(
 
 
 @pytest.mark.slow
-def test_two_processes_show_what_one_does(config: TrainConfig, tmp_path: Path) -> None:
+def test_two_processes_show_what_one_does(followed: Followed, tmp_path: Path) -> None:
     """Batches of three clips, which two processes cannot share evenly; over gloo."""
-    follow(config)
+    config, _ = followed
     two = tmp_path / "two"
     script = tmp_path / "script.py"
     script.write_text(
