@@ -160,6 +160,7 @@ def make_requests(schedules: Sequence[Schedule], conditions: dict[str, Tensor]) 
 def batched(work: Workload) -> Samples:
     """Ours: all schedules and clips share the slots of one batch."""
     requests = make_requests(work.schedules, work.conditions)
+    requests.sort(key=lambda request: -request.program.nfe)
     results = sample(work.denoiser, requests, capacity=work.capacity, seed=work.seed)
     return {(each.request.name, each.request.key): each.latents for each in results}
 

@@ -9,11 +9,12 @@ import torch
 
 from ..data.masks import latent_mask
 from ..data.shards.format import Example
+from ..data.videos import Frames
 from ..errors import BadInput
 from ..modeling.autoencoder import Autoencoder, to_frames
 from ..modeling.denoiser import Denoiser
 from ..modeling.diffusion import LatentMask, Latents
-from .metrics.pixels import Frames, composite
+from .metrics.pixels import composite
 from .sampler import ClipLatents, Condition, Known, Request, sample
 from .schedules.language import parse
 from .schedules.program import compile_schedule

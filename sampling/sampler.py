@@ -78,7 +78,10 @@ def sample(
     seed: int,
     on_evaluations: Callable[[int], object] = lambda count: None,
 ) -> Iterator[Completion]:
-    """Run every request, the longest program first, and yield each completion when it is done.
+    """Run the requests in this order, each when a slot is free; yield what is done.
+
+    The longest first keep the slots full to the end. `on_evaluations` is called after each network
+    call, with its number of evaluations.
 
     The noise of a request is `torch.randn` on the CPU from `seeding.generator(seed, key, draw)`:
     draw 0 is the initial state, and each later noise tensor takes the next number. A completion is
@@ -86,31 +89,9 @@ def sample(
     what else runs beside it; and all schedules start an example from the same state. If a request
     numbers its frames, each frame's noise is from `seeding.generator(seed, key, number, draw)`.
 
-    Args:
-        capacity: Slots: the most trajectories in one network call, 1 or more.
-        on_evaluations: Called after each network call with the number of evaluations in it.
-
     Raises:
         BadInput: a completion is not finite.
     """
-    yield from sample_in_order(
-        denoiser,
-        sorted(requests, key=lambda request: -request.program.nfe),
-        capacity=capacity,
-        seed=seed,
-        on_evaluations=on_evaluations,
-    )
-
-
-def sample_in_order(
-    denoiser: Denoiser,
-    requests: Iterable[Request],
-    *,
-    capacity: int,
-    seed: int,
-    on_evaluations: Callable[[int], object] = lambda count: None,
-) -> Iterator[Completion]:
-    """As `sample`, but takes the requests in the order given, each when a slot is free."""
     waiting = iter(requests)
     slots = _Slots(denoiser, capacity, seed)
     while True:
@@ -158,10 +139,9 @@ class _Slots:
 
     @torch.no_grad()
     def start(self, request: Request) -> None:
-        condition = request.condition()
+        condition, program = request.condition(), request.program
         if not self.conditions.numel():
             self._allocate(condition)
-        program = request.program
         slot = self.free.pop()
         known = request.known() if request.known and program.count(Kind.INJECT) else None
         self.running[slot] = _Trajectory(request, deque(program.transitions), known)
@@ -248,7 +228,9 @@ class _Slots:
                 trajectory.before = trajectory.transitions.popleft().source
 
     def _up(self, slots: list[int]) -> None:
-        transitions, ab_from, ab_to = self._take(slots)
+        transitions = [self.running[slot].transitions.popleft() for slot in slots]
+        ab_from = self._alpha_bars([transition.source for transition in transitions])
+        ab_to = self._alpha_bars([transition.target for transition in transitions])
         noise = self._draw(slots)
         afresh = torch.tensor([each.afresh for each in transitions], device=noise.device)
         of_state = renoise(self.latents[slots], ab_from, ab_to, noise)
@@ -256,7 +238,7 @@ class _Slots:
         self._put(slots, torch.where(rearrange(afresh, "b -> b 1 1 1 1"), of_clean, of_state))
 
     def _inject(self, slots: list[int]) -> None:
-        transitions, _, ab = self._take(slots)
+        transitions = [self.running[slot].transitions.popleft() for slot in slots]
         noise = self._draw_above_clean(slots, transitions)
         latents, hole = [], []
         for slot in slots:
@@ -264,19 +246,13 @@ class _Slots:
             assert known is not None, f"{request.name} injects: its request must say what is known"
             latents.append(known.latents)
             hole.append(known.mask)
+        ab = self._alpha_bars([transition.target for transition in transitions])
         noised = add_noise(torch.stack(latents).to(noise), noise, ab)
         shown = torch.stack(hole).to(noise) == 0
         self._put(slots, torch.where(shown, noised, self.latents[slots]))
 
     def _put(self, slots: list[int], states: Latents) -> None:
         self.latents[slots] = states.to(self.latents.dtype)
-
-    def _take(self, slots: list[int]) -> tuple[list[Transition], Tensor, Tensor]:
-        """The next transition of each slot, and ᾱ where it starts and ends."""
-        transitions = [self.running[slot].transitions.popleft() for slot in slots]
-        ab_from = self._alpha_bars([transition.source for transition in transitions])
-        ab_to = self._alpha_bars([transition.target for transition in transitions])
-        return transitions, ab_from, ab_to
 
     def _alpha_bars(self, levels: list[int]) -> Float[Tensor, "batch 1 1 1 1"]:
         """In float64: 1 − ᾱ is 1e-4 at the lowest level, of which float32 keeps three digits."""

@@ -25,7 +25,7 @@ from ...modeling.autoencoder import Autoencoder, to_frames, to_pixels
 from ...modeling.denoiser import INDEX, Denoiser, model_folder, read_record
 from ..capacity import largest_batch
 from ..metrics.pixels import composite
-from ..sampler import Known, Request, sample_in_order
+from ..sampler import Known, Request, sample
 from ..schedules.program import Program
 from .blending import FEATHER, BorderSteps, feather, match_colour, measure_border
 from .boxes import Box, choose_box, choose_size
@@ -188,7 +188,7 @@ def _fill_new(
         return [BorderSteps(0.0, 0)] * len(settings.samples), before
     first, samples = finished - seen, range(len(settings.samples))
     requests = [_make_request(window, seen, first, k, box, settings) for k in samples]
-    results = sample_in_order(
+    results = sample(
         settings.denoiser,
         requests,
         capacity=_capacity(settings.denoiser, requests),

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...data.videos import Frames, Masks
 from . import pixels
 from .i3d import I3d, fvd_features, vfid_features
 from .lpips import Lpips, lpips
 from .networks import Features, load
-from .pixels import Frames, Mask
 from .warping import follow, warping_error
 
 
@@ -43,7 +43,7 @@ def load_judges(lpips: str, i3d: str, device: torch.device) -> Judges:
     )
 
 
-def score_clip(result: Frames, truth: Frames, mask: Mask, judges: Judges) -> dict[str, float]:
+def score_clip(result: Frames, truth: Frames, mask: Masks, judges: Judges) -> dict[str, float]:
     """The scores of one clip, by the names of their columns, in the order of the columns.
 
     Args:

@@ -11,10 +11,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...data.videos import Frames
 from ...errors import BadInput
 from ...modeling.autoencoder import to_pixels
 from .networks import Features
-from .pixels import Frames
 
 Video = Float[Tensor, "batch _ _ _ _"]  # channels, frames, height, width
 

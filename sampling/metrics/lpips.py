@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ...data.videos import Frames
 from ...modeling.autoencoder import to_pixels
-from .pixels import Frames
 
 LPIPS_CHANNELS = (3, 64, 192, 384, 256, 256)
 LPIPS_LEAST = 31  # pixels in height and width; AlexNet's pooling leaves nothing of fewer

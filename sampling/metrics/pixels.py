@@ -10,10 +10,9 @@ import cv2
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
-Frames = UInt8[np.ndarray, "frames height width 3"]
-Mask = UInt8[np.ndarray, "frames height width"]
+from ...data.videos import Frames, Masks, Pixels
 
 PEAK = 255.0  # the largest 8-bit value
 SSIM_RADIUS = 5  # pixels from the middle of the window to its edge
@@ -21,12 +20,12 @@ SSIM_65 = 65  # pixels; the side of E2FGVI's and ProPainter's window
 PSNR_CAP = 100.0  # dB; counted for a frame without error
 
 
-def composite(truth: Frames, result: Frames, mask: Mask) -> Frames:
+def composite(truth: Frames, result: Frames, mask: Masks) -> Frames:
     """The result in the hole (`mask == 1`), the truth where it is visible."""
     return np.where(mask[..., None] == 1, result, truth)
 
 
-def measure(result: Frames, truth: Frames, mask: Mask) -> dict[str, float]:
+def measure(result: Frames, truth: Frames, mask: Masks) -> dict[str, float]:
     """The basic metrics of one clip, by the names of their columns.
 
     Args:
@@ -52,7 +51,7 @@ def psnr(result: Frames, truth: Frames) -> float:
     return float(_decibels(squared.mean(axis=(1, 2, 3))).mean())
 
 
-def psnr_hole(result: Frames, truth: Frames, mask: Mask) -> float:
+def psnr_hole(result: Frames, truth: Frames, mask: Masks) -> float:
     """As `psnr`, over the hole's pixels only; frames without a hole are left out.
 
     NaN where no frame has a hole.
@@ -94,7 +93,7 @@ def ssim_65(result: Frames, truth: Frames) -> float:
     return float(np.mean([_flat_ssim(r, t) for r, t in zip(result, truth, strict=True)]))
 
 
-def colour_error(result: Frames, truth: Frames, mask: Mask) -> float:
+def colour_error(result: Frames, truth: Frames, mask: Masks) -> float:
     """How far the hole's colour is off over the whole clip, in 8-bit units.
 
     |mean of (result − truth) over the hole's pixels of all frames| of each of R, G and B, averaged
@@ -106,7 +105,7 @@ def colour_error(result: Frames, truth: Frames, mask: Mask) -> float:
     return float(np.abs(shift).mean())
 
 
-def temporal_error(result: Frames, truth: Frames, mask: Mask) -> float:
+def temporal_error(result: Frames, truth: Frames, mask: Masks) -> float:
     """How far the hole's changes from frame to frame are off, in 8-bit units.
 
     Mean of |(result_t − result_{t−1}) − (truth_t − truth_{t−1})| over RGB and over the hole's
@@ -118,7 +117,7 @@ def temporal_error(result: Frames, truth: Frames, mask: Mask) -> float:
     return float(changes[mask[1:] == 1].mean())
 
 
-def flicker(result: Frames, truth: Frames, mask: Mask) -> float:
+def flicker(result: Frames, truth: Frames, mask: Masks) -> float:
     """How much the colour of the whole hole jumps from frame to frame, in 8-bit units.
 
     With s_t the mean of (result − truth) over frame t's hole, the mean of |s_t − s_{t−1}| over RGB
@@ -132,7 +131,7 @@ def flicker(result: Frames, truth: Frames, mask: Mask) -> float:
     return float(np.mean(jumps)) if jumps else float("nan")
 
 
-def seam_error(result: Frames, truth: Frames, mask: Mask) -> float:
+def seam_error(result: Frames, truth: Frames, mask: Masks) -> float:
     """How far the steps across the hole's border are off, in 8-bit units.
 
     Mean of ||step of the result| − |step of the truth|| over RGB and over all pairs of pixels side
@@ -143,7 +142,7 @@ def seam_error(result: Frames, truth: Frames, mask: Mask) -> float:
 
 
 def _step_errors(
-    result: Frames, truth: Frames, mask: Mask, axis: int
+    result: Frames, truth: Frames, mask: Masks, axis: int
 ) -> Float[np.ndarray, "pairs 3"]:
     ours, theirs = (
         np.abs(np.diff(frames.astype(np.float64), axis=axis)) for frames in (result, truth)
@@ -151,9 +150,7 @@ def _step_errors(
     return np.abs(ours - theirs)[np.diff(mask, axis=axis) != 0]
 
 
-def _flat_ssim(
-    result: UInt8[np.ndarray, "height width 3"], truth: UInt8[np.ndarray, "height width 3"]
-) -> float:
+def _flat_ssim(result: Pixels, truth: Pixels) -> float:
     r, t = result.astype(np.float64), truth.astype(np.float64)
     mean_r, mean_t, mean_rr, mean_tt, mean_rt = map(_window_mean, (r, t, r * r, t * t, r * t))
     sampled = SSIM_65**2 / (SSIM_65**2 - 1)

@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 
-from .pixels import PEAK, Frames
+from ...data.videos import Frames
+from .pixels import PEAK
 
 Flow = Float32[np.ndarray, "height width 2"]  # x and y, in pixels
 

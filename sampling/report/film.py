@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from ...data.videos import Frames, Masks
 from ..figure_style import DPI, FAINT, SMALL, STYLE, render_png
 
 PAGE = 1900  # pixels of the PNG for a row of frames: with its label about 7 inches
@@ -32,12 +33,12 @@ class Strip:
     """What the row is; may have two lines."""
     note: str
     """Shown small under the label, or empty."""
-    frames: UInt8[np.ndarray, "frames height width 3"]
+    frames: Frames
 
 
 def draw_film(
     strips: Sequence[Strip],
-    mask: UInt8[np.ndarray, "frames height width"],
+    mask: Masks,
     shown: Sequence[int],
 ) -> bytes:
     """A PNG of the frames `shown` of every strip, in a grid, the hole outlined on each.

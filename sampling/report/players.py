@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool
 from matplotlib import colormaps
 
-from ..metrics.pixels import Frames
+from ...data.videos import Frames
 from ..sweep.kept import Spread, diversity
 from ..sweep.results import Sweep
 

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ... import jobs
 from ...errors import BadInput
-from ...files import write_atomically
 from . import program as programs
 from .language import parse
-from .program import CLEAN, Kind, Program, Transition, compile_schedule
+from .program import CLEAN, Kind, Program, compile_schedule
 from .solvers import SOLVERS
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def _describe_solvers() -> str:
@@ -38,7 +31,7 @@ def _describe_solvers() -> str:
 
 EXAMPLES = f"""examples:
   vidfill schedule 'ddpm:1000+resample(n=4)'
-  vidfill schedule 'ddim:250(spacing=leading)+jump(length=10,times=10)+inject' --png jumps.png
+  vidfill schedule 'ddim:250(spacing=leading)+jump(length=10,times=10)+inject'
   vidfill schedule 'dpmpp:20+restart(low=0.2,high=0.4,times=2,steps=5)' --json
 
 {programs.__doc__}
@@ -57,14 +50,12 @@ class ScheduleConfig:
     """The schedule, in quotes: SOLVER:STEPS[(key=value,…)][+MOVE[(key=value,…)]]…, as below."""
     timesteps: int = 1000
     """Diffusion steps T of the model."""
-    png: Path | None = None
-    """Draw the plot into this file too."""
     json: bool = False
     """Print one line of JSON instead of the table and the plot."""
 
 
 def describe(config: ScheduleConfig) -> Program:
-    """Print the schedule, draw it if a file is given, and return the program.
+    """Print the schedule, and return the program.
 
     Raises:
         BadInput: the schedule cannot be read, or cannot be walked on so many timesteps.
@@ -76,8 +67,6 @@ def describe(config: ScheduleConfig) -> Program:
         print(json.dumps(summarise(program)))
     else:
         show(program)
-    if config.png:
-        write_atomically(config.png, draw(program))
     return program
 
 
@@ -151,50 +140,6 @@ def plot(program: Program) -> str:
     moves = f"{len(levels) - 1:,} moves"
     axis = f"{'':{margin}} └{'─' * COLUMNS}"
     return "\n".join([*body, axis, f"{'':{margin}}  0{moves:>{COLUMNS - 1}}"])
-
-
-def draw(program: Program) -> bytes:
-    """The plot as a PNG for print: ways down and up in two colours."""
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    from ..figure_style import DPI, FAINT, STYLE
-
-    walk = [each for each in program.transitions if each.kind is not Kind.INJECT]
-    with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(7.2, 2.9), dpi=DPI, layout="constrained")
-        axes = figure.subplots()
-        _draw_walk(axes, walk)
-        axes.set_xlim(0, len(walk))
-        axes.set_ylim(CLEAN - 0.03 * program.timesteps, 1.03 * program.timesteps)
-        top = program.timesteps - 1
-        axes.set_yticks([CLEAN, top // 4, top // 2, 3 * top // 4, top])
-        axes.set_yticklabels(["clean", *(f"{t:,}" for t in axes.get_yticks()[1:])])
-        axes.set_xlabel("move")
-        axes.set_ylabel("timestep")
-        axes.set_title(str(program.schedule), loc="left", fontsize=8, fontweight="bold", pad=18)
-        nfe = f"{program.nfe:,} network evaluations a clip"
-        axes.text(0, 1.04, nfe, transform=axes.transAxes, color=FAINT)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-        content = io.BytesIO()
-        figure.savefig(content, format="png")
-        return content.getvalue()
-
-
-def _draw_walk(axes: Axes, walk: Sequence[Transition]) -> None:
-    from matplotlib.collections import LineCollection
-
-    from ..figure_style import FAMILY_LOOKS
-
-    width, dot = (1.1, 7) if len(walk) <= 120 else (0.8, 0) if len(walk) <= 1000 else (0.5, 0)
-    for (colour, _), kind in zip(FAMILY_LOOKS, (Kind.DOWN, Kind.UP), strict=False):
-        own = [(index, move) for index, move in enumerate(walk) if move.kind is kind]
-        lines = [[(index, move.source), (index + 1, move.target)] for index, move in own]
-        ends = np.array([line[1] for line in lines]).reshape(-1, 2)
-        axes.add_collection(
-            LineCollection(lines, colors=colour, linewidths=width, label=kind.value)
-        )
-        axes.scatter(ends[:, 0], ends[:, 1], s=dot, color=colour, zorder=3, clip_on=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,9 +16,9 @@ import torch
 
 from ...data.masks import fill_hole
 from ...data.shards.format import Example
+from ...data.videos import Frames, Masks
 from ...modeling.autoencoder import Autoencoder
 from ..examples import decode_result, pixels_of
-from ..metrics.pixels import Frames, Mask
 
 MEAN = "ddim:1"  # from T − 1 to the clean estimate in one step
 INPAINT_RADIUS = 3  # pixels around a missing one that OpenCV uses
@@ -30,7 +30,7 @@ def fill(example: Example) -> Frames:
     return fill_hole(pixels_of(example), example.mask, (red, green, blue))
 
 
-def classic(truth: Frames, mask: Mask) -> Frames:
+def classic(truth: Frames, mask: Masks) -> Frames:
     """Each hole pixel from the nearest frame in time in which that place is visible.
 
     The earlier of two that are equally near. What no frame shows is then inpainted frame by frame

@@ -14,11 +14,11 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, UInt8
 
+from ...data.videos import Frames, Masks
 from ...errors import BadInput
 from ...files import write_atomically
 from ..metrics.frechet import FeatureSet
 from ..metrics.networks import Features
-from ..metrics.pixels import Frames, Mask
 
 Spread = Float[np.ndarray, "frames height width"]  # standard deviations, in 8-bit units
 
@@ -76,9 +76,7 @@ def write_strip(path: Path, frames: Frames) -> None:
     _write_png(path, rearrange(frames[..., ::-1], "f h w bgr -> h (f w) bgr"))
 
 
-def read_strip(
-    path: Path, frames: int, height: int, width: int
-) -> UInt8[np.ndarray, "frames height width 3"]:
+def read_strip(path: Path, frames: int, height: int, width: int) -> Frames:
     """The frames that `write_strip` wrote.
 
     Raises:
@@ -88,7 +86,7 @@ def read_strip(
     return rearrange(strip[..., ::-1], "h (f w) rgb -> f h w rgb", f=frames)
 
 
-def write_completion(path: Path, frames: Frames, mask: Mask) -> None:
+def write_completion(path: Path, frames: Frames, mask: Masks) -> None:
     """Keep what a completion puts into the hole; the rest is 0."""
     write_strip(path, np.where(mask[..., None] == 1, frames, np.uint8(0)))
 
@@ -101,7 +99,7 @@ def spread_of(completions: UInt8[np.ndarray, "completions frames height width 3"
     return np.sqrt(completions.var(axis=0, ddof=1, dtype=np.float64).mean(axis=-1))
 
 
-def diversity(spread: Spread, mask: Mask) -> float:
+def diversity(spread: Spread, mask: Masks) -> float:
     """The root of the mean squared spread of the hole's pixels; NaN if there is no hole."""
     hole = spread[mask == 1]
     return float(np.sqrt(np.mean(hole**2))) if hole.size else float("nan")

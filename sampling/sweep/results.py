@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from jaxtyping import UInt8
 from pyarrow import csv as arrow_csv
 from pyarrow import float64, int64, parquet, string
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ...data.videos import Frames, Masks
 from ...errors import BadInput
 from ...files import aside, write_atomically
 from ..metrics.comparison import Verdict
@@ -195,7 +195,7 @@ class Sweep:
     def strip(self, slug: str, example: str) -> Path:
         return SweepFolder(self.folder).strip(slug, example)
 
-    def frames(self, slug: str, example: str) -> UInt8[np.ndarray, "frames height width 3"]:
+    def frames(self, slug: str, example: str) -> Frames:
         size = self.about.clip
         return read_strip(self.strip(slug, example), size.frames, size.height, size.width)
 
@@ -204,7 +204,7 @@ class Sweep:
         path, size = SweepFolder(self.folder).spread(slug, example), self.about.clip
         return read_spread(path, size.frames, size.height, size.width)
 
-    def mask(self, example: str) -> UInt8[np.ndarray, "frames height width"]:
+    def mask(self, example: str) -> Masks:
         return np.any(self.frames("mask", example) > 0, axis=-1).astype(np.uint8)
 
 

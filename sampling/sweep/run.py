@@ -15,14 +15,14 @@ import torch
 
 from ... import jobs
 from ...data.shards.format import Example
+from ...data.videos import Frames
 from ...errors import BadInput
 from ...files import hide_secrets, hold, locate, write_atomically
 from ...processes import Crew, wait_until_visible
 from ..capacity import find_capacity, share_capacity
 from ..examples import decode_result, pixels_of
 from ..metrics.clip import describe_clip, score_clip
-from ..metrics.pixels import Frames
-from ..sampler import Request, sample_in_order
+from ..sampler import Request, sample
 from . import baselines
 from .averages import TRUTH, Measurements, compare_all
 from .baselines import BASELINES
@@ -217,7 +217,7 @@ def run_schedules(worker: SweepWorker, requests: Sequence[Request], seed: int) -
     total = sum(request.program.nfe for request in everything.values())
     done = total - sum(request.program.nfe for request in requests)
     with crew.tally("sweep", total, "evaluations", done) as tally:
-        for sampled in sample_in_order(
+        for sampled in sample(
             inputs.denoiser,
             crew.take("trajectories", requests),
             capacity=share_capacity(worker.capacity, requests, crew.size),

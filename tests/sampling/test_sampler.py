@@ -145,8 +145,8 @@ def test_counted_network_evaluations_are_the_programs(
 def test_a_finished_trajectorys_slot_is_taken_by_the_next(
     denoiser: Denoiser, make_example: MakeExample
 ) -> None:
-    # 15 evaluations beside 7 + 4 + 3: with the longest first, two slots need no more than 15 calls.
-    requests = requests_for(denoiser, make_example, MIXED[3::-1], ["a"])
+    # 15 evaluations beside 7 + 3 + 4: with the longest first, two slots need no more than 15 calls.
+    requests = requests_for(denoiser, make_example, MIXED[:4], ["a"])
     calls: list[int] = []
     list(sample(denoiser, requests, capacity=2, seed=0, on_evaluations=calls.append))
     assert len(calls) == 15

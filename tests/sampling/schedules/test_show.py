@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from vidfill.sampling.schedules.language import parse
@@ -59,19 +56,6 @@ def test_the_plot_goes_from_the_upper_left_to_the_lower_right(text: str) -> None
     assert cells.any(axis=0).all()  # the walk has no gaps
     assert cells[0, 0] and cells[-1, -1]
     assert not cells[-1, 0] and not cells[0, -1]
-
-
-@pytest.mark.parametrize("text", ["ddim:1", REPAINT, EVERYTHING])
-def test_a_picture_is_drawn_whose_ups_have_a_colour_of_their_own(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(text, "--png", str(tmp_path / "walk.png"), capsys=capsys)
-    picture = cv2.imread(str(tmp_path / "walk.png"))
-    assert picture is not None
-    blue, _, red = picture[200:-200].astype(int).transpose(2, 0, 1)  # without legend and axis
-    assert (blue - red > 100).any()
-    assert (red - blue > 100).any() == (text != "ddim:1")
-    assert os.listdir(tmp_path) == ["walk.png"]
 
 
 @pytest.mark.parametrize(
