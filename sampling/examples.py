@@ -55,8 +55,7 @@ def inpaint(
 
 def condition_of(denoiser: Denoiser, example: Example) -> Condition:
     """The network's condition for an example, on the network's device."""
-    masked_latents, hole = _masked(denoiser, example)
-    return denoiser.condition(masked_latents, hole)[0]
+    return denoiser.condition(*_masked(denoiser, example))[0]
 
 
 def known_of(denoiser: Denoiser, example: Example) -> Known:

@@ -44,22 +44,19 @@ def load_judges(lpips: str, i3d: str, device: torch.device) -> Judges:
 
 
 def score_clip(result: Frames, truth: Frames, mask: Masks, judges: Judges) -> dict[str, float]:
-    """The scores of one clip, by the names of their columns, in the order of the columns.
-
-    Args:
-        result: The composited result.
-        truth: The clip as it was.
-        mask: 1 is the hole.
-        judges: Without LPIPS its column is left out.
-    """
-    scores = pixels.measure(result, truth, mask)
-    if judges.lpips:
-        scores["lpips"] = lpips(judges.lpips, result, truth)
-    scores["flicker"] = pixels.flicker(result, truth, mask)
-    scores["seam_error"] = pixels.seam_error(result, truth, mask)
-    scores["warping_error"] = warping_error(result, follow(truth))
-    scores["ssim_65"] = pixels.ssim_65(result, truth)
-    return scores
+    """The scores of a composited result, by the names of their columns; lpips if it is there."""
+    scores = {
+        "psnr": pixels.psnr(result, truth),
+        "psnr_hole": pixels.psnr_hole(result, truth, mask),
+        "ssim": pixels.ssim(result, truth),
+        "colour_error": pixels.colour_error(result, truth, mask),
+        "temporal_error": pixels.temporal_error(result, truth, mask),
+        "flicker": pixels.flicker(result, truth, mask),
+        "seam_error": pixels.seam_error(result, truth, mask),
+        "warping_error": warping_error(result, follow(truth)),
+        "ssim_65": pixels.ssim_65(result, truth),
+    }
+    return scores | ({"lpips": lpips(judges.lpips, result, truth)} if judges.lpips else {})
 
 
 def describe_clip(frames: Frames, judges: Judges) -> dict[str, Features]:

@@ -45,12 +45,7 @@ def compare(
     examples it holds the true mean nearly as often as it says, where percentile and BCa intervals
     are too narrow. Up to three examples say nothing: their interval is infinite. It does not depend
     on the order of the examples nor, except for its sign, on which schedule is the reference.
-
-    Args:
-        ours: One value an example; examples with NaN are left out.
-        reference: The same examples under the schedule that is compared with.
-        better: Whether the higher or the lower value is better.
-        seed: Of the resamples.
+    Examples where either value is NaN are left out.
     """
     differences = ours - reference
     differences = differences[~np.isnan(differences)]
@@ -70,8 +65,7 @@ def compare_sets(
     examples, which moves the distances and their difference too: so the interval is the resamples'
     spread about their own mean, put around the difference that was measured.
     """
-    examples = len(truth)
-    nan = float("nan")
+    examples, nan = len(truth), float("nan")
     if examples < 2:
         return Comparison(examples, nan, nan, nan, nan)
 
@@ -90,12 +84,7 @@ def judge(comparison: Comparison, better: Direction, margin: float) -> Verdict:
 
     "as good": the whole interval lies within the margin on both sides of 0. Otherwise "better" or
     "worse": it lies on one side of 0. Otherwise "no worse": its worse end is within the margin.
-    Otherwise "undecided".
-
-    Args:
-        comparison: Its interval is read.
-        better: Whether the higher or the lower value is better.
-        margin: In the measure's unit, chosen before the results were seen.
+    Otherwise "undecided". The margin is in the measure's unit, chosen before the results were seen.
     """
     ends = (comparison.low * better, comparison.high * better)
     worst, best = min(ends), max(ends)

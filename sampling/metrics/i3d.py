@@ -107,6 +107,10 @@ class I3d(nn.Module):
         self.trunk = nn.Sequential(OrderedDict(layers))
         self.logits = nn.ModuleDict({"conv": nn.Conv3d(1024, 400, 1)})
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def classify(self, pixels: Float[Tensor, "frames 3 224 224"]) -> Float[Tensor, "400"]:
         """The logits of one video of at least 9 frames in [-1, 1], averaged over time."""
         pooled = F.avg_pool3d(self._see(pixels), (2, 7, 7), stride=1)
@@ -134,7 +138,7 @@ def fvd_features(network: I3d, frames: Frames) -> Features:
             f"the clips have {len(frames)} frames; FVD wants at least {FVD_FRAMES}: "
             "give longer clips, or leave I3D out"
         )
-    pixels = to_pixels(frames).to(_device(network))
+    pixels = to_pixels(frames).to(network.device)
     resized = F.interpolate(pixels, (I3D_SIZE, I3D_SIZE), mode="bilinear", align_corners=False)
     return network.classify(resized).cpu().numpy()
 
@@ -142,9 +146,5 @@ def fvd_features(network: I3d, frames: Frames) -> Features:
 @torch.no_grad()
 def vfid_features(network: I3d, frames: Frames) -> Features:
     """VFID's features of a video: 1024 averages, of frames at their own size and in [0, 1]."""
-    pixels = (to_pixels(frames).to(_device(network)) + 1) / 2
+    pixels = (to_pixels(frames).to(network.device) + 1) / 2
     return network.describe(pixels).cpu().numpy()
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device

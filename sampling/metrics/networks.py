@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -25,16 +24,17 @@ Network = TypeVar("Network", bound=nn.Module)
 def load(network: type[Network], name: str, device: str | torch.device = "cpu") -> Network:
     """A frozen `Lpips` or `I3d` in float32, with the weights of a float16 or float32 file.
 
-    Args:
-        network: The class.
-        name: The file, or hf://OWNER/NAME/FILE for one on the Hugging Face hub.
-        device: Where it computes.
+    `name` is the file, or hf://OWNER/NAME/FILE for one on the Hugging Face hub.
 
     Raises:
         BadInput: the file cannot be read, or holds other tensors than the network's.
     """
     try:
-        tensors = load_file(_find(name))
+        file = name
+        if name.startswith(HUB):
+            owner, repository, path = name.removeprefix(HUB).split("/", 2)
+            file = hf_hub_download(f"{owner}/{repository}", path)
+        tensors = load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise BadInput(
@@ -52,10 +52,3 @@ def load(network: type[Network], name: str, device: str | torch.device = "cpu") 
             "docs/metrics.md names them"
         ) from error
     return built.eval().requires_grad_(False).to(device)
-
-
-def _find(name: str) -> Path:
-    if not name.startswith(HUB):
-        return Path(name)
-    owner, repository, file = name.removeprefix(HUB).split("/", 2)
-    return Path(hf_hub_download(f"{owner}/{repository}", file))

@@ -25,23 +25,6 @@ def composite(truth: Frames, result: Frames, mask: Masks) -> Frames:
     return np.where(mask[..., None] == 1, result, truth)
 
 
-def measure(result: Frames, truth: Frames, mask: Masks) -> dict[str, float]:
-    """The basic metrics of one clip, by the names of their columns.
-
-    Args:
-        result: The composited result.
-        truth: The clip as it was.
-        mask: 1 is the hole.
-    """
-    return {
-        "psnr": psnr(result, truth),
-        "psnr_hole": psnr_hole(result, truth, mask),
-        "ssim": ssim(result, truth),
-        "colour_error": colour_error(result, truth, mask),
-        "temporal_error": temporal_error(result, truth, mask),
-    }
-
-
 def psnr(result: Frames, truth: Frames) -> float:
     """Peak signal-to-noise ratio in dB of each whole frame, averaged over the frames.
 

@@ -20,7 +20,7 @@ from ..figure_style import DPI, FAINT, SMALL, STYLE, render_png
 
 PAGE = 1900  # pixels of the PNG for a row of frames: with its label about 7 inches
 WIDEST = 320  # pixels of the PNG for a frame
-GAP = 10  # pixels of the PNG between frames
+FRAME_GAP = 10  # pixels of the PNG between frames
 OUTLINE = (228, 0, 43)
 THICKNESS = 4  # pixels of the PNG, half of them on either side of the hole's border
 
@@ -58,13 +58,13 @@ def draw_film(
         axes.axis("off")
         names = []
         for row, strip in enumerate(strips):
-            names += _name_row(axes, strip, row * (height + GAP) + height / 2)
+            names += _name_row(axes, strip, row * (height + FRAME_GAP) + height / 2)
         for column, frame in enumerate(shown):
             text = f"frame {frame}" if column == 0 else str(frame)
-            middle = column * (width + GAP) + width / 2
-            axes.text(middle, -GAP, text, ha="center", color=FAINT, fontsize=SMALL)
-        left = math.ceil(max(name.get_window_extent().width for name in names)) + 3 * GAP
-        top = 4 * GAP
+            middle = column * (width + FRAME_GAP) + width / 2
+            axes.text(middle, -FRAME_GAP, text, ha="center", color=FAINT, fontsize=SMALL)
+        left = math.ceil(max(name.get_window_extent().width for name in names)) + 3 * FRAME_GAP
+        top = 4 * FRAME_GAP
         high, wide, _ = canvas.shape
         figure.set_size_inches((left + wide) / DPI, (top + high) / DPI)
         axes.imshow(canvas, extent=(0, wide, high, 0), interpolation="nearest", aspect="auto")
@@ -75,7 +75,7 @@ def draw_film(
 def _name_row(axes: Axes, strip: Strip, middle: float) -> list[Text]:
     """The label, and the note below it, left of the row's frames."""
     label = axes.text(
-        -2 * GAP,
+        -2 * FRAME_GAP,
         middle,
         strip.label,
         va="bottom" if strip.note else "center",
@@ -84,7 +84,7 @@ def _name_row(axes: Axes, strip: Strip, middle: float) -> list[Text]:
         parse_math=False,
     )
     note = axes.text(
-        -2 * GAP, middle, strip.note, va="top", ha="right", fontsize=SMALL, color=FAINT
+        -2 * FRAME_GAP, middle, strip.note, va="top", ha="right", fontsize=SMALL, color=FAINT
     )
     return [label, note]
 
@@ -110,7 +110,7 @@ def _lay_out(
     cell: tuple[int, int],
     background: int,
 ) -> UInt8[np.ndarray, "high wide channels"]:
-    """All frames in a grid, each with GAP below it and to its right."""
+    """All frames in a grid, each with FRAME_GAP below it and to its right."""
     height, width = cell
     reduced = frames.shape[3] > width and frames.shape[-1] == 3  # a mask stays one of 0 and 1
     method = cv2.INTER_AREA if reduced else cv2.INTER_NEAREST_EXACT
@@ -118,5 +118,7 @@ def _lay_out(
         cv2.resize(frame, (width, height), interpolation=method).reshape(height, width, -1)
         for frame in rearrange(frames, "rows columns h w c -> (rows columns) h w c")
     ]
-    spaced = np.pad(cells, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=background)
+    spaced = np.pad(
+        cells, ((0, 0), (0, FRAME_GAP), (0, FRAME_GAP), (0, 0)), constant_values=background
+    )
     return rearrange(spaced, "(row column) h w c -> (row h) (column w) c", row=len(frames))

@@ -14,7 +14,7 @@ def breakable(text: object) -> Markup:
 
 
 def code(text: object) -> Markup:
-    """Text as a name: of a schedule, a clip or a file."""
+    """Text as a name: of a schedule, an example or a file."""
     return Markup("<code>{}</code>").format(breakable(text))
 
 

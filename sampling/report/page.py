@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 
+from ..sweep.baselines import BASELINES
 from ..sweep.measures import best_of, front_of
 from ..sweep.results import Sweep
 from .drawings import Drawing
@@ -18,15 +19,6 @@ from .tables import (
     tabulate_comparison,
     tabulate_results,
 )
-
-BASELINES = {
-    "fill": "the input itself, its hole in one colour: the median of the visible pixels unless "
-    "the encoding set another",
-    "classic": "each pixel of the hole from the nearest frame in which it is visible; where it is "
-    "visible in none, inpainted within its frame by OpenCV",
-    "mean": "one network evaluation from pure noise: the model’s posterior mean",
-    "autoencoder": "the true clip encoded and decoded: the ceiling for a model of its latents",
-}
 
 
 def render_page(sweep: Sweep, drawings: Sequence[Drawing], pictures: Sequence[bytes]) -> str:
@@ -50,9 +42,9 @@ def render_page(sweep: Sweep, drawings: Sequence[Drawing], pictures: Sequence[by
             (drawing, base64.b64encode(picture).decode())
             for drawing, picture in zip(drawings, pictures, strict=True)
         ],
-        clips=[make_player(sweep, clip) for clip in sweep.kept],
+        examples=[make_player(sweep, example) for example in sweep.about.kept],
         left_out=[
-            f"{count} clips of {titles.get(column, column)}"
+            f"{count} examples of {titles.get(column, column)}"
             for column, count in sweep.about.without_value.items()
         ],
         meanings={measure.title: measure.meaning for measure in sweep.measures},

@@ -25,7 +25,7 @@ class ReportConfig:
     """Write a page and figures for print from a finished sweep.
 
     OUT/index.html is self-contained: it can be mailed or opened on a phone, a reader can sort and
-    filter its tables, and the kept clips play in it. The figures are PNGs at 300 dpi: front (the
+    filter its tables, and the kept examples play in it. The figures are PNGs at 300 dpi: front (the
     Pareto front of quality against cost), figure2 and figure3 (masked, true and generated frames,
     for stationary and for variable masks), figure4 (a row for each number of resamplings) and
     quality-nfe.
@@ -36,8 +36,8 @@ class ReportConfig:
     out: Path | None = None
     """Where to write; by default, the folder `report` inside the sweep's."""
     clip: str = ""
-    """The kept clip to show, in the figures of its mask family; by default, of each family the one
-    whose hole hides the most, whatever the results on it."""
+    """The kept example to show in the figures of its mask family; by default, of each family the
+    one whose hole hides the most, whatever the results on it."""
 
 
 def report(config: ReportConfig) -> Path:

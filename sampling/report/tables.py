@@ -53,7 +53,7 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class Table:
+class PageTable:
     """What the template `table.html.j2` shows."""
 
     id: str
@@ -72,7 +72,7 @@ def rounded(row: ResultRow, measure: Measure) -> str:
     return "–" if math.isnan(value) else f"{value:,.{measure.digits}f}"
 
 
-def tabulate_results(sweep: Sweep) -> Table:
+def tabulate_results(sweep: Sweep) -> PageTable:
     """results.csv, without the columns that have no value."""
     rows = [*sweep.baselines, *sweep.schedules]
     measures = [m for m in sweep.measures if not all(math.isnan(row[m.column]) for row in rows)]
@@ -91,7 +91,7 @@ def tabulate_results(sweep: Sweep) -> Table:
         ]
         return TableRow(code(row.name), cells, "front" if row in front else "")
 
-    return Table(
+    return PageTable(
         "results",
         [TableHead("Schedule", is_text=True), *map(_head, measures)],
         {
@@ -175,7 +175,7 @@ def answer(sweep: Sweep, contenders: Sequence[Contender]) -> Markup:
     return Markup("By {}, each within its margin: {}.").format(names, Markup("; ").join(said))
 
 
-def tabulate_answer(sweep: Sweep, contenders: Sequence[Contender]) -> Table:
+def tabulate_answer(sweep: Sweep, contenders: Sequence[Contender]) -> PageTable:
     """Which schedules are as good as the reference by the leading measures, at what cost."""
     measures = [measure for measure in sweep.measures if measure.column in LEADING]
     rows = []
@@ -193,20 +193,20 @@ def tabulate_answer(sweep: Sweep, contenders: Sequence[Contender]) -> Table:
     names = [TableHead(title, is_text=True) for title in ("Schedule", "Masks")]
     compared = [TableHead(m.title, f"±{m.margin:g}", is_text=True) for m in measures]
     heads = [*names, TableHead("NFE"), TableHead("Cost"), *compared]
-    return Table("answer", heads, {"": rows})
+    return PageTable("answer", heads, {"": rows})
 
 
 def _ratio(cost: float) -> str:
     return f"1/{1 / cost:,.3g}" if cost < 1 else f"{cost:,.3g}"
 
 
-def tabulate_comparison(sweep: Sweep) -> Table:
+def tabulate_comparison(sweep: Sweep) -> PageTable:
     """comparison.csv, with what filters it."""
     measures = {measure.column: measure for measure in sweep.measures}
     lines = [line for line in sweep.comparison if line["measure"] in measures]
     heads = [
         *(TableHead(title, is_text=True) for title in ("Schedule", "Against", "Masks", "Measure")),
-        *map(TableHead, ("Clips", "Difference", "95 % interval", "Margin")),
+        *map(TableHead, ("Examples", "Difference", "95 % interval", "Margin")),
         TableHead("Improved", best_first="descending"),
         TableHead("Verdict", is_text=True),
     ]
@@ -234,7 +234,7 @@ def tabulate_comparison(sweep: Sweep) -> Table:
     }
     choices = {column: list(dict.fromkeys(found)) for column, found in texts.items()}
     several = {column: found for column, found in choices.items() if len(found) > 1}
-    return Table("comparison", heads, {"": rows}, several, chosen=sweep.lead.title)
+    return PageTable("comparison", heads, {"": rows}, several, chosen=sweep.lead.title)
 
 
 def _interval(line: Line, digits: int) -> str:

@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 from ...errors import BadInput
-from .options import Option, Options, Value, share, whole
+from .options import Options, Value, share, whole
 from .solvers import SOLVERS
 
 T = TypeVar("T", bound=Value)
@@ -212,17 +212,12 @@ def _usage(match: re.Match[str], declared: Options) -> str:
     if not declared:
         return f"{name} has no options: leave the brackets out"
     written = f"{name}{match['colon'] or ''}({','.join(f'{key}=…' for key in declared)})"
-    return f"write {written}, where {_describe_options(declared)}"
-
-
-def _describe_options(declared: Options) -> str:
-    """What each option may be, and its default."""
-
-    def describe(key: str, option: Option) -> str:
-        unless = "" if option.default is None else f" ({_written(option.default)} if left out)"
-        return f"{key} is {option.wants}{unless}"
-
-    return "; ".join(describe(key, option) for key, option in declared.items())
+    described = [
+        f"{key} is {option.wants}"
+        + ("" if option.default is None else f" ({_written(option.default)} if left out)")
+        for key, option in declared.items()
+    ]
+    return f"write {written}, where {'; '.join(described)}"
 
 
 def _choices(known: Mapping[str, Any], near: str = "") -> str:

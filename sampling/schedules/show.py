@@ -64,21 +64,12 @@ def describe(config: ScheduleConfig) -> Program:
         raise BadInput(f"timesteps is {config.timesteps}: give 1 or more")
     program = compile_schedule(parse(config.schedule), config.timesteps)
     if config.json:
-        print(json.dumps(summarise(program)))
+        counts = {f"{kind.value}_moves": program.count(kind) for kind in Kind}
+        about = {"schedule": str(program.schedule), "timesteps": program.timesteps}
+        print(json.dumps({**about, "nfe": program.nfe, **counts}))
     else:
         show(program)
     return program
-
-
-def summarise(program: Program) -> dict[str, str | int]:
-    """The schedule in canonical form, its network evaluations, and its transitions by kind."""
-    counts = {f"{kind.value}_moves": program.count(kind) for kind in Kind}
-    return {
-        "schedule": str(program.schedule),
-        "timesteps": program.timesteps,
-        "nfe": program.nfe,
-        **counts,
-    }
 
 
 def cost_by_part(program: Program) -> list[tuple[str, tuple[int, ...]]]:

@@ -1,10 +1,5 @@
 """The baselines: what a schedule has to beat, and the best that it can reach.
 
-    fill         the model's input, its hole in one colour
-    classic      no learning: the nearest frame in which a pixel is visible, else its surroundings
-    mean         one network evaluation at pure noise: the model's posterior mean
-    autoencoder  the clip encoded and decoded: the ceiling for a model of latents
-
 `mean` is the schedule `MEAN` and runs in the sampler; the other three are functions here.
 """
 
@@ -20,6 +15,14 @@ from ...data.videos import Frames, Masks
 from ...modeling.autoencoder import Autoencoder
 from ..examples import decode_result, pixels_of
 
+BASELINES = {
+    "fill": "the input itself, its hole in one colour: the median of the visible pixels unless "
+    "the encoding set another",
+    "classic": "each pixel of the hole from the nearest frame in which it is visible; where it is "
+    "visible in none, inpainted within its frame by OpenCV",
+    "mean": "one network evaluation from pure noise: the model’s posterior mean",
+    "autoencoder": "the true clip encoded and decoded: the ceiling for a model of its latents",
+}
 MEAN = "ddim:1"  # from T − 1 to the clean estimate in one step
 INPAINT_RADIUS = 3  # pixels around a missing one that OpenCV uses
 
@@ -54,6 +57,3 @@ def classic(truth: Frames, mask: Masks) -> Frames:
 def autoencoder(model: Autoencoder, example: Example) -> Frames:
     """The clip encoded (its latents are in the shard) and decoded again, composited."""
     return decode_result(model, example, torch.from_numpy(example.latents).float())
-
-
-BASELINES = ("fill", "classic", "mean", "autoencoder")

@@ -234,7 +234,8 @@ def make_requests(inputs: SweepInputs) -> dict[CompletionKey, Request]:
     """All that the sampler runs, the longest first, so that none is left running alone."""
     return {
         CompletionKey(name, example, number): Request(
-            noise_key(example, number),
+            # The first one's noise depends on the example alone, however many there are.
+            f"{example}.{number}" if number else example,
             name,
             program,
             lambda example=example: condition_of(inputs.denoiser, inputs.load(example)),  # type: ignore[misc]
@@ -244,11 +245,6 @@ def make_requests(inputs: SweepInputs) -> dict[CompletionKey, Request]:
         for example in inputs.examples
         for number in range(inputs.completions)
     }
-
-
-def noise_key(example: str, completion: int) -> str:
-    """What the noise of a completion depends on: of the first one, on the example's key alone."""
-    return f"{example}.{completion}" if completion else example
 
 
 def fingerprint(inputs: SweepInputs) -> dict[str, str]:

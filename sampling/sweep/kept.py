@@ -86,11 +86,6 @@ def read_strip(path: Path, frames: int, height: int, width: int) -> Frames:
     return rearrange(strip[..., ::-1], "h (f w) rgb -> f h w rgb", f=frames)
 
 
-def write_completion(path: Path, frames: Frames, mask: Masks) -> None:
-    """Keep what a completion puts into the hole; the rest is 0."""
-    write_strip(path, np.where(mask[..., None] == 1, frames, np.uint8(0)))
-
-
 def spread_of(completions: UInt8[np.ndarray, "completions frames height width 3"]) -> Spread:
     """The standard deviation of each pixel over two completions or more.
 

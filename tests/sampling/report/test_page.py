@@ -187,7 +187,7 @@ def test_column_without_a_value_is_left_out_and_a_single_one_shown_as_missing(
     assert heads == ["Schedule", *(m.title for m in MEASURES if m.column != "ssim_65")]
     missing = [cell for row in rows_of(page) for cell in row if text_of(cell) == "–"]
     assert len(missing) == 1
-    assert "7 clips of SSIM 65" in text_of(page)
+    assert "7 examples of SSIM 65" in text_of(page)
     for drawing in plan_drawings(read_sweep(tmp_path))[:2]:
         assert drawing.draw()
 
@@ -258,9 +258,9 @@ def test_no_schedule_is_named_where_none_is_cheaper_and_no_worse(
 
 def test_each_kept_clip_has_a_player_of_all_its_frames(found: Sweep, page: Element) -> None:
     players = page.findall(".//details[@class='player']")
-    assert [text_of(player[0]) for player in players] == list(found.kept)
+    assert [text_of(player[0]) for player in players] == list(found.about.kept)
     assert [player.get("open") is not None for player in players] == [True, False]
-    for player, clip in zip(players, found.kept, strict=True):
+    for player, clip in zip(players, found.about.kept, strict=True):
         (slider,) = player.iter("input")
         assert slider.get("max") == "3"
         films = films_of(player)
@@ -283,7 +283,7 @@ def test_each_kept_clip_shows_the_spread_of_its_completions(
 ) -> None:
     folder = make_sweep(tmp_path, completions=3)
     several, found = page_of(folder), read_sweep(folder)
-    for player, clip in zip(several.findall(".//details"), found.kept, strict=True):
+    for player, clip in zip(several.findall(".//details"), found.about.kept, strict=True):
         films = films_of(player, "spreads")
         assert list(films) == ["mean", *names_of(found)]
         hole = np.concatenate(found.mask(clip), axis=1) == 1

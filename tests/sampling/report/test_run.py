@@ -41,7 +41,7 @@ def test_same_command_writes_the_same_report_again_also_of_another_clip_or_a_mov
     for clip in (clips[0], clips[0], clips[1]):
         page = report(ReportConfig(folder, clip=clip))
         assert page == folder / "report" / "index.html"
-        assert f"Clip <code>{clip}</code>" in page.read_text()
+        assert f"Example <code>{clip}</code>" in page.read_text()
         written.append({path.name: path.read_bytes() for path in (folder / "report").iterdir()})
         folder = folder.rename(tmp_path / f"moved {len(written)}")
     for name in written[0].keys() - {"job.json"}:

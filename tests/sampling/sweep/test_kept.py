@@ -12,7 +12,6 @@ from vidfill.sampling.sweep.kept import (
     read_strip,
     slug,
     spread_of,
-    write_completion,
     write_spread,
     write_strip,
 )
@@ -68,7 +67,7 @@ def test_of_a_completion_the_hole_is_kept_and_a_map_to_a_part_of_a_unit(tmp_path
     completions = draw(3)
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path, frames in zip(paths, completions, strict=True):
-        write_completion(path, frames, mask)
+        write_strip(path, frames * mask[..., None])
     kept = np.stack([read_strip(path, *SHAPE) for path in paths])
     assert (kept == completions * mask[..., None]).all()
     spread = spread_of(kept)

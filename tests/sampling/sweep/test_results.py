@@ -90,7 +90,7 @@ def test_a_sweep_of_version_0_1_is_read() -> None:
     assert list(sweep.measures) == measures_with([], completions=2)
     assert sweep.best.name == "ddim:2" and sweep.best["nfe"] == 2 and sweep.best["clips"] == 2
     assert sweep.hole_psnr["mean", "video_0_00000_variable"] == pytest.approx(5.2, abs=0.2)
-    (kept,) = sweep.kept
+    (kept,) = sweep.about.kept
     assert sweep.frames(sweep.slug("ddim:2+resample(n=1)"), kept).shape == (3, 16, 16, 3)
     assert sweep.spread("mean", kept)[sweep.mask(kept) == 1].any()
     verdicts = {line["verdict"] for line in sweep.comparison}
@@ -108,12 +108,14 @@ def put(**fields: object) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("reference"), "sweep.json has no reference"),
-        (put(completions="2"), "sweep.json completions is '2': .* integer"),
-        (put(kept=[1]), "sweep.json kept.0 is 1: .* string"),
-        (put(clip={"frames": 3, "height": 16}), "sweep.json has no clip.width"),
-        (put(schedules=[]), "sweep.json schedules is .*at least 1"),
-        (put(without_value={"psnr": 0.5}), "sweep.json without_value.psnr is 0.5"),
+        (drop("reference"), "sweep.json: reference: Field required"),
+        (put(completions="2"), "sweep.json: completions is '2': .* integer"),
+        (put(kept=[1]), "sweep.json: kept.0 is 1: .* string"),
+        (put(clip={"frames": 3, "height": 16}), "sweep.json: clip.width: Field required"),
+        (put(schedules=[]), "sweep.json: schedules is .*at least 1"),
+        (put(without_value={"psnr": 0.5}), "sweep.json: without_value.psnr is 0.5"),
+        (put(kept=["../../mine"]), "sweep.json: kept.0 is '../../mine'"),
+        (put(reference="ddim:9"), "sweep.json: reference is 'ddim:9', which is no schedule"),
     ],
 )
 def test_a_record_with_a_field_that_is_missing_or_wrong_is_refused(
@@ -130,10 +132,10 @@ def test_a_record_with_a_field_that_is_missing_or_wrong_is_refused(
 @pytest.mark.parametrize(
     ("name", "before", "after", "message"),
     [
-        ("clips.csv", ",0,", ",none,", "clips.csv completion is 'none'"),
+        ("clips.csv", ",0,", ",none,", "clips.csv: completion is 'none'"),
         ("clips.csv", "psnr_hole", "psnr", "the columns of clips.csv are not schedule,clip"),
-        ("results.csv", "mean,1,", "mean,much,", "results.csv nfe is 'much'"),
-        ("comparison.csv", "undecided", "unsure", "comparison.csv verdict is 'unsure'"),
+        ("results.csv", "mean,1,", "mean,much,", "results.csv: nfe is 'much'"),
+        ("comparison.csv", "undecided", "unsure", "comparison.csv: verdict is 'unsure'"),
         ("sweep.json", "{", "", "sweep.json .*JSON"),
     ],
 )
