@@ -12,9 +12,7 @@ import torch
 
 from ..errors import BadInput
 from ..modeling.denoiser import Denoiser
-from .sampler import Condition, Request, sample
-from .schedules.language import parse
-from .schedules.program import compile_schedule
+from .sampler import Condition, Request
 
 CAPACITY = 16  # slots on the CPU
 
@@ -50,7 +48,6 @@ def share_capacity(capacity: int, requests: Sequence[Request], processes: int) -
     return min(capacity, math.ceil(sum(nfes) / max(nfes) / processes))
 
 
-@torch.no_grad()
 def largest_batch(denoiser: Denoiser, condition: Condition, most: int) -> int:
     """The most examples, 1 to `most`, that the network evaluates at once without running out.
 
@@ -59,15 +56,10 @@ def largest_batch(denoiser: Denoiser, condition: Condition, most: int) -> int:
     Raises:
         BadInput: not even one fits.
     """
-    frames, _, height, width = condition.shape
-    channels = len(denoiser.space.mean)
 
     def fits(count: int) -> bool:
-        tried = math.ceil(count * 9 / 8)
-        latents = condition.new_zeros(tried, frames, channels, height, width)
-        timestep = torch.zeros(tried, dtype=torch.long, device=condition.device)
         try:
-            denoiser.denoise(latents, timestep, condition.repeat(tried, 1, 1, 1, 1))
+            _evaluate(denoiser, condition, math.ceil(count * 9 / 8))
         except torch.OutOfMemoryError:
             return False
         return True
@@ -86,15 +78,20 @@ def largest_batch(denoiser: Denoiser, condition: Condition, most: int) -> int:
 
 def time_evaluation(denoiser: Denoiser, condition: Condition, slots: int) -> float:
     """Wall seconds of one network call on `slots` trajectories, the second of two."""
-    program = compile_schedule(parse("ddim:2"), denoiser.timesteps)
-    requests = [Request(str(slot), "ddim:2", program, lambda: condition) for slot in range(slots)]
-    moments: list[float] = []
-    for _ in sample(
-        denoiser,
-        requests,
-        capacity=slots,
-        seed=0,
-        on_evaluations=lambda count: moments.append(time.perf_counter()),
-    ):
-        pass
-    return moments[1] - moments[0]
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        _evaluate(denoiser, condition, slots)
+        if condition.device.type == "cuda":
+            torch.cuda.synchronize(condition.device)
+        seconds = time.perf_counter() - began
+    return seconds
+
+
+@torch.no_grad()
+def _evaluate(denoiser: Denoiser, condition: Condition, count: int) -> None:
+    """Call the network once on `count` trajectories."""
+    frames, _, height, width = condition.shape
+    latents = condition.new_zeros(count, frames, len(denoiser.space.mean), height, width)
+    timestep = torch.zeros(count, dtype=torch.long, device=condition.device)
+    denoiser.denoise(latents, timestep, condition.repeat(count, 1, 1, 1, 1))

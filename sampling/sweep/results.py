@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from pyarrow import csv as arrow_csv
 from pyarrow import float64, int64, parquet, string
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ...data.videos import Frames, Masks
 from ...errors import BadInput, describe
@@ -101,8 +101,13 @@ class ComparisonRow(BaseModel):
 COMPARISON_COLUMNS = list(ComparisonRow.model_fields)
 
 
-# The name of a file or folder, which cannot lead out of the sweep's.
-FileName = Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")]
+def _stay_inside(name: str) -> str:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError("it leads out of the sweep's folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_stay_inside)]
 
 
 class _Record(BaseModel):
@@ -239,6 +244,8 @@ def _read(folder: Path) -> Sweep:
     for name in (*about.baselines, *schedules):
         if name not in results:
             raise BadInput(f"results.csv has no row {name}")
+    if more := results.keys() - {*about.baselines, *schedules}:
+        raise BadInput(f"results.csv has a row {min(more)}, of which sweep.json knows nothing")
     _, clips = _read_csv(folder / "clips.csv", clip_columns(measures), CompletionRow)
     comparison, _ = _read_csv(folder / "comparison.csv", COMPARISON_COLUMNS, ComparisonRow)
     sweep = Sweep(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 import re
 from collections.abc import Callable
@@ -100,10 +101,12 @@ def test_text_from_a_sweep_is_text_in_its_page(
 def test_a_schedule_that_is_none_is_refused(
     make_sweep: MakeSweep, change_results: ChangeResults, tmp_path: Path
 ) -> None:
-    make_sweep(tmp_path, kept=[])
-    change_results(tmp_path, lambda rows: [*rows, rows[-1] | {"schedule": WICKED[0]}])
+    make_sweep(tmp_path, kept=[], schedules=["ddim:5", WICKED[0]])
     with pytest.raises(BadInput, match="cannot read this schedule"):
         plan_drawings(read_sweep(tmp_path))
+    change_results(tmp_path, lambda rows: [*rows, rows[-1] | {"schedule": "ddim:9"}])
+    with pytest.raises(BadInput, match=r"results.csv has a row ddim:9, of which sweep.json knows"):
+        read_sweep(tmp_path)
 
 
 def test_table_has_the_values_of_results_csv(found: Sweep, page: Element) -> None:
@@ -118,10 +121,12 @@ def test_table_has_the_values_of_results_csv(found: Sweep, page: Element) -> Non
 
 
 def test_rows_are_in_one_order_everywhere_the_cheapest_first(
-    make_sweep: MakeSweep, change_results: ChangeResults, page_of: PageOf, tmp_path: Path
+    make_sweep: MakeSweep, page_of: PageOf, tmp_path: Path
 ) -> None:
     folder = make_sweep(tmp_path, completions=2)
-    change_results(folder, lambda rows: [*rows[:4], *rows[:3:-1]])
+    about = json.loads((folder / "sweep.json").read_text())
+    about["schedules"].reverse()
+    (folder / "sweep.json").write_text(json.dumps(about))
     page, names = page_of(folder), names_of(read_sweep(folder))[::-1]
     assert [text_of(row[0]) for row in rows_of(page)][4:] == names
     assert [text_of(row[0]) for row in rows_of(page, "answer")] == names[1:] * 2
@@ -269,7 +274,7 @@ def test_each_kept_clip_has_a_player_of_all_its_frames(found: Sweep, page: Eleme
         for name in results:
             assert f"{found.hole_psnr[name, clip]:.1f} dB" in text_of(films[name])
         shown = picture_in(films["ground truth"], cv2.IMREAD_COLOR)
-        truth = cv2.imread(str(found.strip("truth", clip)))
+        truth = cv2.imread(str(found.folder / "frames" / "truth" / f"{clip}.png"))
         assert truth is not None and shown.shape == truth.shape
         smooth = [
             cv2.resize(strip, None, fx=1 / 8, fy=1 / 8, interpolation=cv2.INTER_AREA)
@@ -297,6 +302,6 @@ def test_each_kept_clip_shows_the_spread_of_its_completions(
             assert shown.shape == spread.shape
             # What is bright in the hole is where the completions differ; JPEG adds its own noise.
             assert np.corrcoef(shown[hole].astype(float), spread[hole])[0, 1] > 0.8
-    said = "3 of each clip under each schedule, averaged within the clip first"
+    said = "3 of each example under each schedule, averaged within the example first"
     assert said in text_of(several)
     assert not films_of(page, "spreads")
