@@ -65,6 +65,7 @@ def test_the_truth_has_no_error_but_its_own_along_its_motion(judges: Judges) -> 
     assert {name: scores[name] for name in errors} == dict.fromkeys(errors, 0)
 
 
+@pytest.mark.slow
 def test_i3d_describes_a_clip_for_both_distances(judges: Judges) -> None:
     ours, truth = describe_clip(RESULT, judges), describe_clip(TRUTH, judges)
     assert {name: features.shape for name, features in ours.items()} == {

@@ -109,6 +109,7 @@ POINTS = st.lists(
 
 @settings(max_examples=6, deadline=None)
 @given(points=POINTS, column=st.sampled_from(["temporal_error", "psnr"]))
+@pytest.mark.slow
 def test_names_on_the_front_cover_neither_each_other_nor_a_point(
     points: list[tuple[int, int]], column: str
 ) -> None:

@@ -124,6 +124,7 @@ def test_completions_are_averaged_within_an_example_and_the_best_is_each_measure
     assert new["variable", MANY, PLAIN, "diversity"]["verdict"] == "undecided"  # none is better
 
 
+@pytest.mark.slow
 def test_the_distances_of_sets_are_those_of_the_features_kept(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     done = measured(tmp_path, networks=("i3d",))

@@ -92,6 +92,7 @@ def test_a_schedules_row_is_the_mean_of_its_examples_rows(swept: Path) -> None:
             assert float(row[column]) == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_measures_what_inpainting_gives(
     config: SweepConfig, denoiser: Denoiser, autoencoder: Autoencoder, examples: list[Example]
 ) -> None:
@@ -134,6 +135,7 @@ def test_kept_strips_hold_the_frames_that_were_measured(
         assert psnr_hole(frames, pixels, mask) == pytest.approx(psnr, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_continues_and_equals_the_uninterrupted_one(
     config: SweepConfig, swept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +194,7 @@ def test_a_finished_sweep_started_again_evaluates_nothing_and_takes_another_refe
     assert read_sweep(config.out).about.reference == SCHEDULES[1]
 
 
+@pytest.mark.slow
 def test_the_first_of_several_completions_is_the_only_one_of_one(
     swept: Path,
     swept_thrice: Path,
@@ -225,6 +228,7 @@ def test_the_first_of_several_completions_is_the_only_one_of_one(
     assert (read_strip(kept, *example.mask.shape) == frames * example.mask[..., None]).mean() > 0.99
 
 
+@pytest.mark.slow
 def test_several_completions_have_a_best_one_and_a_spread_whose_map_is_kept(
     swept_thrice: Path, examples: list[Example]
 ) -> None:
