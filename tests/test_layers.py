@@ -154,6 +154,13 @@ def test_every_folder_with_source_is_a_layer() -> None:
     assert packages == set(LAYERS)
 
 
+def test_folders_and_files_stay_small_enough_to_name() -> None:
+    lines = {name: len(file.read_text().splitlines()) for name, file in sources().items()}
+    assert not {name: count for name, count in lines.items() if count > 500}
+    for folder in {file.parent for file in sources().values()}:
+        assert len(list(folder.glob("*.py"))) <= 12, folder
+
+
 @pytest.mark.parametrize("command", [["-c", "import vidfill"], ["-m", "vidfill.cli", "--help"]])
 def test_import_and_help_load_nothing_heavy(command: list[str]) -> None:
     done = subprocess.run(
@@ -164,6 +171,7 @@ def test_import_and_help_load_nothing_heavy(command: list[str]) -> None:
     assert not loaded & set(HEAVY)
 
 
+@pytest.mark.slow
 def test_importing_every_module_says_nothing_and_writes_nothing(tmp_path: Path) -> None:
     names = [f"vidfill.{name}" for name in sources() if not name.endswith("__main__")]
     script = f"import importlib\nfor name in {names}: importlib.import_module(name)"
