@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 # Three at a time, with a thread each: those that drive a Slurm mostly wait.
 TEST := OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses 3 --dist worksteal
 
-.PHONY: demo test slow lint check soak format clean
+.PHONY: demo test slow lint check soak api dist format clean
 
 demo: $(INSTALLED)
 	$(RUN)/vidfill demo --out runs/demo
@@ -27,6 +27,15 @@ check: lint test slow
 soak: $(INSTALLED)
 	$(RUN)/python -m benchmarks.soak
 
+# Pages of the public names and their docstrings, from runs/api/index.html on.
+api: $(INSTALLED)
+	$(RUN)/python -W ignore -m pdoc --docformat google --no-show-source --output-directory runs/api \
+	    vidfill '!vidfill.setup'
+
+# dist/*.tar.gz, and from it dist/*.whl.
+dist: $(INSTALLED)
+	$(RUN)/python -m build --no-isolation
+
 format: $(INSTALLED)
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
@@ -38,4 +47,4 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -14,6 +14,7 @@ VERSION = next(
 ROOMS = [f"{room}{below}" for room in LAYERS for below in ("", ".*")]
 
 setup(
+    script_name="setup.py",  # so that a build leaves this file out of the package
     name="vidfill",
     version=VERSION,
     description="Conditional latent video diffusion that fills the holes of a video",
@@ -24,6 +25,7 @@ setup(
     package_dir={"vidfill": "."},
     packages=["vidfill", *(f"vidfill.{name}" for name in find_packages(include=ROOMS))],
     package_data={
+        "vidfill": ["py.typed"],
         "vidfill.modeling": ["weights/*/*", "weights/*/*/*"],
         "vidfill.sampling.report": ["templates/*"],
         "vidfill.launch": ["*.yaml", "*.sbatch", "*.json"],
@@ -69,11 +71,13 @@ setup(
         "s3": ["s3fs>=2024.10"],
         "test": [
             "beartype>=0.20",
+            "build>=1.2",
             "flask>=3.0",  # moto's server
             "flask-cors>=4.0",
             "hypothesis>=6.100",
             "moto[s3]>=5.0",
             "mypy>=1.15",
+            "pdoc>=15",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
@@ -81,6 +85,7 @@ setup(
             "s3fs>=2024.10",
             "scikit-image>=0.25",
             "scipy>=1.11",
+            "setuptools>=77",  # builds without a network: what pyproject.toml asks for
         ],
     },
 )
