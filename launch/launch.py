@@ -23,8 +23,11 @@ EXAMPLES = """\
 examples:
   vidfill launch "train shards run --config base" --nodes 4 --gpus_per_node 8
       shows what would start it; --submit submits it
-  vidfill launch "encode videos shards" --config launch/cluster.yaml --nodes 2 --submit
-      on the cluster that a file of yours describes, as launch/cluster.yaml does
+  vidfill launch "train shards run" --gpus_per_node 8 --out node
+      writes node.sbatch, and node.yaml: accelerate launch --config_file node.yaml -m vidfill.train
+      and its kin then run on the 8 GPUs of this machine
+  vidfill launch "encode videos shards" --config cluster.yaml --nodes 2 --submit
+      on the cluster that a file of yours describes by the options above
   vidfill launch "$(cat sweeps.txt)" --time 2:00:00 --submit
       an array job, with a task for each line of the file, such as
       sweep run shards sweeps/ddim --schedules ddim:50
@@ -132,6 +135,7 @@ def launch(config: LaunchConfig) -> None:
     if config.out:
         for suffix, text in files.items():
             write_atomically(Path(f"{config.out}{suffix}"), text.encode())
+            print(f"{config.out}{suffix}: {TITLES[suffix]}")
     if config.submit:
         print(_submit(files[".sbatch"]))
     elif not config.out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -40,23 +41,49 @@ def ours(words: list[str]) -> list[str]:
     return []
 
 
+def texts() -> list[str]:
+    """Every page, and the examples of every verb's help."""
+    pages = [page.read_text() for page in PAGES]
+    return pages + [importlib.import_module(f"vidfill.{module}").EXAMPLES for module in MODULES]
+
+
 def documented() -> list[list[str]]:
-    texts = [page.read_text() for page in PAGES]
-    texts += [importlib.import_module(f"vidfill.{module}").EXAMPLES for module in MODULES]
-    commands = (tuple(command) for text in texts for command in commands_in(text))
+    commands = (tuple(command) for text in texts() for command in commands_in(text))
     return [list(command) for command in dict.fromkeys(commands)]
 
 
+def write_shown_files(folder: Path) -> None:
+    """Write the files whose content a page shows after the words "This is `NAME`:"."""
+    for page in PAGES:
+        shown = r"This is `([\w.]+)`:\n\n((?: {4}.*\n|\n)+)"
+        for name, text in re.findall(shown, page.read_text()):
+            (folder / name).write_text(textwrap.dedent(text))
+
+
 @pytest.mark.parametrize("command", documented(), ids=" ".join)
-def test_documented_command_is_accepted(
-    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_documented_command_is_accepted_outside_the_checkout(
+    command: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
+    write_shown_files(tmp_path)
     module, *arguments = command
     job = importlib.import_module(f"vidfill.{module}")
     with pytest.raises(SystemExit) as end:
         job.main([*arguments, "--print_config"])
     assert end.value.code in (0, None), capsys.readouterr().err
+
+
+def test_a_configuration_for_accelerate_is_written_before_it_is_used() -> None:
+    used = set()
+    for text in texts():
+        for use in re.finditer(r"--config_file (\S+)\.yaml", text):
+            written = re.findall(r"vidfill launch .* --out (\S+)\n", text[: use.start()])
+            assert use[1] in written, use[0]
+            used.add(use[1])
+    assert used == {"node", "nodes"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -91,6 +91,12 @@ def test_an_installed_wheel_passes_the_path_of_the_demo_outside_the_checkout(
     said = run(tmp_path, vidfill, "demo", *sizes)
     assert "best schedule: ddim:2" in said
     assert (tmp_path / "runs" / "demo" / "report" / "index.html").is_file()
+    two = ["--gpus_per_node", "0", "--processes_per_node", "2", "--out", "node"]
+    run(tmp_path, vidfill, "launch", "encode runs/demo/videos shards", *two)
+    launch = [python, "-m", "accelerate.commands.launch", "--config_file", "node.yaml"]
+    encode = ["vidfill.data.encode", "runs/demo/videos", "shards", "--autoencoder", "shipped"]
+    run(tmp_path, *launch, "-m", *encode)
+    assert (tmp_path / "shards" / "train" / "manifest.json").is_file()
 
 
 def steps_of(recipe: str, begin: str, end: str) -> list[str]:

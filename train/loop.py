@@ -33,9 +33,10 @@ examples:
   vidfill train shards runs/first --steps 5000
   vidfill train shards runs/first --steps 5000 --plan
   vidfill train shards runs/base --config base --optimizer.learning_rate 5e-5
-  accelerate launch --config_file launch/node.yaml --num_processes 2 \\
-      -m vidfill.train shards runs/two
-  accelerate launch --config_file launch/node.yaml -m vidfill.train shards runs/zero --zero_stage 2
+  vidfill launch "train shards runs/eight" --gpus_per_node 8 --out node
+  accelerate launch --config_file node.yaml -m vidfill.train shards runs/eight
+      on 8 GPUs, as the first command describes them to Accelerate
+  accelerate launch --config_file node.yaml -m vidfill.train shards runs/zero --zero_stage 2
   tensorboard --logdir runs/first/tensorboard
 """
 

@@ -52,9 +52,10 @@ from .stages import (
 EXAMPLES = """examples:
   vidfill encode CLEVRER runs/clevrer --size 128 --masks "stationary variable" --masks_per_clip 2
       CLEVRER with the paper's autoencoder, each clip under both of the paper's masks
-  accelerate launch --config_file launch/node.yaml --num_processes 8 -m vidfill.data.encode \\
+  vidfill launch "encode CLEVRER runs/clevrer" --gpus_per_node 8 --out node
+  accelerate launch --config_file node.yaml -m vidfill.data.encode \\
       CLEVRER runs/clevrer --size 128 --precision bfloat16
-      the same shards on any number of GPUs
+      the same shards on 8 GPUs, as the first command describes them to Accelerate
   vidfill encode runs/videos runs/shards --autoencoder shipped
       synthetic videos: the package's own small autoencoder, which needs no download
   vidfill encode DAVIS runs/davis --size 432x240 --masks own

@@ -56,9 +56,10 @@ EXAMPLES = """examples:
   vidfill sweep runs/train runs/shards runs/paper --examples 4 --plan \\
       --schedules "ddpm:1000 ddpm:1000+resample(n=4)"
       what two of the paper's own settings would cost; nothing is written
-  accelerate launch --config_file launch/node.yaml --num_processes 8 -m vidfill.sampling.sweep \\
+  vidfill launch "sweep runs/train runs/shards runs/sweep" --gpus_per_node 8 --out node
+  accelerate launch --config_file node.yaml -m vidfill.sampling.sweep \\
       runs/train runs/shards runs/sweep --examples 0
-      the same results on any number of GPUs
+      the same results on 8 GPUs, as the first command describes them to Accelerate
 """
 
 

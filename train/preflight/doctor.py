@@ -40,8 +40,10 @@ from ..step import train_step
 EXAMPLES = """\
 examples:
   vidfill doctor shards run --config base
-  accelerate launch --config_file launch/node.yaml --num_processes 8 \\
-      -m vidfill.train.preflight shards run --config base --zero_stage 2
+  vidfill launch "train shards run --config base" --gpus_per_node 8 --out node
+  accelerate launch --config_file node.yaml -m vidfill.train.preflight \\
+      shards run --config base --zero_stage 2
+      on 8 GPUs, as the first command describes them to Accelerate
 """
 
 WAIT = 10.0  # seconds until a shared folder must show a file to another node
