@@ -87,6 +87,7 @@ def decibels(autoencoder, clip):
     return psnr(to_frames(decoded)[0], clip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_the_shipped_autoencoder_keeps_synthetic_clips_at_30_decibels(size):
     autoencoder = load_autoencoder(SHIPPED)

@@ -181,6 +181,7 @@ def test_latents_are_drawn_from_the_posterior_of_each_position() -> None:
     assert torch.equal(draw_latents(mean, seed=0), batch.latents)
 
 
+@pytest.mark.slow
 def test_a_preset_of_a_flow_with_tokens_of_the_condition_trains_and_loads(
     tiny_config: TrainConfig, losses: Losses
 ) -> None:

@@ -239,6 +239,7 @@ time.sleep(100)
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_memory_does_not_grow_with_what_was_read(server: Server, tmp_path: Path) -> None:
     import fsspec
 

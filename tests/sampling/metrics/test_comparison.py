@@ -209,6 +209,7 @@ def test_one_clip_is_no_set() -> None:
     assert np.isnan([found.difference, *interval(found)]).all()
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_sets_difference_holds_what_sets_of_its_size_have_on_average() -> None:
     # A percentile interval, which resampling moves aside, holds it in 14 of these 24 worlds.
     random = np.random.default_rng(3)

@@ -261,6 +261,7 @@ def test_the_fvd_refuses_clips_of_fewer_than_ten_frames() -> None:
         fvd_features(random_i3d(), pattern(9, 32, 32))
 
 
+@pytest.mark.slow
 @with_i3d
 @pytest.mark.skipif(not COLLISIONS.is_dir(), reason="no collisions in ../shared")
 def test_fvd_and_vfid_of_real_clips_grow_with_what_is_done_to_them() -> None:

@@ -108,10 +108,10 @@ def put(**fields: object) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop("reference"), "sweep.json: reference: Field required"),
+        (drop("reference"), "sweep.json: field reference is missing"),
         (put(completions="2"), "sweep.json: completions is '2': .* integer"),
         (put(kept=[1]), "sweep.json: kept.0 is 1: .* string"),
-        (put(clip={"frames": 3, "height": 16}), "sweep.json: clip.width: Field required"),
+        (put(clip={"frames": 3, "height": 16}), "sweep.json: field clip.width is missing"),
         (put(schedules=[]), "sweep.json: schedules is .*at least 1"),
         (put(without_value={"psnr": 0.5}), "sweep.json: without_value.psnr is 0.5"),
         (put(kept=["../../mine"]), "sweep.json: kept.0 is '../../mine'"),
