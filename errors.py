@@ -28,9 +28,9 @@ def describe(error: Exception) -> str:
             return f"field {field} is missing"
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
             return f"field {field} is unknown"
-        if kind == "json_invalid" or not field:  # the value is the whole record
-            return f"{field}: {said}".removeprefix(": ")
-        return f"{field} is {fault['input']!r:.80}: {said}"
+        if kind == "json_invalid" or (kind == "value_error" and not field):
+            return said  # the value is the whole record
+        return f"{field or 'it'} is {fault['input']!r:.80}: {said}"
     # A full disk comes without the file's name, and a library's own OSError without either.
     known = [error.filename, error.strerror] if isinstance(error, OSError) else []
     said = ": ".join(str(part) for part in known if part)
