@@ -18,6 +18,7 @@ from vidfill.data.shards.reading import ExampleLayout
 from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from vidfill.train.preflight.plan import GPUS_A_NODE, in_bytes, state_memory, training_cost
 
+NO_DIGEST = "0" * 64  # of files that do not exist
 GRADIENTS = 0.1  # share of a step that averaging gradients may take if nothing of it is overlapped
 
 
@@ -47,29 +48,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def imagine(clips: int, side: int, shard_megabytes: float) -> Manifest:
     """The manifest of an imaginary data set of `clips` clips of 20 frames."""
-    empty = Manifest(
+    one = Manifest(
         split="train",
-        autoencoder={},
+        autoencoder={
+            "name": "stabilityai/sd-vae-ft-mse",
+            "kind": "AutoencoderKL",
+            "sha256": NO_DIGEST,
+            "scaling_factor": 0.18215,
+            "downsampling": 8,
+            "channels": 4,
+        },
         posterior="mean",
         pixels=False,
         clip={"frames": 20, "height": 8 * side, "width": 8 * side},
         latent_shape=(20, 4, side, side),
-        masks={},
+        masks={"families": {"stationary": 1.0}, "per_clip": 1, "seed": 0},
         fill="median",
         latents_mean=(0.0,) * 4,
         latents_std=(1.0,) * 4,
-        examples=clips,
-        shards=ShardTable((), (), ()),
+        examples=1,
+        shards=ShardTable((1,), (0,), (NO_DIGEST,)),
         lanes=1,
         block=1,
         skipped=0,
     )
-    example = ExampleLayout.of(empty).bytes
+    example = ExampleLayout.of(one).bytes
     count = math.ceil(clips * example / (shard_megabytes * 1e6))
     examples = [clips // count + (number < clips % count) for number in range(count)]
     lanes, block = choose_lanes(examples)
-    table = ShardTable(tuple(examples), tuple(example * n for n in examples), ("",) * count)
-    return dataclasses.replace(empty, shards=table, lanes=lanes, block=block)
+    table = ShardTable(tuple(examples), tuple(example * n for n in examples), (NO_DIGEST,) * count)
+    return dataclasses.replace(one, examples=clips, shards=table, lanes=lanes, block=block)
 
 
 def column(given: argparse.Namespace, manifest: Manifest, nodes: int) -> dict[str, str]:
