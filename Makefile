@@ -15,7 +15,7 @@ test: $(INSTALLED)
 	$(TEST) -m "not slow"
 
 slow: $(INSTALLED)
-	$(TEST) -m slow
+	$(TEST) -m slow --durations 20
 
 lint: $(INSTALLED)
 	$(RUN)/ruff format --check .
