@@ -101,7 +101,7 @@ class EvaluationConfig:
     every: NonNegativeInt = 1000
     """Optimizer steps between evaluations; 0 makes none."""
     clips: NonNegativeInt = 64
-    """Validation clips, spread over the split; fewer where it holds fewer."""
+    """Validation clips, spread over the split; all of them if it has fewer."""
     quantiles: PositiveInt = 4
     """Ranges of timesteps of equal length; each clip is measured once in each."""
 
@@ -141,17 +141,17 @@ class TrainConfig:
     steps: PositiveInt = 20_000
     """Optimizer steps in all."""
     batch_size: PositiveInt = 8
-    """Clips a step, over all processes together."""
+    """Examples in a step, over all processes together."""
     seed: Seed = 0
-    """Seed of the weights, the order of the clips, the timesteps and the noise."""
+    """Seed of the weights, the order of the examples, the timesteps and the noise."""
     precision: Precision = "float32"
     """Precision of the network's forward pass; weights, moments and averages stay float32. The loss
     of float16 is scaled, and a batch whose gradient overflows is tried again at half the scale."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: what the processes share out, 1 the optimizer's state, 2 the gradients
-    too, 3 the weights too; 0 is plain data parallel training without DeepSpeed."""
+    """DeepSpeed ZeRO stage: 1 shards the optimizer's state over the processes, 2 the gradients too,
+    3 the weights too; 0 is plain data parallel training without DeepSpeed."""
     gradient_accumulation: PositiveInt = 1
-    """A process takes its clips of a step in so many parts, one after the other: less memory."""
+    """Parts into which a process splits its examples of a step, to save memory."""
     compile: bool = False
     """Compile the network (torch.compile): minutes at the start, faster steps."""
     deterministic: bool = False
@@ -170,7 +170,7 @@ class TrainConfig:
     profile: str = ""
     """Steps to profile, as "100:105"; their traces go to OUT/profile, for Perfetto."""
     plan: bool = False
-    """Measure a few steps here, say what the run needs and how long it takes, and start nothing."""
+    """Measure a few steps here, print what the run needs and how long it takes; start nothing."""
     plan_gpus: NonNegativeInt = 0
     """GPUs that --plan assumes; 0 is one."""
     data: DataConfig = field(default_factory=DataConfig)

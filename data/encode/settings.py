@@ -19,10 +19,11 @@ from ..videos import Fit, FrameSize
 class EncodeConfig:
     """Cut videos into clips, mask them, and write both as shards of autoencoder latents.
 
-    Folders of split names (train, validation, test; also CLEVRER's) give splits, anything else is
-    all training videos. A video is a file, or a folder of images. The same command continues a job
-    that was stopped, on any number of processes. A video that cannot be read, or is shorter than a
-    clip, gives no clip: it is counted and listed, and more of them than `max_skipped` end the job.
+    Folders of split names (train, validation, test; also CLEVRER's) give splits; anything else
+    counts as training videos. A video is a file, or a folder of images. The same command continues
+    a job that was stopped, on any number of processes. A video that cannot be read, or is shorter
+    than a clip, gives no clip: it is counted and listed, and more of them than `max_skipped` end
+    the job.
     """
 
     videos: Path
@@ -40,7 +41,7 @@ class EncodeConfig:
     """Pixels of a frame, "128" for a square or "432x240", width by height; empty keeps them as they
     are."""
     fit: Fit = "crop"
-    """How a frame gets to `size`: its middle is resized, or all of it, whatever its proportions."""
+    """How a frame becomes `size`: crop resizes its middle, resize all of it, out of proportion."""
     masks: str = "stationary"
     """Families of masks with their weights, as in "stationary:2 box"; "own" are the videos' own."""
     masks_per_clip: PositiveInt = 1

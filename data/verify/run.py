@@ -58,9 +58,9 @@ READ_AHEAD = 64  # shards that the threads are given at a time
 class VerifyConfig:
     """Check a data set of shards: its files, checksums and values, and a sample of its clips.
 
-    A few clips of each split are encoded again where their videos are at hand, and compared.
-    Nothing is written without `repair`. The exit status is 0 where all is well, 1 where something
-    is wrong and 2 where nothing could be checked.
+    A few clips of each split are encoded again if their videos are at hand, and compared.
+    Nothing is written without `repair`. The exit status is 0 if all is well, 1 if something is
+    wrong and 2 if nothing could be checked.
     """
 
     dataset: str

@@ -92,7 +92,7 @@ class InpaintConfig:
     invert: bool = False
     """Black is the hole."""
     dilate: NonNegativeInt = 0
-    """Grow the holes by so many pixels."""
+    """Pixels by which the holes grow."""
     size: str = ""
     """Scale what the network sees to about this size: "256" or "432x240", width by height; empty
     takes the size that it was trained on."""
@@ -101,7 +101,7 @@ class InpaintConfig:
     feather: NonNegativeInt = FEATHER
     """Pixels, from the holes' borders inwards, over which the result blends into what is around."""
     colour_match: bool = True
-    """Shift the result's colour by what it is off around the holes."""
+    """Shift the result's colour by its error around the holes."""
     codec: Codec = ""
     """The codec of the result; empty takes the container's usual one: ffv1, lossless, in .mkv."""
     autoencoder: str = ""
