@@ -11,7 +11,7 @@ The layers, each a folder; imports point towards what stands above only:
     cli         `vidfill <verb>`
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def __getattr__(name: str) -> object:

@@ -21,6 +21,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PARTIAL = ".partial-"  # begins the name of what is not yet whole
+LOCK = "job.lock"  # names the file in a folder that the job at work there has locked
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # file systems say
 
 
@@ -39,14 +40,14 @@ def hold(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Be the one job that writes into a folder, for as long as this lasts.
 
     It locks a file there, since network file systems do not lock folders. On a file system without
-    locks it keeps nobody out.
+    locks it keeps nobody out, and says so.
 
     `patience` is how many seconds to wait for the other job; a lost node's lock outlives it.
 
     Raises:
         BadInput: another job is at work there.
     """
-    path = folder / "job.lock"
+    path = folder / LOCK
     lock = FileLock(path, fallback_to_soft=False)  # a soft lock outlives a killed job for ever
     try:
         try:
@@ -61,6 +62,8 @@ def hold(folder: Path, patience: float = 0.0) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _CANNOT_LOCK:
             raise
+        said = f"{folder} lies where files cannot be locked: let no other job write there"
+        print(said, file=sys.stderr)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -9,14 +10,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 
+from . import __version__
 from .errors import BadInput, BadInputEverywhere, say_error
-from .files import PARTIAL, write_atomically
+from .files import LOCK, PARTIAL, hold, write_atomically
 
 Config = TypeVar("Config")
 
@@ -26,6 +28,8 @@ class JobRecord(BaseModel):
 
     verb: str
     config: dict[str, Any]
+    version: str = "0.1"  # of vidfill, when the folder was last written to; 0.1 did not say
+    stands_on: dict[str, Any] | None = None  # 0.1 did not say
 
 
 def main(
@@ -149,27 +153,65 @@ def _complete_switches(words: Sequence[str], switches: Collection[str]) -> list[
     return completed
 
 
-def claim(out: Path, verb: str, config: Any, may_change: Collection[str] = ()) -> None:
-    """Take `out` for this job: make it, or find that the same command began there before.
+@contextlib.contextmanager
+def claim(
+    out: Path,
+    verb: str,
+    config: Any,
+    *,
+    stands_on: Mapping[str, Any] | None = None,
+    may_change: Collection[str] = (),
+    patience: float = 0.0,
+) -> Iterator[None]:
+    """Take `out` for this job, and be the only one at work there for as long as this lasts.
 
-    `out/job.json` records the configuration. The dotted fields and groups of fields in `may_change`
-    may change when a job continues; so may `out` itself, if its folder was moved.
+    The folder is new, empty, or begun by the same command before. `out/job.json` records the
+    configuration and what else determines the job's result: `stands_on` gives, by the name that a
+    message would use, anything that JSON holds and that changes when the thing does, such as a
+    hash of its content. The dotted fields and groups of fields in `may_change` may change when a
+    job continues; so may `out` itself, if its folder was moved.
+
+    `patience` is as for `hold`.
 
     Raises:
-        BadInput: `out` holds anything else; nothing in it is touched.
+        BadInput: another job is at work there, or `out` holds anything else; nothing in it is
+            touched.
     """
+    out = out.resolve()
     # A path reads the same from wherever it was given.
-    record = json.dumps(dataclasses.asdict(config), default=lambda path: str(path.resolve()))
-    job = JobRecord(verb=verb, config=json.loads(record))
+    record = {"config": dataclasses.asdict(config), "stands_on": stands_on or {}}
+    plain = json.loads(json.dumps(record, default=lambda path: str(path.resolve())))
+    job = JobRecord(verb=verb, version=__version__, **plain)
+    may_change = {"out", *may_change}
+    defaults = _flatten(_defaults(type(config)))
+    _check_place(out, job, defaults, may_change)  # before a lock is put there
+    with hold(out, patience):
+        before = _check_place(out, job, defaults, may_change)
+        gone = _flatten(before.config).keys() - _flatten(job.config).keys() if before else ()
+        if gone:
+            print(
+                f"vidfill {verb}: options that are no more: {', '.join(sorted(gone))}",
+                file=sys.stderr,
+            )
+        if before != job:
+            write_atomically(out / "job.json", json.dumps(job.model_dump(), indent=2).encode())
+        yield
+
+
+def _check_place(
+    out: Path, job: JobRecord, defaults: Mapping[str, Any], may_change: Collection[str]
+) -> JobRecord | None:
+    """Refuse a place where `job` can neither begin nor continue; return the record there."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; name a folder")
     before = read_job(out)
     if before:
-        _refuse_another_job(out, before, job, {"out", *may_change})
-    elif out.is_dir() and any(not path.name.startswith(PARTIAL) for path in out.iterdir()):
+        _refuse_another_job(out, before, job, defaults, may_change)
+    elif out.is_dir() and any(
+        path.name != LOCK and not path.name.startswith(PARTIAL) for path in out.iterdir()
+    ):
         raise BadInput(f"{out} exists and is not empty: choose another folder or remove it")
-    if before != job:
-        write_atomically(out / "job.json", json.dumps(job.model_dump(), indent=2).encode())
+    return before
 
 
 def read_job(folder: Path) -> JobRecord | None:
@@ -188,26 +230,52 @@ def read_job(folder: Path) -> JobRecord | None:
 
 
 def _refuse_another_job(
-    out: Path, before: JobRecord, now: JobRecord, may_change: Collection[str]
+    out: Path,
+    before: JobRecord,
+    now: JobRecord,
+    defaults: Mapping[str, Any],
+    may_change: Collection[str],
 ) -> None:
     if before.verb != now.verb:
         raise BadInput(
             f"{out} was written by `vidfill {before.verb}`: choose another folder or remove it"
         )
-    was, wanted = _flatten(before.config), _flatten(now.config)
-    changed = sorted(
-        key
-        for key in was.keys() | wanted.keys()
-        if was.get(key) != wanted.get(key)
-        and key not in may_change
-        and not key.startswith(tuple(f"{group}." for group in may_change))
-    )
+    # An option that did not exist when the job began had what is now its default.
+    was, wanted = {**defaults, **_flatten(before.config)}, _flatten(now.config)
+    groups = tuple(f"{group}." for group in may_change)
+    changed = [
+        f"{key} was {was.get(key)!r}, now {value!r}"
+        for key, value in sorted(wanted.items())
+        if was.get(key) != value and key not in may_change and not key.startswith(groups)
+    ]
     if changed:
-        listed = ", ".join(f"{k} was {was.get(k)!r}, now {wanted.get(k)!r}" for k in changed)
         raise BadInput(
-            f"{out} was begun with another configuration ({listed}): "
+            f"{out} was begun with another configuration ({', '.join(changed)}): "
             "choose another folder, or give the same options to continue"
         )
+    if before.stands_on is None:
+        return
+    was, wanted = _flatten(before.stands_on), _flatten(now.stands_on or {})
+    other = sorted(key for key in was.keys() | wanted.keys() if was.get(key) != wanted.get(key))
+    if other:
+        raise BadInput(
+            f"{out} was begun with something else that has the same name ({', '.join(other)}): "
+            "choose another folder, or put back what was there to continue"
+        )
+
+
+def _defaults(config_class: type) -> dict[str, Any]:
+    """The defaults of a configuration's fields, as JSON has them."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+            found[field.name] = (
+                dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default  # type: ignore[arg-type]
+            )
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    return json.loads(json.dumps(found, default=lambda path: str(path.resolve())))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,7 +38,7 @@ from vidfill import jobs, seeding
 from vidfill.data.shards.reading import ShardedDataset
 from vidfill.data.shards.stream import Batch, Stream
 from vidfill.errors import BadInput
-from vidfill.files import aside, hold, write_atomically
+from vidfill.files import aside, write_atomically
 from vidfill.modeling.denoiser import Denoiser
 from vidfill.modeling.noise import DiffusionConfig, LossConfig, draw_timesteps, timesteps_at
 from vidfill.modeling.precision import Precision, autocast
@@ -629,8 +629,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.plan:
         say_plan(setup)
         return
-    jobs.claim(settings.out, "quality_per_compute", settings, may_change={"seeds"})
-    with hold(settings.out):
+    with jobs.claim(settings.out, "quality_per_compute", settings, may_change={"seeds"}):
         found = summarise(setup, run_all(setup), command)
         write_atomically(settings.out / "results.json", json.dumps(found, indent=1).encode())
         draw(found, settings.out / "curves.png")

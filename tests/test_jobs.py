@@ -3,13 +3,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import vidfill
 from vidfill import jobs
 from vidfill.errors import BadInput, BadInputEverywhere
-from vidfill.files import hash_file, hold, locate, write_atomically
+from vidfill.files import LOCK, hash_file, hold, locate, write_atomically
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,12 @@ class Config:
     out: Path = Path("out")
     source: Path = Path("source")
     steps: int = 1
+
+
+def begin(out: Path, config: Config, **settings: Any) -> None:
+    """A job that ends as soon as it has its folder."""
+    with jobs.claim(out, "test", config, **settings):
+        assert (out / LOCK).exists()
 
 
 def run(error: BaseException) -> int:
@@ -71,21 +81,72 @@ def test_a_moved_job_continues_and_a_path_is_the_same_however_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    jobs.claim(Path("out"), "test", Config())
+    begin(Path("out"), Config())
     Path("out").rename("moved")
     moved = Config(tmp_path / "moved", tmp_path / "source")
-    jobs.claim(moved.out, "test", moved)
+    begin(moved.out, moved)
     with pytest.raises(BadInput, match="source was"):
-        jobs.claim(moved.out, "test", replace(moved, source=tmp_path / "other"))
+        begin(moved.out, replace(moved, source=tmp_path / "other"))
 
 
 def test_what_may_change_is_recorded_anew(tmp_path: Path) -> None:
     for steps in (1, 2):
-        jobs.claim(tmp_path / "out", "test", Config(steps=steps), may_change=("steps",))
+        begin(tmp_path / "out", Config(steps=steps), may_change=("steps",))
         job = json.loads((tmp_path / "out" / "job.json").read_text())
         assert job["config"]["steps"] == steps
     with pytest.raises(BadInput, match="steps was 2, now 3"):
-        jobs.claim(tmp_path / "out", "test", Config(steps=3))
+        begin(tmp_path / "out", Config(steps=3))
+
+
+def test_a_job_that_stands_on_something_else_does_not_continue(tmp_path: Path) -> None:
+    weights = {"weights": "a1", "clips": {"a.mp4": [1, 2], "b.mp4": [3, 4]}}
+    for _ in range(2):
+        begin(tmp_path, Config(), stands_on=weights)
+    before = (tmp_path / "job.json").read_bytes()
+    for changed, named in [
+        ({**weights, "weights": "b2"}, r"\(weights\)"),
+        ({**weights, "clips": {"a.mp4": [1, 2]}}, r"\(clips\.b\.mp4\)"),
+        ({**weights, "masks": "c3"}, r"\(masks\)"),
+    ]:
+        with pytest.raises(BadInput, match=named):
+            begin(tmp_path, Config(), stands_on=changed)
+    assert (tmp_path / "job.json").read_bytes() == before
+
+
+def test_a_job_of_an_older_version_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = {
+        "verb": "test",
+        "config": {"out": "out", "source": str(Path("source").resolve()), "speed": 3},
+    }
+    record = tmp_path / "job.json"
+    record.write_text(json.dumps(older))
+    with pytest.raises(BadInput, match="steps was 1, now 2"):
+        begin(tmp_path, Config(steps=2))
+    begin(tmp_path, Config(), stands_on={"weights": "a1"})
+    assert "options that are no more: speed" in capsys.readouterr().err
+    now = jobs.read_job(tmp_path)
+    assert now
+    assert (now.version, now.stands_on) == (vidfill.__version__, {"weights": "a1"})
+
+
+def test_two_jobs_with_other_seeds_never_share_a_folder(tmp_path: Path) -> None:
+    refusals = []
+
+    def work(steps: int) -> None:
+        try:
+            with jobs.claim(tmp_path / "out", "test", Config(steps=steps)):
+                time.sleep(0.02)
+                held = jobs.read_job(tmp_path / "out")
+                assert held
+                assert held.config["steps"] == steps
+        except BadInput as refusal:
+            refusals.append(str(refusal))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(refusals) == 3
 
 
 @pytest.mark.parametrize(
@@ -94,17 +155,17 @@ def test_what_may_change_is_recorded_anew(tmp_path: Path) -> None:
 def test_a_job_file_that_is_not_ours_is_left_alone(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "job.json").write_bytes(content)
     with pytest.raises(BadInput, match="not written by vidfill: choose another folder"):
-        jobs.claim(tmp_path, "test", Config())
+        begin(tmp_path, Config())
     assert (tmp_path / "job.json").read_bytes() == content
 
 
 def test_a_folder_with_only_a_killed_jobs_partial_file_is_empty(tmp_path: Path) -> None:
     (tmp_path / ".partial-job.json").touch()
-    jobs.claim(tmp_path, "test", Config())
+    begin(tmp_path, Config())
     assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
     (tmp_path / "job.json").rename(tmp_path / "mine.json")
     with pytest.raises(BadInput, match="not empty"):
-        jobs.claim(tmp_path, "test", Config())
+        begin(tmp_path, Config())
 
 
 def test_a_file_that_cannot_take_its_place_leaves_no_partial(tmp_path: Path) -> None:
@@ -123,8 +184,8 @@ def test_one_job_at_a_time_holds_a_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks_holds_nobody_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_file_system_without_locks_holds_nobody_up_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -132,6 +193,7 @@ def test_a_file_system_without_locks_holds_nobody_up(
     monkeypatch.setattr("fcntl.flock", flock)
     with hold(tmp_path), hold(tmp_path):
         pass
+    assert capsys.readouterr().err.count(f"{tmp_path} lies where files cannot be locked") == 2
 
 
 def test_a_record_of_a_url_has_no_secrets() -> None:

@@ -132,7 +132,7 @@ def test_nothing_imports_what_stands_on_the_top_floor() -> None:
     top = len(FLOORS) - 1
     for module in sources().keys() - set(PACKAGES):
         named = imported_by(module, sources()[module].read_text())
-        named -= {"__version__"} if module == "cli" else set()
+        named -= {"__version__"}
         assert not [name for name in named if floor_of(name) == top], module
 
 

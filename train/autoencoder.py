@@ -112,8 +112,12 @@ def train_autoencoder(config: AutoencoderTraining) -> dict[int, float]:
     options.check(config)
     device = choose_device(config.device)
     jobs.refuse_launcher(VERB)
+    with jobs.claim(config.out, VERB, config):
+        return _train_claimed(config, device)
+
+
+def _train_claimed(config: AutoencoderTraining, device: torch.device) -> dict[int, float]:
     train_videos, held_out_videos = _split(config.videos)
-    jobs.claim(config.out, VERB, config)
     held_out = _read(held_out_videos, config, "reading held-out videos")
     if (config.out / CARD).is_file():
         return _say(evaluate(config.out, held_out, config.frames_per_video))

@@ -15,7 +15,7 @@ from .. import jobs
 from ..data.shards.reading import ShardedDataset
 from ..data.shards.stream import Stream
 from ..errors import BadInput, BadInputEverywhere, describe
-from ..files import hold, locate
+from ..files import locate
 from ..modeling.denoiser import Denoiser
 from ..progress import Progress, show_progress
 from .checkpoints import Checkpoints
@@ -124,9 +124,13 @@ def _open_and_claim(
         if accelerator.is_main_process:
             preview = open_preview(config, denoiser, accelerator.device)
             located = dataclasses.replace(config, shards=locate(config.shards))
-            jobs.claim(config.out, "train", located, RUN_MAY_CHANGE)
             # The others give up a collective after the timeout: wait half of that at most.
-            stack.enter_context(hold(config.out, min(LOCK_WAIT, 30 * config.timeout)))
+            patience = min(LOCK_WAIT, 30 * config.timeout)
+            stack.enter_context(
+                jobs.claim(
+                    config.out, "train", located, may_change=RUN_MAY_CHANGE, patience=patience
+                )
+            )
     except (BadInput, OSError) as error:  # the others are waiting for the outcome
         refusal = describe(error)
     refusals = [said for said in gather_object([refusal]) if said]

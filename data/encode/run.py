@@ -25,7 +25,7 @@ import numpy as np
 
 from ... import jobs
 from ...errors import BadInput
-from ...files import hash_file, hold, locate, write_atomically
+from ...files import hash_file, locate, write_atomically
 from ...modeling.autoencoder import Autoencoder, load_autoencoder
 from ...processes import Crew, Tally, choose_device, wait_until_visible
 from ..masks import OWN, describe_families, draw_mask
@@ -105,10 +105,8 @@ def encode(config: EncodeConfig, again: Collection[ShardId] = ()) -> Timings | N
     with contextlib.ExitStack() as stack:
         crew = stack.enter_context(Crew.join("encode"))
         config.check()
-        begun = _begin(config) if crew.rank == 0 else None
+        begun = _begin(config, stack) if crew.rank == 0 else None
         digest = crew.share("plan", lambda: hash_file(config.out / PLAN))
-        if begun:
-            stack.enter_context(hold(config.out))
         plan, autoencoder = begun or _join(config, digest)
         missing = crew.share("missing", lambda: _find_missing(config, plan, crew, again))
         shards = [ShardId(*shard) for shard in missing]
@@ -120,7 +118,7 @@ def encode(config: EncodeConfig, again: Collection[ShardId] = ()) -> Timings | N
     return timings
 
 
-def _begin(config: EncodeConfig) -> tuple[ShardPlan, Autoencoder]:
+def _begin(config: EncodeConfig, stack: contextlib.ExitStack) -> tuple[ShardPlan, Autoencoder]:
     """Claim the folder and put the plan there, or find both from before."""
     found = find_sources(config.videos, config.mask_files)
     if outside := find_outside(config.videos, found, config.mask_files):
@@ -129,8 +127,13 @@ def _begin(config: EncodeConfig) -> tuple[ShardPlan, Autoencoder]:
             f"its splits' folders, the first is {outside[0]}",
             file=sys.stderr,
         )
+    begun: tuple[ShardPlan, Autoencoder] | None = None
+    if not (config.out / PLAN).is_file():
+        videos = _survey(found, config)
+        autoencoder = _load_autoencoder(config, videos)
+        begun = _plan(videos, config, autoencoder), autoencoder
+    stack.enter_context(jobs.claim(config.out, "encode", config, may_change=CHANGEABLE))
     if (config.out / PLAN).is_file():
-        jobs.claim(config.out, "encode", config, CHANGEABLE)
         plan = _read_plan(config)
         if change := plan.differs(found):
             raise BadInput(
@@ -138,12 +141,10 @@ def _begin(config: EncodeConfig) -> tuple[ShardPlan, Autoencoder]:
                 "the shards, or put the videos back"
             )
         return plan, _load_autoencoder(config, plan.videos.values())
-    videos = _survey(found, config)
-    autoencoder = _load_autoencoder(config, videos)
-    plan = _plan(videos, config, autoencoder)
-    jobs.claim(config.out, "encode", config, CHANGEABLE)
-    write_atomically(config.out / PLAN, plan.to_json(config.videos, config.mask_files).encode())
-    return plan, autoencoder
+    assert begun is not None
+    text = begun[0].to_json(config.videos, config.mask_files)
+    write_atomically(config.out / PLAN, text.encode())
+    return begun
 
 
 def _join(config: EncodeConfig, digest: str) -> tuple[ShardPlan, Autoencoder]:

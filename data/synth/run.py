@@ -62,14 +62,14 @@ def synth(config: SynthConfig) -> list[Path]:
         BadInput: a value is out of range, or the folder holds something else.
     """
     options.check(config)
-    jobs.claim(config.out, "synth", config)
     validation = range(FIRST_VALIDATION, FIRST_VALIDATION + config.validation)
     numbers = [*range(config.clips), *validation]
     paths = {number: video_path(config.out, number) for number in numbers}
-    missing = [number for number, path in paths.items() if not path.exists()]
-    done = len(paths) - len(missing)
-    with show_progress("rendering", len(paths), "videos", done) as progress:
-        _render_all(config, missing, progress)
+    with jobs.claim(config.out, "synth", config):
+        missing = [number for number, path in paths.items() if not path.exists()]
+        done = len(paths) - len(missing)
+        with show_progress("rendering", len(paths), "videos", done) as progress:
+            _render_all(config, missing, progress)
     return list(paths.values())
 
 

@@ -19,7 +19,6 @@ from annotated_types import Interval
 from ... import jobs, options
 from ...data.videos import FrameSize, Mask
 from ...errors import BadInput
-from ...files import hold
 from ...modeling.autoencoder import SHIPPED, hash_weights, load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
 from ...modeling.precision import Precision
@@ -131,8 +130,8 @@ def inpaint(config: InpaintConfig) -> list[Path]:
         print(f"vidfill inpaint: {sentence}", file=sys.stderr)
     work = UnfinishedWork(_work_folder(out))
     may_change = [f"config.{name}" for name in MAY_DIFFER]
-    jobs.claim(work.folder, "inpaint", _identify(config, settings), may_change)
-    with hold(work.folder):
+    identity = _identify(config, settings)
+    with jobs.claim(work.folder, "inpaint", identity, may_change=may_change):
         fill_all(config, footage, settings, work)
         outs = _name_outs(out, choose(config, work), config)
         write_all(config, footage, work, outs)

@@ -49,15 +49,17 @@ def report(config: ReportConfig) -> Path:
     sweep = cheapest_first(read_sweep(config.sweep))
     drawings = plan_drawings(sweep, config.clip)
     out = config.out or config.sweep / "report"
-    jobs.claim(out, "report", config, may_change=("clip", "sweep"))
-    with show_progress("drawing", len(drawings), "figures") as shown:
+    with (
+        jobs.claim(out, "report", config, may_change=("clip", "sweep")),
+        show_progress("drawing", len(drawings), "figures") as shown,
+    ):
         pictures = []
         for drawing in drawings:
             pictures.append(drawing.draw())
             write_atomically(out / drawing.file, pictures[-1])
             shown.advance(note=drawing.file)
-    page = out / "index.html"
-    write_atomically(page, render_page(sweep, drawings, pictures).encode())
+        page = out / "index.html"
+        write_atomically(page, render_page(sweep, drawings, pictures).encode())
     return page
 
 

@@ -18,7 +18,7 @@ from ... import jobs
 from ...data.shards.format import Example
 from ...data.videos import Frames
 from ...errors import BadInput
-from ...files import hide_secrets, hold, locate, write_atomically
+from ...files import hide_secrets, locate, write_atomically
 from ...processes import Crew, wait_until_visible
 from ..capacity import find_capacity, share_capacity
 from ..examples import decode_result, pixels_of
@@ -144,8 +144,9 @@ def _begin(
 
     def begin() -> dict[str, object]:
         _rename_clips(config.out / "job.json")
-        jobs.claim(config.out, "sweep", _located(config), may_change=("reference",))
-        stack.enter_context(hold(config.out))
+        located = _located(config)
+        claim = jobs.claim(config.out, "sweep", located, may_change=("reference",))
+        stack.enter_context(claim)
         logs.append(RunLog(config.out, ours, find_capacity_for_all))
         ledger.read()
         ledger.gather()
