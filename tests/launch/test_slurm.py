@@ -41,7 +41,8 @@ Losses = Callable[[Path], list[float]]
 
 def ask(*command: str) -> str:
     """What a command of Slurm's prints; nothing of a job that Slurm has forgotten."""
-    for _ in range(10):
+    ends = time.monotonic() + 30
+    while time.monotonic() < ends:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0 or "Invalid job id" in done.stderr:
             break
@@ -116,11 +117,16 @@ class Job:
         return held
 
 
-@pytest.fixture
-def submit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Job]]:
-    """Submit an example from a folder, or take up the job of a number; cancelled at the end."""
+@pytest.fixture(scope="session")
+def slurm() -> None:
+    """Skip where no Slurm answers; it is asked once, since one that is down answers late."""
     if shutil.which("sinfo") is None or not ask("sinfo", "--noheader"):
         pytest.skip("no Slurm runs here (`sinfo` shows none): see one_machine_slurm.sh")
+
+
+@pytest.fixture
+def submit(slurm: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Job]]:
+    """Submit an example from a folder, or take up the job of a number; cancelled at the end."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     submitted = []
