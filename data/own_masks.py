@@ -11,7 +11,6 @@
   value.
 - There is one mask for each frame, or one image for all. Images named as the video's own images
   belong to those; a frame without one takes the nearest mask before it, else the nearest after.
-- A mask video has the video's frame rate, if both are constant.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import contextlib
 import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +36,10 @@ from .videos import (
     list_frames,
     open_image,
     read_header,
-    upright_rgb,
+    upright_frames,
 )
 
 WHITE = 128  # of 255
-SAME_RATE = Fraction(1, 2000)  # relative: 23.976 is 24000/1001, 24 is not
 LOSSY_IMAGES = ("JPEG", "WEBP")
 
 
@@ -54,7 +51,6 @@ class OwnMasks:
     video: Header
     frame_names: Sequence[str] = ()  # of a video that is a folder of images, without suffixes
     part: range | None = None  # frames that masks may be for, if not for all
-    compare_rates: bool = False  # a mask video must have the video's frame rate
     all_but_zero: bool = False  # the masks are annotations
 
     def check(self) -> None:
@@ -84,8 +80,9 @@ class OwnMasks:
                     mask = fit_mask(self._load(image), size, fit)
                     yield from itertools.repeat(mask, len(list(repeated)))
             else:
-                for frame in itertools.islice(decode_frames(self.path), self._skip(first), None):
-                    values = upright_rgb(frame).max(axis=-1)
+                frames = itertools.islice(decode_frames(self.path), self._skip(first), None)
+                for frame, rgb in upright_frames(frames):
+                    values = rgb.max(axis=-1)
                     lossless = not frame.format.name.startswith("yuv")
                     yield fit_mask(_find_white(values, lossless, "it"), size, fit)
         except UnreadableVideo as error:
@@ -130,14 +127,8 @@ class OwnMasks:
 
     def _skip(self, first: int) -> int:
         """How many frames of a mask video, which fits, come before the one for frame `first`."""
-        header = read_header(self.path)
+        header = read_header(self.path, exact=True)
         self._refuse_other_shape(header.width, header.height)
-        rate = self.video.fps
-        if self.compare_rates and abs(header.fps / rate - 1) > SAME_RATE:
-            raise UnreadableVideo(
-                f"they have {float(header.fps):.3f} frames per second, the video "
-                f"{float(rate):.3f}: give them the video's rate, or give a folder of images"
-            )
         return first - self._find_first(header.frames)
 
     def _refuse_other_shape(self, width: int, height: int) -> None:

@@ -10,13 +10,15 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
-from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Int32, UInt8
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import BadInput
 from ..files import aside
@@ -27,6 +29,11 @@ ogm ogv qt rm rmvb ts vob webm wmv y4m
 """
 SUFFIXES = frozenset(f".{name}" for name in CONTAINERS.split())
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+# No playlist leads to another file or host, and % in an image's name counts no sequence.
+AS_NAMED = {"protocol_whitelist": "file", "pattern_type": "none"}
+
+PLAYLISTS = ("concat", "dash", "hls", "imf", "sdp")
 
 LEAD = 10  # seconds: longer than what a key frame leaves damaged behind it
 
@@ -78,11 +85,12 @@ class Header(NamedTuple):
     fps: Fraction
 
 
-def read_header(path: Path, frame_rate: Fraction | float = 24.0) -> Header:
+def read_header(path: Path, frame_rate: Fraction | float = 24.0, *, exact: bool = False) -> Header:
     """A video's length, size and rate; `frame_rate` is that of a folder of images.
 
     A container that does not say its length has its packets counted, which reads the whole file
-    but decodes nothing.
+    but decodes nothing. Some packets show no frame, so that a video may have fewer frames than
+    that; `exact` decodes and counts all that it shows.
 
     Raises:
         UnreadableVideo: it is no video, or its first frame is damaged.
@@ -93,53 +101,95 @@ def read_header(path: Path, frame_rate: Fraction | float = 24.0) -> Header:
             fps = Fraction(frame_rate).limit_denominator(1001)
             return Header(len(images), image.height, image.width, fps)
     with open_video(path) as (container, stream):
-        rate = stream.average_rate or stream.guessed_rate
-        if not rate:
-            raise UnreadableVideo("it has no frame rate")
-        counted, first = 0, None
+        rate = find_rate(stream)
+        packets, shown, first = 0, 0, None
         for packet in container.demux(stream):
-            counted += packet.size > 0
-            for frame in packet.decode() if first is None else ():
-                first = frame
-            if first and stream.frames:
+            packets += packet.size > 0
+            for frame in packet.decode() if exact or first is None else ():
+                first = first or frame
+                shown += 1
+            if first and stream.frames and not exact:
                 break
         if first is None:
             raise UnreadableVideo("it has no frame")
-        height, width = upright_size(first)
-        return Header(stream.frames or counted, height, width, Fraction(rate))
+        height, width = find_orientation(first).size(first)
+        return Header(shown if exact else stream.frames or packets, height, width, rate)
+
+
+def find_rate(stream: av.VideoStream) -> Fraction:
+    """A stream's frames per second.
+
+    Raises:
+        UnreadableVideo: it has none.
+    """
+    mean, least = stream.average_rate, stream.guessed_rate
+    # Of raw DV FFmpeg says a mean of 60,000, and rightly that time stamps come 25 times a second.
+    rate = least if mean and least and mean > 1.5 * least else mean or least
+    if not rate:
+        raise UnreadableVideo("it has no frame rate")
+    return Fraction(rate)
 
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """A file that FFmpeg reads, and its first video stream.
+    """A file that FFmpeg reads, and its first video stream that is more than a cover.
 
     Raises:
         UnreadableVideo: FFmpeg cannot read it, or there is no video in it.
     """
+    if path.exists() and not path.is_file():
+        raise UnreadableVideo("it is no file")
     try:
         # A title in some old encoding is no reason to refuse the pictures.
-        with av.open(str(path), metadata_errors="replace") as container:
-            if not container.streams.video:
+        with av.open(name_file(path), metadata_errors="replace", options=AS_NAMED) as container:
+            if container.format.name.split(",")[0] in PLAYLISTS:
+                raise UnreadableVideo("it is a list of other files")
+            streams = (
+                stream
+                for stream in container.streams.video
+                if not stream.disposition & Disposition.attached_pic
+            )
+            if (stream := next(streams, None)) is None:
                 raise UnreadableVideo("it has no video stream")
-            yield container, container.streams.video[0]
+            yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise UnreadableVideo(f"FFmpeg says: {error.strerror or error}") from error
 
 
+def name_file(path: Path) -> str:
+    """What FFmpeg takes for the file of this name, even where it looks like a URL: "12:30.mkv"."""
+    return f"file:{path}"
+
+
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """An image, turned upright as its EXIF data tell; its mode is the file's.
+    """An image, whole and turned upright as its EXIF data tell; its mode is the file's.
 
     Raises:
         UnreadableVideo: it is no image, or is damaged.
     """
     try:
         with Image.open(path) as image:
+            image.load()
             ImageOps.exif_transpose(image, in_place=True)
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UnreadableVideo(f"{path.name} is no whole image ({reason})") from error
+
+
+def is_turned(path: Path) -> bool:
+    """Whether an image's EXIF data ask that it be turned or mirrored."""
+    with Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
+def image_rgb(image: Image.Image) -> Pixels:
+    """The pixels of an image as RGB, of 16 bits the upper 8; what is transparent is shown."""
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    return np.asarray(image.convert("RGB"))
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -191,7 +241,9 @@ def read_frames(
     if path.is_dir():
         pixels = _read_images(path, first)
     else:
-        pixels = map(upright_rgb, itertools.islice(decode_frames(path), first, None))
+        pixels = (
+            rgb for _, rgb in upright_frames(itertools.islice(decode_frames(path), first, None))
+        )
     for frame in pixels:
         yield frame if size is None else fit_frame(frame, size, fit)
 
@@ -200,7 +252,7 @@ def _read_images(folder: Path, first: int) -> Iterator[Pixels]:
     shape = None
     for path in list_frames(folder)[first:]:
         with open_image(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
+            pixels = image_rgb(image)
         shape = shape or pixels.shape
         if pixels.shape != shape:
             raise UnreadableVideo("its frames change their size")
@@ -216,23 +268,38 @@ def decode_frames(path: Path, since: int | None = None) -> Generator[av.VideoFra
     Raises:
         UnreadableVideo: it is no video, is damaged, or changes its size on the way.
     """
-    size, index = None, 0
+    first, index = None, 0
     with open_video(path) as (container, stream):
         if since is not None:
             enter(container, stream, since)
         for packet in container.demux(stream):
-            for frame in packet.decode():
-                if since is not None and (frame.pts is None or frame.pts < since):
-                    continue
-                size = size or upright_size(frame)
-                if frame.is_corrupt or packet.is_corrupt:
-                    raise UnreadableVideo(f"it is damaged at about frame {index}")
-                if upright_size(frame) != size:
-                    raise UnreadableVideo("its frames change their size")
+            for frame in decode_packet(packet, index, first, since):
+                first = first or frame
                 yield frame
                 index += 1
-    if size is None:
+    if first is None:
         raise UnreadableVideo("it has no frame")
+
+
+def decode_packet(
+    packet: av.Packet, index: int, first: av.VideoFrame | None, since: int | None = None
+) -> Iterator[av.VideoFrame]:
+    """The frames that a packet completes, which are often none; those before `since` are left out.
+
+    `index` is the number of the next frame, and `first` the first one of all.
+
+    Raises:
+        UnreadableVideo: they are damaged, or of another size than the first.
+    """
+    for frame in packet.decode():
+        assert isinstance(frame, av.VideoFrame)
+        if since is not None and (frame.pts is None or frame.pts < since):
+            continue
+        if frame.is_corrupt or packet.is_corrupt:
+            raise UnreadableVideo(f"it is damaged at about frame {index}")
+        if first and (frame.height, frame.width) != (first.height, first.width):
+            raise UnreadableVideo("its frames change their size")
+        yield frame
 
 
 def enter(container: av.container.InputContainer, stream: av.VideoStream, since: int) -> None:
@@ -242,28 +309,79 @@ def enter(container: av.container.InputContainer, stream: av.VideoStream, since:
         container.seek(ahead, stream=stream)
 
 
-def upright_rgb(frame: av.VideoFrame) -> Pixels:
-    """A frame as it is seen: turned as its file asks, RGB."""
+def upright_frames(
+    frames: Iterable[av.VideoFrame],
+) -> Iterator[tuple[av.VideoFrame, Pixels]]:
+    """Each frame of a video with what is seen of it, turned as the first one's file asks."""
+    orientation = None
+    for frame in frames:
+        orientation = orientation or find_orientation(frame)
+        yield frame, upright_rgb(frame, orientation)
+
+
+def upright_rgb(frame: av.VideoFrame, orientation: Orientation) -> Pixels:
+    """A frame as it is seen: turned, RGB."""
     try:
         pixels = frame.to_ndarray(format="rgb24")
     except OSError:
         reason = f"its colours ({frame.format.name}, matrix {frame.colorspace}) cannot be read"
         raise UnreadableVideo(reason) from None
-    return np.ascontiguousarray(np.rot90(pixels, quarter_turns(frame)))
+    return np.ascontiguousarray(orientation.show(pixels))
 
 
-def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
-    """Height and width of a frame once it is turned as the file asks."""
-    lies = quarter_turns(frame) % 2
-    return (frame.width, frame.height) if lies else (frame.height, frame.width)
+class Orientation(NamedTuple):
+    """How stored frames become what is seen: a phone held upright writes frames that lie."""
+
+    lies: bool = False  # rows are shown as columns
+    rows: int = 1  # the step between rows, then: -1 shows the last one first
+    columns: int = 1
+
+    def size(self, frame: av.VideoFrame) -> tuple[int, int]:
+        """Height and width of a stored frame as it is seen."""
+        return (frame.width, frame.height) if self.lies else (frame.height, frame.width)
+
+    def show(self, stored: np.ndarray) -> np.ndarray:
+        """A stored frame or mask as it is seen."""
+        turned = np.swapaxes(stored, 0, 1) if self.lies else stored
+        return turned[:: self.rows, :: self.columns]
+
+    def store(self, shown: np.ndarray) -> np.ndarray:
+        """A frame or mask as it is stored: the inverse of `show`."""
+        turned = shown[:: self.rows, :: self.columns]
+        return np.swapaxes(turned, 0, 1) if self.lies else turned
 
 
-def quarter_turns(frame: av.VideoFrame) -> int:
-    """Counterclockwise; a phone held upright writes frames that lie, and how to turn them."""
-    turns, rest = divmod(frame.rotation, 90)
-    if rest:
+UPRIGHT = Orientation()
+
+
+def find_orientation(frame: av.VideoFrame) -> Orientation:
+    """The orientation that a file's display matrix asks for.
+
+    Raises:
+        UnreadableVideo: it turns by no multiple of a right angle.
+    """
+    matrix = display_matrix(frame)
+    if matrix is None:
+        return UPRIGHT
+    # Of a stored x and y: shown x = a·x + c·y, shown y = b·x + d·y.
+    a, b, _, c, d = (int(value) for value in np.sign(matrix[:5]))
+    if (a or d) and (b or c):
         raise UnreadableVideo(f"its frames are turned by {frame.rotation} degrees")
-    return turns
+    return Orientation(a == 0, (b if a == 0 else d) or 1, (c if a == 0 else a) or 1)
+
+
+def display_matrix(frame: av.VideoFrame) -> Int32[np.ndarray, "9"] | None:
+    """What a file says of how its frames are shown, in FFmpeg's fixed point.
+
+    To be asked of one frame, not of all: PyAV keeps a frame that was asked until Python looks for
+    cycles.
+    """
+    try:
+        side_data: Any = frame.side_data
+        matrix = side_data.get(SideData.DISPLAYMATRIX)
+    except ValueError:  # a photograph's EXIF data, which PyAV does not know
+        return None
+    return None if matrix is None else np.frombuffer(matrix, np.int32)
 
 
 def read_video(

@@ -65,7 +65,7 @@ def survey(
     def look(source: Source) -> SurveyedVideo:
         size = _count_bytes(source)
         try:
-            header = read_header(source.path, frame_rate)
+            header = read_header(source.path, frame_rate, exact=own_masks)
             if header.frames < length:
                 raise UnreadableVideo(f"it has {header.frames} frames, a clip has {length}")
             if own_masks:

@@ -187,9 +187,13 @@ def _search(top: Path, mask_files: Path | None) -> list[Path]:
     """The video files and folders of frames below `top`, sorted.
 
     `top` itself is a folder of frames only where there is nothing else in it: a picture beside
-    videos is no video.
+    videos is no video. A link to what is found anyway, as to a folder around it, is left out.
     """
-    found = []
+    found, visited = [], {top.resolve()}
+
+    def leads_back(path: Path) -> bool:
+        return path.is_symlink() and path.resolve().is_relative_to(top.resolve())
+
     for parent, folders, names in os.walk(top, onerror=_raise, followlinks=True):
         here = Path(parent)
         if FRAMES in folders and ANNOTATIONS in folders:
@@ -199,8 +203,12 @@ def _search(top: Path, mask_files: Path | None) -> list[Path]:
             for name in folders
             if not name.startswith(".")
             and not (mask_files is not None and mask_files.samefile(here / name))
+            and not leads_back(here / name)
+            and (here / name).resolve() not in visited
         ]
+        visited |= {(here / name).resolve() for name in folders}
         files = [here / name for name in names if not name.startswith(".")]
+        files = [path for path in files if not leads_back(path)]
         videos = [path for path in files if path.suffix.lower() in SUFFIXES]
         has_images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in files)
         found += videos or ([here] if has_images else [])

@@ -169,7 +169,7 @@ def read_clips(
         )
         mask_clips: Iterator[tuple[int, Masks]] = iter(())
         if own_masks:
-            masks = source.own_masks(read_header(source.path)).read(size, fit, start)
+            masks = source.own_masks(read_header(source.path, exact=True)).read(size, fit, start)
             opened.enter_context(contextlib.closing(masks))
             mask_clips = clips_of(masks, length, stride, part.clips)
         made = 0
@@ -179,7 +179,8 @@ def read_clips(
                 raise UnreadableVideo(f"its masks end before frame {start + first + length}")
             yield Clip(source, start + first, pixels, mask)
             made += 1
-    if made < (part.clips or 1):
+    # Of a video's last range the length is what its header says, which may be too much.
+    if made < (part.clips or (part.first_clip == 0)):
         raise UnreadableVideo(f"it ends before frame {start + made * stride + length}")
 
 

@@ -8,12 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import numpy as np
 from av.codec.context import Flags
-from av.sidedata.sidedata import Type as SideData
 
 from ...data import videos
 from ...data.videos import Mask, Pixels
@@ -82,7 +81,9 @@ def _naming(out: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _open_file(footage: Footage, path: Path, codec: str) -> Iterator[WriteFrame]:
     # Sound that begins before 0, as AAC does, would delay the frames in Matroska.
-    container = av.open(str(path), "w", container_options={"avoid_negative_ts": "disabled"})
+    container = av.open(
+        videos.name_file(path), "w", container_options={"avoid_negative_ts": "disabled"}
+    )
     try:
         stream = _add_video(container, footage, codec)
         added, _ = _add_tracks(container, footage)
@@ -100,7 +101,7 @@ def _open_file(footage: Footage, path: Path, codec: str) -> Iterator[WriteFrame]
             shown = picture.frame.pts
             assert shown is not None and stream.pix_fmt
             copy_until(shown * footage.time_base)
-            frame = composite(picture.frame, rgb, mask, stream.pix_fmt)
+            frame = composite(picture.frame, rgb, mask, stream.pix_fmt, footage.orientation)
             frame.pts = shown - (footage.times[0] if footage.before else 0)
             container.mux(stream.encode(frame))
 
@@ -141,10 +142,9 @@ def _add_video(
     context.color_primaries, context.color_trc = stored.color_primaries, stored.color_trc
     if footage.pixel_aspect != 1:
         context.sample_aspect_ratio = footage.pixel_aspect
-    side_data: Any = first.side_data
-    turned = side_data.get(SideData.DISPLAYMATRIX)
+    turned = videos.display_matrix(first)
     if turned is not None:
-        stream.set_display_matrix(np.frombuffer(turned, np.int32).tolist())
+        stream.set_display_matrix(turned.tolist())
     return stream
 
 
@@ -212,7 +212,7 @@ def _open_folder(footage: Footage, folder: Path) -> Iterator[WriteFrame]:
     images = videos.list_frames(footage.path)[footage.before :] if footage.path.is_dir() else None
 
     def write(picture: Picture, rgb: Pixels, mask: Mask) -> None:
-        if videos.quarter_turns(picture.frame):  # which a PNG cannot record
+        if footage.orientation != videos.UPRIGHT:  # no PNG records it
             upright = np.where(mask[..., None] == 1, rgb, picture.rgb)
             frame = av.VideoFrame.from_ndarray(upright, format="rgb24")
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import av
@@ -11,7 +11,7 @@ from av.codec import find_best_pix_fmt_of_list
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from jaxtyping import UInt8
 
-from ...data.videos import Mask, Pixels, quarter_turns
+from ...data.videos import UPRIGHT, Mask, Orientation, Pixels
 
 # Chroma is averaged over all the pixels that share it, and no sample is rounded twice.
 CAREFULLY = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
@@ -33,6 +33,21 @@ def choose_format(formats: Iterable[str], source: str, *, even: bool) -> str:
     best, _ = find_best_pix_fmt_of_list(taken, source.replace("yuvj", "yuv"), has_alpha=True)
     assert best is not None, "an encoder without formats"
     return best.name
+
+
+def common_format(formats: Collection[str]) -> str:
+    """The pixel format of RGB that frames in all of these are brought to; "" where all are alike.
+
+    With as many bits as the deepest, 8 or 16, and with transparency if one has it.
+    """
+    if len(formats) < 2:
+        return ""
+    parts = [part for name in formats for part in av.VideoFormat(name).components]
+    alpha = any(part.is_alpha for part in parts) or any(
+        av.VideoFormat(name).has_palette for name in formats
+    )
+    deep = max(part.bits for part in parts) > 8
+    return ("rgba64le" if deep else "rgba") if alpha else ("rgb48le" if deep else "rgb24")
 
 
 def chroma_block(pixel_format: av.VideoFormat) -> tuple[int, int]:
@@ -61,18 +76,23 @@ def convert(frame: av.VideoFrame, pixel_format: str) -> av.VideoFrame:
     return frame.reformat(format=pixel_format, interpolation=CAREFULLY, threads=1, **colours)
 
 
-def composite(frame: av.VideoFrame, rgb: Pixels, mask: Mask, pixel_format: str) -> av.VideoFrame:
+def composite(
+    frame: av.VideoFrame,
+    rgb: Pixels,
+    mask: Mask,
+    pixel_format: str,
+    orientation: Orientation = UPRIGHT,
+) -> av.VideoFrame:
     """A copy of `frame` in `pixel_format`, with the hole from `rgb`.
 
     A luma or RGB sample is taken from `rgb` where `mask` is 1, a chroma sample where `mask` is 1
     in any of the pixels that share it; all others are the frame's. `rgb` has full range and is
-    upright, as is the mask; the frame is as it is stored.
+    upright, as is the mask; the frame is as it is stored, and `orientation` makes it upright.
     """
     kept = convert(frame, pixel_format)
-    turns = quarter_turns(frame)
-    turned = np.rot90(mask, -turns)
+    stored_mask = orientation.store(mask)
     if mask.any():
-        pixels = np.ascontiguousarray(np.rot90(rgb, -turns))
+        pixels = np.ascontiguousarray(orientation.store(rgb))
         filled = av.VideoFrame.from_ndarray(pixels, format="rgb24")
         filled.colorspace = kept.colorspace
         filled = filled.reformat(
@@ -84,7 +104,7 @@ def composite(frame: av.VideoFrame, rgb: Pixels, mask: Mask, pixel_format: str) 
     else:
         filled = av.VideoFrame(kept.width, kept.height, pixel_format)
     for target, source in zip(_planes(filled), _planes(kept), strict=True):
-        visible = _on_grid(turned, filled, target.shape[:2]) == 0
+        visible = _on_grid(stored_mask, filled, target.shape[:2]) == 0
         np.copyto(target, source, where=visible[..., None])
     filled.pts, filled.time_base, filled.duration = frame.pts, frame.time_base, frame.duration
     filled.colorspace, filled.color_range = kept.colorspace, kept.color_range

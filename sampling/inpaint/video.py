@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,8 +24,9 @@ from av.video.reformatter import ColorRange
 
 from ...data import videos
 from ...data.own_masks import OwnMasks
-from ...data.videos import IMAGE_SUFFIXES, Header, Mask, Pixels, UnreadableVideo
+from ...data.videos import UPRIGHT, Header, Mask, Orientation, Pixels, UnreadableVideo
 from ...errors import BadInput
+from .pixel_formats import common_format, convert
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,15 @@ class Footage:
     total: int
     """Frames of the whole video."""
     timed: bool
-    """Whether `times` come from the file: a bare stream of frames has none."""
+    """Whether `times` are what the file's frames say: a bare stream of frames says nothing."""
     pixel_aspect: Fraction = Fraction(1)
     """The width of a pixel divided by its height."""
     before: int = 0
     """Frames that the trim leaves out before the first one."""
+    orientation: Orientation = UPRIGHT
+    """How its stored frames become what is seen."""
+    pixel_format: str = ""
+    """What all frames are brought to where their pixel formats differ; empty where they do not."""
 
     @property
     def frames(self) -> int:
@@ -95,7 +100,7 @@ class Footage:
 
 
 def open_footage(path: Path, trim: str = "", frame_rate: Fraction | float = 24.0) -> Footage:
-    """Describe a video: its packets are counted, and its first frame is decoded.
+    """Describe a video, all of whose frames are decoded for it: no header is trusted with that.
 
     Args:
         path: Any file that FFmpeg reads, or a folder of images, which are ordered by name.
@@ -122,45 +127,76 @@ def saying(path: Path) -> Iterator[None]:
 
 
 def _scan_folder(path: Path, frame_rate: Fraction | float) -> Footage:
-    images = videos.list_frames(path)
     rate = Fraction(frame_rate).limit_denominator(1001)
-    times = array.array("q", range(len(images)))
-    height, width = _decode_size(images[0])
-    return Footage(path, height, width, rate, 1 / rate, times, len(times), timed=False)
+    sizes, formats = [], set()
+    for image in videos.list_frames(path):
+        frame, rgb = _read_image(image)
+        sizes.append(rgb.shape[:2])
+        formats.add(frame.format.name)
+        if sizes[-1] != sizes[0]:
+            raise UnreadableVideo(f"{image.name} has another size than the first image")
+    times, (height, width) = array.array("q", range(len(sizes))), sizes[0]
+    return Footage(
+        path,
+        height,
+        width,
+        rate,
+        1 / rate,
+        times,
+        len(times),
+        timed=False,
+        pixel_format=common_format(formats),
+    )
 
 
 def _scan_file(path: Path) -> Footage:
-    times, packets, discarded, end = array.array("q"), 0, 0, Fraction(0)
+    shown: list[int | None] = []
+    first, formats, end = None, set(), Fraction(0)
     with videos.open_video(path) as (container, stream):
-        rate, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
-        if not rate or not time_base:
-            raise UnreadableVideo("it has no frame rate")
+        rate, time_base = videos.find_rate(stream), stream.time_base or Fraction(1)
         for packet in container.demux():
             if packet.pts is not None:
                 end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-            if packet.stream_index != stream.index or not packet.size:
-                continue
-            if packet.is_corrupt:
-                raise UnreadableVideo(f"it is damaged at about frame {packets}")
-            packets += 1
-            discarded += packet.is_discard
-            if packet.pts is not None and not packet.is_discard:
-                times.append(packet.pts)
+            if packet.stream_index == stream.index:
+                for frame in videos.decode_packet(packet, len(shown), first):
+                    first = first or frame
+                    shown.append(frame.pts)
+                    formats.add(frame.format.name)
         _refuse_cut(container, stream, end)
         aspect = stream.sample_aspect_ratio or Fraction(1)
-    timed = len(times) == packets - discarded
-    if not timed:
-        time_base, times = 1 / Fraction(rate), array.array("q", range(packets - discarded))
-    times = array.array("q", sorted(times))
-    height, width = _decode_size(path)
-    return Footage(path, height, width, Fraction(rate), time_base, times, len(times), timed, aspect)
+    if first is None:
+        raise UnreadableVideo("it has no frame")
+    orientation = videos.find_orientation(first)
+    videos.upright_rgb(first, orientation)  # its colours can be read
+    height, width = orientation.size(first)
+    times, time_base, timed = _find_times(shown, time_base, rate)
+    return Footage(
+        path,
+        height,
+        width,
+        rate,
+        time_base,
+        times,
+        len(times),
+        timed,
+        aspect,
+        orientation=orientation,
+        pixel_format=common_format(formats),
+    )
 
 
-def _decode_size(path: Path) -> tuple[int, int]:
-    """The upright height and width of the first frame, whose colours can be read."""
-    first = next(videos.decode_frames(path))
-    videos.upright_rgb(first)
-    return videos.upright_size(first)
+def _find_times(
+    shown: Sequence[int | None], time_base: Fraction, rate: Fraction
+) -> tuple[array.array, Fraction, bool]:
+    """When frames are shown, in which unit, and whether they say so themselves."""
+    stamps = [stamp for stamp in shown if stamp is not None]
+    rising = all(later > earlier for earlier, later in itertools.pairwise(stamps))
+    if len(stamps) == len(shown) and rising:
+        return array.array("q", stamps), time_base, True
+    if len(stamps) < len(shown) or time_base * rate == 1:  # it counts frames, as an AVI does
+        return array.array("q", range(len(shown))), 1 / rate, False
+    ticks = itertools.accumulate(stamps, lambda earlier, stamp: max(earlier + 1, stamp))
+    return array.array("q", ticks), time_base, False
 
 
 def _refuse_cut(
@@ -210,14 +246,25 @@ def read_pictures(footage: Footage, start: int = 0) -> Iterator[Picture]:
         BadInput: The video is damaged, or its size changes.
     """
     with saying(footage.path):
-        for index, frame in enumerate(_read_frames(footage)):
+        for index, (frame, rgb) in enumerate(_read_frames(footage)):
             if frame.format.name.startswith("yuvj"):
                 frame.color_range = ColorRange.JPEG
             if index >= start:
-                yield Picture(index, frame, videos.upright_rgb(frame))
+                seen = videos.upright_rgb(frame, footage.orientation) if rgb is None else rgb
+                if footage.pixel_format:
+                    frame = _bring(frame, footage)
+                yield Picture(index, frame, seen)
 
 
-def _read_frames(footage: Footage) -> Iterator[av.VideoFrame]:
+def _bring(frame: av.VideoFrame, footage: Footage) -> av.VideoFrame:
+    converted = convert(frame, footage.pixel_format)
+    converted.pts, converted.time_base = frame.pts, frame.time_base
+    converted.duration = frame.duration
+    return converted
+
+
+def _read_frames(footage: Footage) -> Iterator[tuple[av.VideoFrame, Pixels | None]]:
+    """The frames, with RGB pixels where those are not read off the frame."""
     if footage.timed:
         since = footage.times[0] if footage.before else None
         for index, frame in enumerate(videos.decode_frames(footage.path, since)):
@@ -225,26 +272,30 @@ def _read_frames(footage: Footage) -> Iterator[av.VideoFrame]:
                 raise UnreadableVideo("it cannot be entered at the trim's start: cut it before")
             if footage.trimmed and (frame.pts is None or frame.pts > footage.times[-1]):
                 return
-            yield frame
+            yield frame, None
         return
-    frames = _read_images(footage) if footage.path.is_dir() else videos.decode_frames(footage.path)
-    for time, frame in enumerate(frames):
-        if time > footage.times[-1]:
-            return
-        if time >= footage.times[0]:
-            frame.pts, frame.time_base, frame.duration = time, footage.time_base, 1
-            yield frame
+    frames: Iterator[tuple[av.VideoFrame, Pixels | None]]
+    if footage.path.is_dir():
+        frames = map(_read_image, videos.list_frames(footage.path)[footage.before :])
+    else:
+        decoded = videos.decode_frames(footage.path)
+        frames = ((frame, None) for frame in itertools.islice(decoded, footage.before, None))
+    for time, (frame, rgb) in zip(footage.times, frames, strict=False):
+        frame.pts, frame.time_base = time, footage.time_base
+        frame.duration = round(1 / footage.rate / footage.time_base)
+        yield frame, rgb
 
 
-def _read_images(footage: Footage) -> Iterator[av.VideoFrame]:
-    for path in videos.list_frames(footage.path):
-        try:
-            frame = next(videos.decode_frames(path))
-        except UnreadableVideo as error:
-            raise UnreadableVideo(f"{path.name}: {error}") from error
-        if videos.upright_size(frame) != (footage.height, footage.width):
-            raise UnreadableVideo(f"{path.name} has another size than the first image")
-        yield frame
+def _read_image(path: Path) -> tuple[av.VideoFrame, Pixels]:
+    """An image as it is stored, and as it is seen; the same where EXIF data turn it."""
+    with videos.open_image(path) as image:
+        rgb = videos.image_rgb(image)
+    if videos.is_turned(path):
+        return av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24"), rgb
+    try:
+        return next(videos.decode_frames(path)), rgb
+    except UnreadableVideo as error:
+        raise UnreadableVideo(f"{path.name}: {error}") from error
 
 
 def read_masked(
@@ -309,20 +360,12 @@ def _read_given(mask: str, footage: Footage) -> Generator[Mask, None, None]:
         Header(footage.total, footage.height, footage.width, footage.rate),
         [image.stem for image in videos.list_frames(footage.path)] if is_folder else (),
         part=range(footage.before, footage.before + footage.frames),
-        compare_rates=_have_constant_rates(path, footage),
     )
     try:
         read = masks.read(fit="resize", first=footage.before)
         yield from itertools.islice(read, footage.frames)
     except UnreadableVideo as error:
         raise BadInput(f"{footage.path}: {error}") from error
-
-
-def _have_constant_rates(mask: Path, footage: Footage) -> bool:
-    """Whether the masks and the video are both files of a constant rate; a cut one is refused."""
-    if mask.is_dir() or mask.suffix.lower() in IMAGE_SUFFIXES:
-        return False
-    return all(file.timed and not file.variable for file in (open_footage(mask), footage))
 
 
 def _fill_box(box: str, footage: Footage) -> Mask:

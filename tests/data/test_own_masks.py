@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -174,11 +173,3 @@ def test_a_later_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
     masks.check()
     with pytest.raises(UnreadableVideo, match="16x16 pixels"):
         read(masks)
-
-
-def test_rates_are_compared_where_that_is_asked_for(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "m.mkv", [mask * 255 for mask in draw()], rate=24)
-    masks = OwnMasks(path, VIDEO)
-    masks.check()
-    with pytest.raises(UnreadableVideo, match=r"24\.000 frames per second, the video 25\.000"):
-        dataclasses.replace(masks, compare_rates=True).check()
