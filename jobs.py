@@ -5,22 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import itertools
 import json
 import os
 import re
+import shutil
 import sys
+import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from . import __version__
 from .errors import BadInput, BadInputEverywhere, say_error
-from .files import LOCK, PARTIAL, hold, write_atomically
+from .files import LOCK, PARTIAL, Fingerprint, hold, is_same, write_atomically, write_new
 
 Config = TypeVar("Config")
+
+MARK = "job.json"
+OLDEST = "0.1"  # the version that did not record itself
+NAMED = 5  # of what differs, at most
 
 
 class JobRecord(BaseModel):
@@ -28,7 +35,7 @@ class JobRecord(BaseModel):
 
     verb: str
     config: dict[str, Any]
-    version: str = "0.1"  # of vidfill, when the folder was last written to; 0.1 did not say
+    version: str = OLDEST  # of vidfill, when the folder was last written to
     stands_on: dict[str, Any] | None = None  # 0.1 did not say
 
 
@@ -159,53 +166,101 @@ def claim(
     verb: str,
     config: Any,
     *,
-    stands_on: Mapping[str, Any] | None = None,
+    stands_on: Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     may_change: Collection[str] = (),
     patience: float = 0.0,
-) -> Iterator[None]:
+    temporary: bool = False,
+    renew: Callable[[JobRecord], JobRecord] = lambda before: before,
+) -> Iterator[Callable[[], None]]:
     """Take `out` for this job, and be the only one at work there for as long as this lasts.
 
     The folder is new, empty, or begun by the same command before. `out/job.json` records the
     configuration and what else determines the job's result: `stands_on` gives, by the name that a
     message would use, anything that JSON holds and that changes when the thing does, such as a
-    hash of its content. The dotted fields and groups of fields in `may_change` may change when a
-    job continues; so may `out` itself, if its folder was moved.
+    hash of its content or a `Fingerprint`; or a function gives it, of what was recorded before, and
+    is called once the folder is held. The dotted fields and groups of fields in `may_change` may
+    change when a job continues; so may `out` itself, if its folder was moved.
 
-    `patience` is as for `hold`.
+    `patience` is as for `hold`. A folder that is `temporary` is gone once the job has ended well.
+    `renew` puts the record of version 0.1 into the words of today.
+
+    Gives a function that raises BadInput if the folder is no longer this job's; at the end it is
+    called once more.
 
     Raises:
         BadInput: another job is at work there, or `out` holds anything else; nothing in it is
             touched.
     """
-    out = out.resolve()
+    named, out = out, out.resolve()
     # A path reads the same from wherever it was given.
-    record = {"config": dataclasses.asdict(config), "stands_on": stands_on or {}}
-    plain = json.loads(json.dumps(record, default=lambda path: str(path.resolve())))
-    job = JobRecord(verb=verb, version=__version__, **plain)
-    may_change = {"out", *may_change}
-    defaults = _flatten(_defaults(type(config)))
-    _check_place(out, job, defaults, may_change)  # before a lock is put there
+    job = JobRecord(verb=verb, version=__version__, config=_plain(dataclasses.asdict(config)))
+    check = functools.partial(
+        _check_place, out, job, _flatten(_defaults(type(config))), {"out", *may_change}, renew
+    )
+    check()  # before a lock is put there
     with hold(out, patience):
-        before = _check_place(out, job, defaults, may_change)
-        gone = _flatten(before.config).keys() - _flatten(job.config).keys() if before else ()
-        if gone:
-            print(
-                f"vidfill {verb}: options that are no more: {', '.join(sorted(gone))}",
-                file=sys.stderr,
-            )
+        before = check()
+        known = (before.stands_on if before else None) or {}
+        job.stands_on = _plain(dict((stands_on(known) if callable(stands_on) else stands_on) or {}))
+        if before:
+            _refuse_another_base(out, before, job)
         if before != job:
-            write_atomically(out / "job.json", json.dumps(job.model_dump(), indent=2).encode())
-        yield
+            _write_record(out, job, before)
+
+        def confirm() -> None:
+            if read_job(out) != job:
+                raise BadInput(
+                    f"{out} was removed or taken by another job while this one ran: "
+                    "give the same command again"
+                )
+
+        yield confirm
+        confirm()
+        if temporary:
+            _remove_work(out)
+            if named.is_symlink():
+                named.unlink()
+
+
+def _remove_work(folder: Path) -> None:
+    """Remove a folder at once, so that no part of it is taken for work to go on with."""
+    gone = folder.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _write_record(out: Path, job: JobRecord, before: JobRecord | None) -> None:
+    content = json.dumps(job.model_dump(), indent=2).encode()
+    if before:
+        if gone := sorted(_flatten(before.config).keys() - _flatten(job.config).keys()):
+            print(
+                f"vidfill {job.verb}: options that are no more: {', '.join(gone)}", file=sys.stderr
+            )
+        write_atomically(out / MARK, content)
+    elif not write_new(out / MARK, content):
+        raise BadInput(f"another job has just begun in {out}: let it end first")
+
+
+def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON returns it."""
+    return json.loads(json.dumps(tree, default=lambda path: str(path.resolve())))
 
 
 def _check_place(
-    out: Path, job: JobRecord, defaults: Mapping[str, Any], may_change: Collection[str]
+    out: Path,
+    job: JobRecord,
+    defaults: Mapping[str, Any],
+    may_change: Collection[str],
+    renew: Callable[[JobRecord], JobRecord],
 ) -> JobRecord | None:
     """Refuse a place where `job` can neither begin nor continue; return the record there."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; name a folder")
     before = read_job(out)
     if before:
+        if before.verb == job.verb and before.version == OLDEST:
+            with _reading(out / MARK):
+                before = renew(before)
         _refuse_another_job(out, before, job, defaults, may_change)
     elif out.is_dir() and any(
         path.name != LOCK and not path.name.startswith(PARTIAL) for path in out.iterdir()
@@ -220,10 +275,16 @@ def read_job(folder: Path) -> JobRecord | None:
     Raises:
         BadInput: Its record is malformed.
     """
-    mark = folder / "job.json"
-    try:
+    mark = folder / MARK
+    with _reading(mark):
         return JobRecord.model_validate_json(mark.read_bytes()) if mark.is_file() else None
-    except ValidationError:
+
+
+@contextlib.contextmanager
+def _reading(mark: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError):  # pydantic's error is a ValueError
         raise BadInput(
             f"{mark} was not written by vidfill: choose another folder or remove it"
         ) from None
@@ -253,15 +314,28 @@ def _refuse_another_job(
             f"{out} was begun with another configuration ({', '.join(changed)}): "
             "choose another folder, or give the same options to continue"
         )
-    if before.stands_on is None:
-        return
-    was, wanted = _flatten(before.stands_on), _flatten(now.stands_on or {})
-    other = sorted(key for key in was.keys() | wanted.keys() if was.get(key) != wanted.get(key))
+
+
+def _refuse_another_base(out: Path, before: JobRecord, now: JobRecord) -> None:
+    """Refuse to continue on something else; an older version may have recorded less of it."""
+    was, wanted = _flatten(before.stands_on or {}), _flatten(now.stands_on or {})
+    compared = set(was)
+    if before.stands_on and before.version == now.version:
+        compared |= set(wanted)
+    other = sorted(key for key in compared if not _agree(was.get(key), wanted.get(key)))
     if other:
+        named = f"{', '.join(other[:NAMED])}{' …' * (len(other) > NAMED)}"
         raise BadInput(
-            f"{out} was begun with something else that has the same name ({', '.join(other)}): "
+            f"{out} was begun with something else that has the same name ({named}): "
             "choose another folder, or put back what was there to continue"
         )
+
+
+def _agree(was: Any, now: Any) -> bool:
+    match was, now:
+        case [int(), str(), str()], [int(), str(), str()]:
+            return is_same(Fingerprint(*was), Fingerprint(*now))
+    return was == now
 
 
 def _defaults(config_class: type) -> dict[str, Any]:
@@ -275,7 +349,7 @@ def _defaults(config_class: type) -> dict[str, Any]:
             )
         elif field.default is not dataclasses.MISSING:
             found[field.name] = field.default
-    return json.loads(json.dumps(found, default=lambda path: str(path.resolve())))
+    return _plain(found)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

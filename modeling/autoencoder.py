@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 
@@ -47,8 +47,13 @@ class AutoencoderRecord(TypedDict):
     kind: str
     sha256: str
     scaling_factor: float
+    shift_factor: NotRequired[float]  # version 0.1 did not record it
     downsampling: int
     channels: int
+
+
+# What two records must share for latents to be of one space; the weights last, which say least.
+SHARED = ("kind", "channels", "downsampling", "scaling_factor", "shift_factor", "sha256")
 
 
 class DiffusersConfig(BaseModel):
@@ -73,7 +78,7 @@ class Autoencoder:
         self.sha256 = hash_weights(network)
         self.scaling_factor = float(network.config.scaling_factor)
         # None for Stable Diffusion 1; subtracted before scaling, as diffusers' pipelines do.
-        self._shift = float(network.config.get("shift_factor") or 0.0)
+        self.shift_factor = float(network.config.get("shift_factor") or 0.0)
         self.channels = int(network.config.latent_channels)
         self.downsampling = 2 ** (len(network.config.block_out_channels) - 1)
 
@@ -94,7 +99,7 @@ class Autoencoder:
             return encoded.latents if self.kind == "AutoencoderTiny" else encoded.latent_dist.mode()
 
         latents = self._encode(encode_frames, pixels, per_call)
-        return (latents - self._shift) * self.scaling_factor
+        return (latents - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def encode_moments(
@@ -118,7 +123,7 @@ class Autoencoder:
         if self.kind != "AutoencoderKL":
             raise BadInput(f"{self.name} is an {self.kind}, which has no posterior to draw from")
         mean, log_variance = self._encode(encode_posterior, pixels, per_call).chunk(2, dim=2)
-        mean = (mean - self._shift) * self.scaling_factor
+        mean = (mean - self.shift_factor) * self.scaling_factor
         return mean, log_variance + 2 * math.log(self.scaling_factor)
 
     @torch.no_grad()
@@ -126,7 +131,7 @@ class Autoencoder:
         self, latents: Float[Tensor, "batch frames channels h w"]
     ) -> Float[Tensor, "batch frames 3 height width"]:
         """Scaled latents to pixels clamped to [-1, 1], on the autoencoder's device."""
-        raw = latents / self.scaling_factor + self._shift
+        raw = latents / self.scaling_factor + self.shift_factor
         per_call = PIXELS_PER_CALL // self.downsampling**2 // math.prod(raw.shape[-2:])
         decoded = self._framewise(lambda frames: self.network.decode(frames).sample, raw, per_call)
         return decoded.clamp(-1.0, 1.0)
@@ -134,6 +139,10 @@ class Autoencoder:
     def identity(self) -> dict[str, Any]:
         """Its `AutoencoderRecord`."""
         return {name: getattr(self, name) for name in AutoencoderRecord.__annotations__}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What determines its function: weights and configuration."""
+        return fingerprint(self.network)
 
     def _encode(
         self, function: Callable[[Tensor], Tensor], pixels: Tensor, per_call: int | None
@@ -238,12 +247,33 @@ def load_trained_autoencoder(
         autoencoder = load_autoencoder(name, device, precision)
     except BadInput as error:
         raise BadInput(f"{error}; --autoencoder says where it is") from error
-    if autoencoder.sha256 != trained["sha256"]:
-        raise BadInput(
-            f"autoencoder is {name} (sha256 {autoencoder.sha256[:12]}); the model was trained on "
-            f"{identify(trained)}: give that one with --autoencoder"
-        )
+    refuse_another(
+        *(autoencoder.identity(), trained),
+        *("autoencoder is", "the model was trained on", "give that one with --autoencoder"),
+    )
     return autoencoder
+
+
+def refuse_another(
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    has: str,
+    wants: str,
+    remedy: str,
+    shared: Sequence[str] = SHARED,
+) -> None:
+    """Raise BadInput where two records of autoencoders are not of one latent space.
+
+    `has` and `wants` begin the sentences about the two: "the shards in … were encoded with". What
+    an older record does not say is not compared.
+    """
+    for part in shared:
+        ours, theirs = found.get(part), wanted.get(part)
+        if None not in (ours, theirs) and ours != theirs:
+            raise BadInput(
+                f"{has} {identify(found)}, whose {part} is {ours}; {wants} {identify(wanted)}, "
+                f"whose {part} is {theirs}: {remedy}"
+            )
 
 
 def identify(autoencoder: Mapping[str, Any]) -> str:
@@ -264,6 +294,17 @@ def to_frames(
     """Pixels to 8-bit frames, rounded; values outside [-1, 1] are clamped."""
     levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return rearrange(levels, "... c h w -> ... h w c").cpu().numpy()
+
+
+def fingerprint(network: Any) -> dict[str, Any]:
+    """What determines the function of a diffusers network: the weights and the configuration."""
+    defaults = network.config.get("_use_default_values") or ()
+    config = {
+        name: value
+        for name, value in network.config.items()
+        if not name.startswith("_") and name not in defaults
+    }
+    return {"weights": hash_weights(network), "config": config}
 
 
 def hash_weights(network: nn.Module) -> str:

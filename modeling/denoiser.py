@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import BadInput, describe
 from ..options import FiniteFloat, PositiveFloat, PositiveInt
 from ..progress import say_once
-from .autoencoder import SHIPPED, SHIPPED_WEIGHTS, AutoencoderRecord
+from .autoencoder import SHIPPED, SHIPPED_WEIGHTS, AutoencoderRecord, fingerprint
 from .diffusion import (
     AlphaBar,
     LatentMask,
@@ -198,6 +198,12 @@ class Denoiser:
             "diffusion": dataclasses.asdict(self.config),
             "latents": dataclasses.asdict(self.space),
         }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What determines its function: weights and all records, but not where things are."""
+        space = dataclasses.asdict(self.space)
+        del space["autoencoder"]["name"]
+        return {**fingerprint(self.network), **self.describe(), "latents": space}
 
     def save(self, folder: Path) -> None:
         """Write `unet/` (a diffusers model folder) and `denoiser.json`."""

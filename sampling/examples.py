@@ -9,9 +9,10 @@ import torch
 
 from ..data.masks import latent_mask
 from ..data.shards.format import Example
+from ..data.shards.reading import ShardedDataset
 from ..data.videos import Frames
 from ..errors import BadInput
-from ..modeling.autoencoder import Autoencoder, to_frames
+from ..modeling.autoencoder import Autoencoder, refuse_another, to_frames
 from ..modeling.denoiser import Denoiser
 from ..modeling.diffusion import LatentMask, Latents
 from .metrics.pixels import composite
@@ -51,6 +52,27 @@ def inpaint(
     for result in sample(denoiser, requests, capacity=capacity, seed=seed):
         example = by_key[result.request.key]
         yield example, decode_result(autoencoder, example, result.latents)
+
+
+def check_shards(dataset: ShardedDataset, shards: str, denoiser: Denoiser, model: str) -> None:
+    """Refuse a split whose latents are not of the space in which a network works.
+
+    `shards` and `model` name them in the message.
+
+    Raises:
+        BadInput: They are of another autoencoder, or of clips of another shape.
+    """
+    manifest = dataset.manifest
+    refuse_another(
+        *(manifest.autoencoder, denoiser.autoencoder, f"{shards} holds latents of"),
+        *(f"{model} was trained on those of", "encode with the model's"),
+    )
+    shape, trained = list(manifest.latent_shape), list(denoiser.space.shape)
+    if shape != trained:
+        raise BadInput(
+            f"{shards} holds latents of the shape {shape} (frames, channels, height, width), "
+            f"{model} was trained on {trained}: encode with the training clips' length and size"
+        )
 
 
 def condition_of(denoiser: Denoiser, example: Example) -> Condition:

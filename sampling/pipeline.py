@@ -32,7 +32,13 @@ from torch import Tensor
 
 from ..data.videos import Frames, FrameSize, Masks
 from ..errors import BadInput
-from ..modeling.autoencoder import SHIPPED, Autoencoder, load_autoencoder
+from ..modeling.autoencoder import (
+    SHARED,
+    SHIPPED,
+    Autoencoder,
+    load_autoencoder,
+    refuse_another,
+)
 from ..modeling.denoiser import INDEX, Denoiser, model_folder, parse_record
 from ..modeling.precision import Precision
 from ..modeling.unet import VideoUNet
@@ -97,13 +103,13 @@ class VideoInpaintPipeline(DiffusionPipeline):
         if vae is None:
             self.vae = load_autoencoder(trained["name"]).network
         compile_schedule(parse(schedule), self.denoiser.timesteps)
-        ours = self.autoencoder.identity()
-        for name in ("kind", "channels", "downsampling", "scaling_factor"):
-            if ours[name] != trained[name]:
-                raise BadInput(
-                    f"vae has {name} {ours[name]}; the network was trained on latents of one with "
-                    f"{trained[name]}: give that one"
-                )
+        # Weights of half a precision have another hash.
+        is_whole = self.autoencoder.precision == "float32"
+        refuse_another(
+            *(self.autoencoder.identity(), trained, "vae is"),
+            *("the network was trained on latents of", "give that one"),
+            SHARED if is_whole else [part for part in SHARED if part != "sha256"],
+        )
 
     @classmethod
     def of(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,7 +15,20 @@ import pytest
 import vidfill
 from vidfill import jobs
 from vidfill.errors import BadInput, BadInputEverywhere
-from vidfill.files import LOCK, hash_file, hold, locate, write_atomically
+from vidfill.files import (
+    LOCK,
+    PIECE,
+    PIECES,
+    Fingerprint,
+    aside,
+    fingerprint,
+    hash_file,
+    hold,
+    is_same,
+    locate,
+    write_atomically,
+    write_new,
+)
 
 
 @dataclass(frozen=True)
@@ -162,7 +177,6 @@ def test_a_job_file_that_is_not_ours_is_left_alone(tmp_path: Path, content: byte
 def test_a_folder_with_only_a_killed_jobs_partial_file_is_empty(tmp_path: Path) -> None:
     (tmp_path / ".partial-job.json").touch()
     begin(tmp_path, Config())
-    assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
     (tmp_path / "job.json").rename(tmp_path / "mine.json")
     with pytest.raises(BadInput, match="not empty"):
         begin(tmp_path, Config())
@@ -239,3 +253,113 @@ class Switches:
 def test_a_switch_needs_no_value(words: list[str], plan: bool, deep: bool) -> None:
     config = jobs.parse(Switches, words, verb="test")
     assert config == Switches(Path("a"), plan, Inner(deep))
+
+
+def test_a_file_is_known_again_by_size_and_time_or_else_by_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(bytes(3 * PIECES * PIECE))
+    for whole in (True, False):
+        was = fingerprint({"a": file}, whole=whole)
+        with monkeypatch.context() as patch:
+            patch.setattr("vidfill.files.hash_file", None)
+            patch.setattr("vidfill.files._hash_pieces", None)
+            assert fingerprint({"a": file}, known=list(was), whole=whole) == was  # nothing is read
+        os.utime(file, (0, 0))
+        copied = fingerprint({"a": file}, known=was, whole=whole)
+        assert is_same(was, copied)
+        assert copied != was
+        for place in (0, 3 * PIECES * PIECE - 1):
+            content = bytearray(file.read_bytes())
+            content[place] ^= 1
+            file.write_bytes(content)
+            assert not is_same(was, fingerprint({"a": file}, known=was, whole=whole))
+        assert not is_same(was, fingerprint({"b": file}, whole=whole))
+    assert is_same(Fingerprint(9, "", ""), Fingerprint(9, "t", "c"))  # all that 0.1 knew
+    assert not is_same(Fingerprint(9, "s", ""), Fingerprint(9, "t", "c"))
+
+
+def test_of_several_writers_of_a_new_file_one_writes_it(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(lambda n: write_new(tmp_path / "a", b"%d" % n), range(8)))
+    assert written.count(True) == 1
+    assert (tmp_path / "a").read_bytes() == b"%d" % written.index(True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_what_came_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool, kind: str
+) -> None:
+    def link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr("os.link", link)
+    out = tmp_path / "out"
+    refused = pytest.raises(BadInput, match="out exists: choose another name or remove it")
+    with refused, aside(out, new=True) as partial:
+        with pytest.raises(BadInput, match="another job writes into"), aside(out, new=True):
+            pass
+        if kind == "folder":
+            partial.mkdir()
+            (partial / "ours").touch()
+            (out / "theirs").mkdir(parents=True)
+        else:
+            partial.write_bytes(b"ours")
+            out.write_bytes(b"theirs") if kind == "file" else out.symlink_to("nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out.is_dir(), out.is_file()) == (kind == "folder", kind == "file")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_job_whose_folder_is_lost_says_so(tmp_path: Path, replaced: bool) -> None:
+    refused = pytest.raises(BadInput, match="removed or taken by another job while this one ran")
+    with refused, jobs.claim(tmp_path / "out", "test", Config()):
+        shutil.rmtree(tmp_path / "out")
+        if replaced:
+            begin(tmp_path / "out", Config(steps=2))
+    assert (tmp_path / "out").exists() == replaced
+
+
+def test_a_temporary_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for _ in range(2):
+        (tmp_path / "work").symlink_to("elsewhere")
+        begin(tmp_path / "work", Config(), temporary=True)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_finds_another_one_begun_without_a_lock_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(BadInput, match="another job has just begun in"):
+        begin(tmp_path, Config(steps=2), stands_on=lambda _: begin(tmp_path, Config()) or {})
+    with pytest.raises(BadInput, match="steps was 1, now 2"):
+        begin(tmp_path, Config(steps=2))
+
+
+def test_a_record_of_0_1_is_renewed_and_what_it_did_not_know_is_not_compared(
+    tmp_path: Path,
+) -> None:
+    config = {"source": str(Path("source").resolve()), "stairs": 1}
+    (tmp_path / "job.json").write_text(json.dumps({"verb": "test", "config": config}))
+
+    def renew(before: jobs.JobRecord) -> jobs.JobRecord:
+        steps = {"steps": before.config.pop("stairs")}
+        changes = {"config": before.config | steps, "stands_on": {"model.weights": "a"}}
+        return before.model_copy(update=changes)
+
+    other = {"model": {"weights": "b", "heads": 2}}
+    with pytest.raises(BadInput, match=r"\(model.weights\)"):
+        begin(tmp_path, Config(), stands_on=other, renew=renew)
+    same = {"model": {"weights": "a", "heads": 2}}
+    begin(tmp_path, Config(), stands_on=same, renew=renew)
+    with pytest.raises(BadInput, match=r"\(model.heads\)"):
+        begin(tmp_path, Config(), stands_on={"model": {"weights": "a", "heads": 3}}, renew=renew)

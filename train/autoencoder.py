@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import jobs, options
 from ..data.encode.sources import find_sources
+from ..data.fingerprints import fingerprint_videos
 from ..data.masks import draw_mask, fill_hole
 from ..data.videos import FrameSize, UnreadableVideo, read_video
 from ..errors import BadInput
@@ -112,7 +113,12 @@ def train_autoencoder(config: AutoencoderTraining) -> dict[int, float]:
     options.check(config)
     device = choose_device(config.device)
     jobs.refuse_launcher(VERB)
-    with jobs.claim(config.out, VERB, config):
+    paths = [source.path for source in find_sources(config.videos)]
+
+    def identify(before: Mapping[str, Any]) -> dict[str, Any]:
+        return {"videos": fingerprint_videos(*paths, known=before.get("videos", ()), whole=False)}
+
+    with jobs.claim(config.out, VERB, config, stands_on=identify):
         return _train_claimed(config, device)
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from .. import jobs
 from ..errors import BadInput
-from ..files import aside
-from ..modeling.autoencoder import load_trained_autoencoder
+from ..files import aside, refuse_existing
+from ..modeling.autoencoder import load_trained_autoencoder, refuse_another
 from ..modeling.denoiser import Denoiser
 from ..modeling.run_folder import newest_first, newest_whole, verify
 from ..sampling.inpaint.windows import SCHEDULE
@@ -65,8 +65,7 @@ def export(config: ExportConfig) -> None:
         BadInput: The run has no such checkpoint or average, its autoencoder cannot be found, or
             `out` exists.
     """
-    if config.out.exists():
-        raise BadInput(f"{config.out} exists: choose another folder or remove it")
+    refuse_existing(config.out)
     job = jobs.read_job(config.run)
     if not job or job.verb != "train":
         raise BadInput(f"run is {config.run}: name a folder that `vidfill train` wrote")
@@ -88,7 +87,7 @@ def export(config: ExportConfig) -> None:
         schedule=config.schedule,
         weights=config.precision,
     )
-    with aside(config.out) as partial:
+    with aside(config.out, new=True) as partial:
         pipeline.save_pretrained(partial)
         (partial / CARD).write_text(card)
 
@@ -105,10 +104,12 @@ def _open(
             f"the run has just removed {checkpoint}: give the same command again"
         ) from None
     autoencoder = load_trained_autoencoder(denoiser.autoencoder, config.autoencoder)
-    if sweep and sweep.about.autoencoder["sha256"] != autoencoder.sha256:
-        raise BadInput(
-            f"sweep is {config.sweep}, of a model with another autoencoder: give one of this model"
+    if sweep:
+        refuse_another(
+            *(sweep.about.autoencoder, autoencoder.identity(), f"sweep is {config.sweep}, of"),
+            *("the model was trained on", "give one of this model"),
         )
+        _refuse_other_weights(sweep.folder, denoiser)
     if config.precision == "float16":
         denoiser.network.half()
     # A path would mean nothing elsewhere, and reveal something of this machine.
@@ -116,6 +117,17 @@ def _open(
     space = dataclasses.replace(denoiser.space, autoencoder=identity)
     exported = Denoiser(denoiser.network, denoiser.config, space)
     return VideoInpaintPipeline.of(exported, autoencoder, config.schedule)
+
+
+def _refuse_other_weights(sweep: Path, denoiser: Denoiser) -> None:
+    """Refuse a sweep that its record knows to be of another average or another checkpoint."""
+    job = jobs.read_job(sweep)
+    swept = job.stands_on.get("model") if job and job.stands_on else None
+    if isinstance(swept, dict) and swept.get("weights") != denoiser.fingerprint()["weights"]:
+        raise BadInput(
+            f"sweep is {sweep}, of other weights than these: sweep this checkpoint's, or leave "
+            "--sweep out"
+        )
 
 
 def _find(folder: Path, name: str) -> tuple[Path, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from pathlib import Path
 
 from ...errors import BadInput
 from ...files import write_atomically
@@ -42,6 +43,14 @@ def bound_example(
     return sum(members) + len(members) * 2 * tarfile.BLOCKSIZE  # a header each, and padding
 
 
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a split, where it is there and whole."""
+    try:
+        return Manifest.from_json((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def write_manifest(
     config: EncodeConfig, split: str, shards: int, size: FrameSize, autoencoder: Autoencoder
 ) -> dict[str, str]:
@@ -67,10 +76,12 @@ def write_manifest(
         label, reason = next(iter(skipped.items()))
         raise BadInput(f"no video of the split {split} gave a clip: {label}: {reason}")
     mean, std = latent_moments(indexes)
+    recorded = read_manifest(folder)
     lanes, block = choose_lanes(table.examples)
     manifest = Manifest(
         split=split,
-        autoencoder=autoencoder.identity(),
+        # In the words of the first time: they are compared, and a manifest is known by its hash.
+        autoencoder=recorded.autoencoder if recorded else autoencoder.identity(),
         posterior=config.posterior,
         pixels=config.keeps_pixels(split),
         clip={"frames": config.frames, "height": size.height, "width": size.width},

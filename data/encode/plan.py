@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ...files import in_threads
+from ...files import Fingerprint, in_threads, is_same
 from ...progress import show_progress
-from ..videos import Header, UnreadableVideo, cut_clips, list_images, read_header
+from ..fingerprints import fingerprint_videos
+from ..videos import Header, UnreadableVideo, cut_clips, read_header
 from .sources import Source
 
 PLAN = "plan.json"
@@ -25,7 +26,7 @@ class SurveyedVideo(NamedTuple):
     """What was seen of a video before anything is encoded."""
 
     source: Source
-    bytes: int  # of its file or images, and of its masks
+    seen: Fingerprint  # of its file or images, and of its masks
     header: Header | None  # None where it is unusable
     reason: str = ""  # why it is unusable
 
@@ -63,7 +64,7 @@ def survey(
     """
 
     def look(source: Source) -> SurveyedVideo:
-        size = _count_bytes(source)
+        seen = _fingerprint(source)
         try:
             header = read_header(source.path, frame_rate, exact=own_masks)
             if header.frames < length:
@@ -71,8 +72,8 @@ def survey(
             if own_masks:
                 source.own_masks(header).check()
         except UnreadableVideo as error:
-            return SurveyedVideo(source, size, None, str(error))
-        return SurveyedVideo(source, size, header)
+            return SurveyedVideo(source, seen, None, str(error))
+        return SurveyedVideo(source, seen, header)
 
     surveyed = []
     with show_progress("look at", len(sources), "videos") as progress:
@@ -82,11 +83,10 @@ def survey(
     return surveyed
 
 
-def _count_bytes(source: Source) -> int:
-    """Bytes of a video's file or images, and of its masks'."""
+def _fingerprint(source: Source, known: Sequence[Any] = ()) -> Fingerprint:
+    """Of a video and its masks; of a large file some pieces are read, as there may be millions."""
     paths = [path for path in (source.path, source.masks) if path]
-    files = [file for path in paths for file in (list_images(path) if path.is_dir() else [path])]
-    return sum(file.stat().st_size for file in files if file.exists())
+    return fingerprint_videos(*paths, known=known, whole=False)
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class ShardPlan:
             listed = [[numbers[p.source.label], p.first_clip, p.clips] for p in parts]
             shards[shard.split].append(listed)
         rows = []
-        for source, size, header, reason in self.videos.values():
+        for source, seen, header, reason in self.videos.values():
             masks = source.masks and source.masks.relative_to(mask_files or root)
             own = [source.label, source.name, source.split, masks, source.annotated]
-            rows.append([*own, size, header, reason])
+            rows.append([*own, seen, header, reason])
         return json.dumps({"sources": rows, "shards": shards}, default=str)
 
     @classmethod
@@ -140,11 +140,13 @@ class ShardPlan:
         """Read what `to_json` wrote; `root` and `mask_files` are where the videos lie now."""
         tree = json.loads(text)
         videos = []
-        for label, name, split, masks, annotated, size, fields, reason in tree["sources"]:
+        for label, name, split, masks, annotated, seen, fields, reason in tree["sources"]:
             own = masks and (mask_files or root) / masks
             source = Source(label, name, split, root / label, own, annotated)
             header = fields and Header._make([*fields[:3], Fraction(fields[3])])
-            videos.append(SurveyedVideo(source, size, header, reason))
+            # Version 0.1 recorded the size alone.
+            then = Fingerprint(seen, "", "") if isinstance(seen, int) else Fingerprint(*seen)
+            videos.append(SurveyedVideo(source, then, header, reason))
         shards = {
             ShardId(split, number): [
                 ClipRange(videos[video].source, first_clip, clips)
@@ -157,15 +159,21 @@ class ShardPlan:
 
     def differs(self, sources: Sequence[Source]) -> str:
         """What is other in `sources` than in the plan, in one line; "" where nothing is."""
-        before = {(video.source.split, label): video.bytes for label, video in self.videos.items()}
-        sizes = in_threads(_count_bytes, sources, SURVEY_THREADS, AT_ONCE)
+        before = {(video.source.split, label): video.seen for label, video in self.videos.items()}
+
+        def look(source: Source) -> Fingerprint:
+            return _fingerprint(source, before.get((source.split, source.label), ()))
+
+        seen = in_threads(look, sources, SURVEY_THREADS, AT_ONCE)
         now = {
-            (source.split, source.label): size for source, size in zip(sources, sizes, strict=True)
+            (source.split, source.label): found for source, found in zip(sources, seen, strict=True)
         }
         changes = {
             "added": now.keys() - before.keys(),
             "removed": before.keys() - now.keys(),
-            "of another size": {key for key in now if now[key] != before.get(key, now[key])},
+            "written anew": {
+                key for key in now if key in before and not is_same(before[key], now[key])
+            },
         }
         return ", ".join(
             f"{len(keys)} {change} (the first is {min(keys)[1]})"

@@ -20,20 +20,21 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ... import jobs
 from ...errors import BadInput
 from ...files import hash_file, locate, write_atomically
-from ...modeling.autoencoder import Autoencoder, load_autoencoder
+from ...modeling.autoencoder import Autoencoder, load_autoencoder, refuse_another
 from ...processes import Crew, Tally, choose_device, wait_until_visible
 from ..masks import OWN, describe_families, draw_mask
 from ..shards.format import Example, Skipped
 from ..shards.writing import read_index, write_shard
 from ..storage.names import SKIPPED
 from ..videos import FrameSize
-from .manifest import bound_example, latent_shape, write_manifest
+from .manifest import bound_example, latent_shape, read_manifest, write_manifest
 from .plan import PLAN, ShardId, ShardPlan, SurveyedVideo, plan_shards, survey
 from .settings import EncodeConfig
 from .sources import Source, find_outside, find_sources
@@ -108,6 +109,11 @@ def encode(config: EncodeConfig, again: Collection[ShardId] = ()) -> Timings | N
         begun = _begin(config, stack) if crew.rank == 0 else None
         digest = crew.share("plan", lambda: hash_file(config.out / PLAN))
         plan, autoencoder = begun or _join(config, digest)
+        if crew.share("autoencoder", autoencoder.identity) != autoencoder.identity():
+            raise BadInput(
+                f"process {crew.rank} found another autoencoder in {config.autoencoder} than the "
+                "first one: give all the same"
+            )
         missing = crew.share("missing", lambda: _find_missing(config, plan, crew, again))
         shards = [ShardId(*shard) for shard in missing]
         timings = _write_shards(shards, config, plan, autoencoder, crew)
@@ -132,19 +138,39 @@ def _begin(config: EncodeConfig, stack: contextlib.ExitStack) -> tuple[ShardPlan
         videos = _survey(found, config)
         autoencoder = _load_autoencoder(config, videos)
         begun = _plan(videos, config, autoencoder), autoencoder
-    stack.enter_context(jobs.claim(config.out, "encode", config, may_change=CHANGEABLE))
-    if (config.out / PLAN).is_file():
-        plan = _read_plan(config)
-        if change := plan.differs(found):
-            raise BadInput(
-                f"{config.out} was begun with other videos ({change}): choose another folder for "
-                "the shards, or put the videos back"
-            )
-        return plan, _load_autoencoder(config, plan.videos.values())
+
+    def identify(_: object) -> dict[str, Any]:
+        nonlocal begun
+        if (config.out / PLAN).is_file():
+            begun = _continue(found, config)
+        assert begun is not None
+        return {"autoencoder": begun[1].fingerprint()}
+
+    claim = jobs.claim(config.out, "encode", config, stands_on=identify, may_change=CHANGEABLE)
+    stack.enter_context(claim)
     assert begun is not None
-    text = begun[0].to_json(config.videos, config.mask_files)
-    write_atomically(config.out / PLAN, text.encode())
+    if not (config.out / PLAN).is_file():
+        text = begun[0].to_json(config.videos, config.mask_files)
+        write_atomically(config.out / PLAN, text.encode())
     return begun
+
+
+def _continue(found: Sequence[Source], config: EncodeConfig) -> tuple[ShardPlan, Autoencoder]:
+    """The plan that is there already; refuse other videos, and another autoencoder."""
+    plan = _read_plan(config)
+    if change := plan.differs(found):
+        raise BadInput(
+            f"{config.out} was begun with other videos ({change}): choose another folder for "
+            "the shards, or put the videos back"
+        )
+    autoencoder = _load_autoencoder(config, plan.videos.values())
+    for split in {shard.split for shard in plan.shards}:
+        if recorded := read_manifest(config.out / split):
+            refuse_another(
+                *(autoencoder.identity(), recorded.autoencoder),
+                *("autoencoder is", f"the split {split} was encoded with", "put that one back"),
+            )
+    return plan, autoencoder
 
 
 def _join(config: EncodeConfig, digest: str) -> tuple[ShardPlan, Autoencoder]:

@@ -24,7 +24,7 @@ import numpy as np
 from ... import jobs, options
 from ...errors import BadInput
 from ...files import PARTIAL, in_threads
-from ...modeling.autoencoder import Autoencoder, load_autoencoder
+from ...modeling.autoencoder import Autoencoder, load_autoencoder, refuse_another
 from ...options import NonNegativeInt
 from ...processes import choose_device
 from ...progress import show_progress
@@ -310,13 +310,10 @@ def _load(manifest: Manifest, config: VerifyConfig) -> Autoencoder:
     name = config.autoencoder or str(recorded["name"])
     device = choose_device(config.device)
     autoencoder = load_autoencoder(name, device, recorded.get("precision", "float32"))
-    identity = autoencoder.identity()
-    for part in ("kind", "sha256", "scaling_factor"):
-        if identity[part] != recorded[part]:
-            raise BadInput(
-                f"autoencoder is {name}, whose {part} is {identity[part]}; the split "
-                f"{manifest.split} was encoded with {recorded[part]}: name that one"
-            )
+    refuse_another(
+        *(autoencoder.identity(), recorded, "autoencoder is"),
+        *(f"the split {manifest.split} was encoded with", "name that one"),
+    )
     return autoencoder
 
 

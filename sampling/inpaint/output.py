@@ -56,7 +56,7 @@ def open_output(footage: Footage, out: Path, codec: Codec = "") -> Iterator[Writ
     """
     with contextlib.ExitStack() as stack:
         with _naming(out):
-            partial = stack.enter_context(aside(out))
+            partial = stack.enter_context(aside(out, new=True))
             if out.suffix:
                 name = codec or CODECS[out.suffix.lower()][0]
                 opened = _open_file(footage, partial, name)

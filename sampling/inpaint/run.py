@@ -5,21 +5,23 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import shutil
+import functools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from annotated_types import Interval
 
 from ... import jobs, options
+from ...data.fingerprints import fingerprint_videos
 from ...data.videos import FrameSize, Mask
 from ...errors import BadInput
-from ...modeling.autoencoder import SHIPPED, hash_weights, load_trained_autoencoder
+from ...files import refuse_existing, seen_as
+from ...modeling.autoencoder import SHIPPED, load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
 from ...modeling.precision import Precision
 from ...options import NonNegativeInt, PositiveInt, Seed
@@ -124,28 +126,35 @@ def inpaint(config: InpaintConfig) -> list[Path]:
     if config.plan:
         show_plan(config, *open_inputs(config))
         return []
-    out = _check_out(config)
+    if config.out is None:
+        raise BadInput("out is missing: name the file to write with -o")
+    work = UnfinishedWork(_work_folder(config.out))
+    _refuse_outs(config.out, config, work)  # before the work, and again once nobody else may write
     footage, settings = open_inputs(config)
-    for sentence in check_output(footage, out, config.codec):
+    for sentence in check_output(footage, config.out, config.codec):
         print(f"vidfill inpaint: {sentence}", file=sys.stderr)
-    work = UnfinishedWork(_work_folder(out))
-    may_change = [f"config.{name}" for name in MAY_DIFFER]
-    identity = _identify(config, settings)
-    with jobs.claim(work.folder, "inpaint", identity, may_change=may_change):
-        fill_all(config, footage, settings, work)
-        outs = _name_outs(out, choose(config, work), config)
-        write_all(config, footage, work, outs)
-        shutil.rmtree(work.folder)
+    located = dataclasses.replace(config, schedule=str(settings.program.schedule))
+    claim = jobs.claim(
+        *(work.folder, "inpaint", located),
+        stands_on=functools.partial(_identify, config, settings),
+        may_change=MAY_DIFFER,
+        temporary=True,
+        renew=_renew,
+    )
+    with claim as confirm:
+        _refuse_outs(config.out, config, work)
+        fill_all(config, footage, settings, work, confirm)
+        outs = _name_outs(config.out, choose(config, footage, work), config)
+        if left := {k: out for k, out in outs.items() if not work.made(out)}:
+            write_all(config, footage, work, left)
     return list(outs.values())
 
 
-def _check_out(config: InpaintConfig) -> Path:
-    if config.out is None:
-        raise BadInput("out is missing: name the file to write with -o")
-    for out in _name_outs(config.out, range(config.samples), config).values():
-        if out.exists() and not _work_folder(config.out).is_dir():
-            raise BadInput(f"out is {out}, which exists: choose another name or remove it")
-    return config.out
+def _refuse_outs(out: Path, config: InpaintConfig, work: UnfinishedWork) -> None:
+    """Refuse outputs that are there already, but for those that this work has made."""
+    for named in _name_outs(out, range(config.samples), config).values():
+        if not work.made(named):
+            refuse_existing(named)
 
 
 def _work_folder(out: Path) -> Path:
@@ -188,29 +197,26 @@ def open_inputs(config: InpaintConfig) -> tuple[Footage, FillSettings]:
     return footage, settings
 
 
-@dataclass(frozen=True)
-class InpaintIdentity:
-    """What must not change until the work is done."""
+def _identify(
+    config: InpaintConfig, settings: FillSettings, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What must not change until the work is done; `before` is what was recorded."""
+    paths = {"video": config.video, "mask": Path(config.mask)}  # a rectangle is no file
+    return {
+        "model": settings.denoiser.fingerprint(),
+        "autoencoder": settings.autoencoder.fingerprint(),
+    } | {name: fingerprint_videos(p, known=before.get(name, ())) for name, p in paths.items()}
 
-    config: InpaintConfig
-    model: str
-    autoencoder: str
-    video: Sequence[int]
-    mask: Sequence[int]
 
-
-def _identify(config: InpaintConfig, settings: FillSettings) -> InpaintIdentity:
-    def stamp(path: Path) -> list[int]:
-        """The size and the time of a file; a rectangle has neither."""
-        return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
-
-    return InpaintIdentity(
-        config=dataclasses.replace(config, schedule=str(settings.program.schedule)),
-        model=hash_weights(settings.denoiser.network),
-        autoencoder=settings.autoencoder.sha256,
-        video=stamp(config.video),
-        mask=stamp(Path(config.mask)),
-    )
+def _renew(before: jobs.JobRecord) -> jobs.JobRecord:
+    """Version 0.1 had its hashes beside the configuration."""
+    parts = before.config
+    stands_on = {f"{name}.weights": parts[name] for name in ("model", "autoencoder")}
+    for name in ("video", "mask"):
+        path = Path(parts["config"][name])
+        if path.is_file():
+            stands_on[name] = seen_as([(f"0/{path.suffix}", *parts[name])])
+    return before.model_copy(update={"config": parts["config"], "stands_on": stands_on})
 
 
 def show_plan(config: InpaintConfig, footage: Footage, settings: FillSettings) -> None:
@@ -245,10 +251,15 @@ def show_plan(config: InpaintConfig, footage: Footage, settings: FillSettings) -
 
 
 def fill_all(
-    config: InpaintConfig, footage: Footage, settings: FillSettings, work: UnfinishedWork
+    config: InpaintConfig,
+    footage: Footage,
+    settings: FillSettings,
+    work: UnfinishedWork,
+    confirm: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill every window that is not stored yet."""
+    """Fill every window that is not stored yet; `confirm` says whether the folder is still ours."""
     each, spent = settings.evaluations, 0
+    work.drop_rest()
     pairs, before = _resume(config, footage, settings.window_length, work)
 
     def count(evaluations: int) -> None:
@@ -262,6 +273,7 @@ def fill_all(
         frames = ((picture.rgb, mask) for picture, mask in pairs)
         try:
             for window in fill_windows(frames, settings, before):
+                confirm()
                 work.add(window)
                 if spent < each:  # it had no hole
                     shown.advance(each - spent)
@@ -305,11 +317,12 @@ def _resume(
     )
 
 
-def choose(config: InpaintConfig, work: UnfinishedWork) -> Sequence[int]:
+def choose(config: InpaintConfig, footage: Footage, work: UnfinishedWork) -> Sequence[int]:
     """The samples to write: all, or the one with the smallest steps across the holes' borders."""
     if not config.choose:
         return range(config.samples)
-    totals, counts = np.sum([work.read(file).border_steps for file in work.files()], axis=0).T
+    files = work.list_whole(footage.frames)
+    totals, counts = np.sum([work.read(file).border_steps for file in files], axis=0).T
     means = totals / np.maximum(counts, 1)
     best = int(means.argmin())
     listed = ", ".join(f"{mean:.2f}" for mean in means)
@@ -327,10 +340,12 @@ def write_all(
             for k, out in outs.items()
         }
         shown = stack.enter_context(show_progress("writing", footage.frames, "frames"))
-        for picture, mask, filled in work.restore(_read_pairs(config, footage), work.files()):
+        files = work.list_whole(footage.frames)
+        for picture, mask, filled in work.restore(_read_pairs(config, footage), files):
             for k, write in writers.items():
                 write(picture, filled[k], mask)
             shown.advance()
+        work.promise(outs.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,10 +19,12 @@ from jaxtyping import Float, UInt8
 
 from ...data.videos import Mask, Pixels
 from ...errors import BadInput
-from ...files import write_atomically
+from ...files import partial_of, write_atomically
 from .boxes import Box
 from .video import Picture
 from .windows import FilledWindow
+
+PROMISED = "outputs.json"  # in the folder, once the outputs are written but for their names
 
 
 class WindowFile(NamedTuple):
@@ -49,9 +53,53 @@ class UnfinishedWork:
     folder: Path
 
     def files(self) -> list[WindowFile]:
-        """All of them, in order."""
+        """Those that follow one another from the first frame on."""
+        whole: list[WindowFile] = []
+        for file in self._all():
+            if file.first != (whole[-1].end if whole else 0):
+                break
+            whole.append(file)
+        return whole
+
+    def drop_rest(self) -> None:
+        """Remove what lies behind a lost window: it was made from that one, which is made again."""
+        files = self.files()
+        if rest := self._all()[len(files) :]:
+            print(
+                f"vidfill inpaint: {self.folder} has lost the window that begins with frame "
+                f"{files[-1].end if files else 0}: it and all after it are filled again",
+                file=sys.stderr,
+            )
+            for file in rest:
+                file.path.unlink()
+
+    def _all(self) -> list[WindowFile]:
         names = (re.fullmatch(r"(\d+)-(\d+)\.npz", path.name) for path in self.folder.iterdir())
         return sorted(WindowFile(int(m[1]), int(m[2]), self.folder / m[0]) for m in names if m)
+
+    def list_whole(self, frames: int) -> list[WindowFile]:
+        """The files of all windows of a video of so many frames.
+
+        Raises:
+            BadInput: One is lost.
+        """
+        files = self.files()
+        if (files[-1].end if files else 0) != frames:
+            raise BadInput(
+                f"{self.folder} has lost windows while this job ran: give the same command again"
+            )
+        return files
+
+    def promise(self, outs: Iterable[Path]) -> None:
+        """Record the outputs that are about to take their places, by the places' contents."""
+        kept = {str(out.name): partial_of(out).stat().st_ino for out in outs}
+        write_atomically(self.folder / PROMISED, json.dumps(kept).encode())
+
+    def made(self, out: Path) -> bool:
+        """Whether an output is there that this work has made, whole."""
+        record = self.folder / PROMISED
+        promised = json.loads(record.read_bytes()) if record.is_file() else {}
+        return out.exists() and promised.get(out.name) == out.stat().st_ino
 
     def add(self, window: FilledWindow) -> None:
         """Store what a window filled."""

@@ -22,6 +22,7 @@ from .plots import COSTS, Lines, Panel, draw_plots
 
 COLUMNS_SHOWN = 8  # frames across a figure, at most
 FIGURE_OF_FAMILY = {"stationary": 2, "variable": 3}  # the paper's numbering
+OPTIONAL = frozenset(f"figure{number}.png" for number in (*FIGURE_OF_FAMILY.values(), 4))
 PLOTTED = ("lpips", "temporal_error", "colour_error", "psnr_hole", "psnr")
 PANELS = 3  # of them in the plot: the first that every schedule has
 

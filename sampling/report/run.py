@@ -11,7 +11,7 @@ from ... import jobs
 from ...files import write_atomically
 from ...progress import show_progress
 from ..sweep.results import Sweep, read_sweep
-from .drawings import plan_drawings
+from .drawings import OPTIONAL, plan_drawings
 from .page import render_page
 
 EXAMPLES = """examples:
@@ -58,6 +58,8 @@ def report(config: ReportConfig) -> Path:
             pictures.append(drawing.draw())
             write_atomically(out / drawing.file, pictures[-1])
             shown.advance(note=drawing.file)
+        for stale in OPTIONAL - {drawing.file for drawing in drawings}:  # of another sweep or clip
+            (out / stale).unlink(missing_ok=True)
         page = out / "index.html"
         write_atomically(page, render_page(sweep, drawings, pictures).encode())
     return page

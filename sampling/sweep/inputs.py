@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ... import options
 from ...data.shards.format import Example, family_of
 from ...data.shards.reading import ShardedDataset
-from ...data.storage.names import MANIFEST
 from ...errors import BadInput
 from ...files import hide_secrets
-from ...modeling.autoencoder import Autoencoder, hash_weights, identify, load_trained_autoencoder
+from ...modeling.autoencoder import Autoencoder, hash_weights, load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
 from ...modeling.precision import Precision
 from ...options import NonNegativeInt, PositiveInt
 from ...processes import choose_device
-from ..examples import condition_of, known_of, pixels_of
+from ..examples import check_shards, condition_of, known_of, pixels_of
 from ..metrics.clip import Judges, load_judges
 from ..metrics.i3d import FVD_FRAMES
 from ..sampler import Request
@@ -139,8 +138,8 @@ def open_inputs(config: SweepConfig) -> SweepInputs:
     denoiser = Denoiser.load(config.model, str(device), config.precision)
     programs = {name: compile_schedule(parse(name), denoiser.timesteps) for name in schedules}
     shards = hide_secrets(config.shards)
-    _check_latents(shards, dataset, str(config.model), denoiser)
     split = f"the split {config.split} of {shards}"
+    check_shards(dataset, split, denoiser, f"the model in {config.model}")
     families = _choose_families(config.masks, dataset, split)
     examples = _choose_examples(config.examples, families, dataset, split)
     autoencoder = load_trained_autoencoder(
@@ -193,22 +192,6 @@ def _choose_reference(asked: str, schedules: Sequence[str]) -> str:
     return reference
 
 
-def _check_latents(shards: str, dataset: ShardedDataset, model: str, denoiser: Denoiser) -> None:
-    ours, theirs = denoiser.autoencoder, dataset.manifest.autoencoder
-    if ours["sha256"] != theirs["sha256"]:
-        raise BadInput(
-            f"the shards in {shards} were encoded with {identify(theirs)}, the model in "
-            f"{model} was trained on {identify(ours)}: encode with the model's"
-        )
-    shape, trained = list(dataset.manifest.latent_shape), list(denoiser.space.shape)
-    if shape != trained:
-        raise BadInput(
-            f"the shards in {shards} hold latents of the shape {shape} (frames, channels, "
-            f"height, width), the model in {model} was trained on {trained}: encode with "
-            "the training clips' length and size"
-        )
-
-
 def _choose_families(asked: str, dataset: ShardedDataset, split: str) -> list[str]:
     there = list(dataset.manifest.masks["families"])
     for family in asked.split():
@@ -247,13 +230,12 @@ def make_requests(inputs: SweepInputs) -> dict[CompletionKey, Request]:
     }
 
 
-def fingerprint(inputs: SweepInputs) -> dict[str, str]:
-    """Hashes of what must not change between the runs of one sweep."""
-    manifest = inputs.dataset.store.read(MANIFEST)
+def identify(inputs: SweepInputs) -> dict[str, Any]:
+    """What a sweep stands on."""
+    networks = inputs.judges.networks
     return {
-        "model": hash_weights(inputs.denoiser.network),
-        "shards' manifest": hashlib.sha256(manifest).hexdigest(),
-        "autoencoder": inputs.autoencoder.sha256,
-    } | {
-        f"network {name}": hash_weights(network) for name, network in inputs.judges.networks.items()
+        "model": inputs.denoiser.fingerprint(),
+        "autoencoder": inputs.autoencoder.fingerprint(),
+        "shards": inputs.dataset.fingerprint(),
+        "networks": {name: hash_weights(network) for name, network in networks.items()},
     }

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from ...errors import BadInput
 from ...files import write_atomically
 from .kept import CompletionKey
 from .results import CompletionRow, as_csv, write_table
@@ -63,8 +62,8 @@ class RunRecord(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    inputs: dict[str, str]
-    """Hashes of all that must not change while the sweep goes on."""
+    inputs: dict[str, str] = {}
+    """Version 0.1's hashes of what must not change; now job.json has them."""
     capacity: int
     """Trajectories that a process's network evaluates at once, at most."""
     seconds: float
@@ -74,25 +73,13 @@ class RunRecord(BaseModel):
 class RunLog:
     """Keeps run.json over all runs of a sweep's command."""
 
-    def __init__(
-        self, out: Path, inputs: Mapping[str, str], find_capacity: Callable[[], int]
-    ) -> None:
-        """Go on with the record of earlier runs, or begin one.
-
-        Raises:
-            BadInput: the model, the shards or a network has changed since.
-        """
+    def __init__(self, out: Path, find_capacity: Callable[[], int]) -> None:
+        """Go on with the record of earlier runs, or begin one."""
         self._path = out / "run.json"
         if self._path.is_file():
             self._record = RunRecord.model_validate_json(self._path.read_bytes())
         else:
-            self._record = RunRecord(inputs=dict(inputs), capacity=find_capacity(), seconds=0.0)
-        for name, was in self._record.inputs.items():
-            if was != inputs.get(name):
-                raise BadInput(
-                    f"the {name} has changed since the sweep in {out} began: "
-                    "choose another folder for the results"
-                )
+            self._record = RunRecord(capacity=find_capacity(), seconds=0.0)
         self.capacity = self._record.capacity
         self._began = time.monotonic() - self._record.seconds
         self.save()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from ..sampler import Request, sample
 from . import baselines
 from .averages import TRUTH, Measurements, compare_all
 from .baselines import BASELINES
-from .inputs import SweepConfig, SweepInputs, fingerprint, make_requests, open_inputs
+from .inputs import SweepConfig, SweepInputs, identify, make_requests, open_inputs
 from .kept import (
     CompletionKey,
     SweepFolder,
@@ -38,7 +39,7 @@ from .kept import (
     write_spread,
     write_strip,
 )
-from .ledger import Ledger, RunLog
+from .ledger import Ledger, RunLog, RunRecord
 from .measures import clip_columns
 from .results import (
     COMPARISON_COLUMNS,
@@ -61,6 +62,9 @@ EXAMPLES = """examples:
       runs/train runs/shards runs/sweep --examples 0
       the same results on 8 GPUs, as the first command describes them to Accelerate
 """
+
+# When a sweep is continued; of what may have moved, the content is compared.
+SWEEP_MAY_CHANGE = ("reference", "model", "autoencoder", "shards")
 
 
 def sweep(config: SweepConfig) -> list[dict[str, str]]:
@@ -133,7 +137,7 @@ def _begin(
 ) -> SweepWorker:
     """Claim the folder, and read what earlier runs did there: by the first process, for all."""
     logs: list[RunLog] = []
-    ours, folder = fingerprint(inputs), SweepFolder(config.out)
+    ours, folder = identify(inputs), SweepFolder(config.out)
     kept = list(inputs.examples)[: config.keep]
     ledger = Ledger(config.out, clip_columns(inputs.measures), crew.rank)
 
@@ -143,11 +147,14 @@ def _begin(
         )
 
     def begin() -> dict[str, object]:
-        _rename_clips(config.out / "job.json")
-        located = _located(config)
-        claim = jobs.claim(config.out, "sweep", located, may_change=("reference",))
+        claim = jobs.claim(
+            *(config.out, "sweep", _located(config)),
+            stands_on=ours,
+            may_change=SWEEP_MAY_CHANGE,
+            renew=functools.partial(_renew, config.out),
+        )
         stack.enter_context(claim)
-        logs.append(RunLog(config.out, ours, find_capacity_for_all))
+        logs.append(RunLog(config.out, find_capacity_for_all))
         ledger.read()
         ledger.gather()
         for example in kept:
@@ -159,10 +166,10 @@ def _begin(
             if all(folder.features(column, TRUTH, example).is_file() for column in columns)
         ]
         finished = [*ledger.rows, *described]
-        return {"inputs": ours, "capacity": logs[0].capacity, "finished": finished}
+        return {"stands_on": ours, "capacity": logs[0].capacity, "finished": finished}
 
     begun = crew.share("begun", begin)
-    if begun["inputs"] != ours:
+    if begun["stands_on"] != json.loads(json.dumps(ours)):
         raise BadInput(
             f"process {crew.rank} found another model, autoencoder, network or other shards than "
             "the first one: give all the same, none that is still being written"
@@ -172,11 +179,21 @@ def _begin(
     return SweepWorker(inputs, crew, folder, kept, ledger, log, begun["capacity"], finished)
 
 
-def _rename_clips(mark: Path) -> None:
-    """Let a sweep continue that version 0.1 began: its `clips` are now the `examples`."""
-    text = mark.read_text() if mark.is_file() else ""
-    if '"verb": "sweep"' in text:
-        write_atomically(mark, text.replace('"clips":', '"examples":').encode())
+def _renew(out: Path, before: jobs.JobRecord) -> jobs.JobRecord:
+    """Version 0.1 called examples clips, and had its hashes in run.json."""
+    config = {"examples" if k == "clips" else k: value for k, value in before.config.items()}
+    run = out / "run.json"
+    recorded = RunRecord.model_validate_json(run.read_bytes()).inputs if run.is_file() else {}
+    renamed = {
+        "model": "model.weights",
+        "autoencoder": "autoencoder.weights",
+        "shards' manifest": "shards.manifest",
+    }
+    stands_on = {
+        renamed.get(name, name.replace("network ", "networks.")): value
+        for name, value in recorded.items()
+    }
+    return before.model_copy(update={"config": config, "stands_on": stands_on})
 
 
 def _located(config: SweepConfig) -> SweepConfig:

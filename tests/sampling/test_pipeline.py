@@ -174,7 +174,7 @@ def test_an_impossible_option_is_refused_by_name(
 
 
 def test_an_autoencoder_of_other_latents_is_refused(denoiser: Denoiser) -> None:
-    with pytest.raises(BadInput, match=r"vae has downsampling 8; .* of one with 4"):
+    with pytest.raises(BadInput, match=r"vae is .*, whose downsampling is 8; .* is 4"):
         described = denoiser.describe()
         VideoInpaintPipeline(denoiser.network, load_autoencoder("shipped").network, **described)
     with pytest.raises(BadInput, match="diffusion and latents are missing"):

@@ -146,7 +146,7 @@ def test_nothing_is_written_over_and_no_other_folder_is_taken_for_a_run(
 ) -> None:
     (tmp_path / "model").mkdir()
     assert main([str(run), str(tmp_path / "model")]) == 2
-    assert "exists: choose another folder" in capsys.readouterr().err
+    assert "exists: choose another name" in capsys.readouterr().err
     assert main([str(tmp_path / "model"), str(tmp_path / "other")]) == 2
     assert "name a folder that `vidfill train` wrote" in capsys.readouterr().err
     shutil.copytree(run, tmp_path / "young")

@@ -19,12 +19,15 @@ from ...files import hide_secrets
 from ...modeling.denoiser import Denoiser
 from ...modeling.noise import LossConfig, timesteps_at
 from ...modeling.precision import autocast
+from ...sampling.examples import check_shards
 from ...seeding import derive_seed, generator
 from ..config import TrainConfig
 from ..step import draw_latents, draw_noise
 
 # Sums over clips, a row for each range of timesteps; their quotients are the figures.
 Sums = Float64[Tensor, "quantiles 6"]
+
+TRAINED = "the network"  # in messages, before "was trained on"
 
 
 class HeldOut:
@@ -122,6 +125,7 @@ def open_held_out(
             print(f"{place} has no validation split: no held-out loss", file=sys.stderr)
         return None
     dataset = ShardedDataset(config.shards, "validation", config.data.cache)
+    check_shards(dataset, f"{hide_secrets(config.shards)}/validation", denoiser, TRAINED)
     spread = np.linspace(0, len(dataset) - 1, min(wanted.clips, len(dataset))).round().astype(int)
     share = np.array_split(spread, processes)[process].tolist()
     examples: dict[int, Example] = {}

@@ -16,13 +16,14 @@ from ...data.shards.format import Example
 from ...data.shards.reading import ShardedDataset, has_split
 from ...data.videos import Frames
 from ...files import hide_secrets
-from ...modeling.autoencoder import Autoencoder, load_autoencoder
+from ...modeling.autoencoder import Autoencoder, load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
-from ...sampling.examples import inpaint, pixels_of
+from ...sampling.examples import check_shards, inpaint, pixels_of
 from ...sampling.schedules.language import parse
 from ...sampling.schedules.program import compile_schedule
 from ...sampling.sweep.baselines import fill
 from ..config import TrainConfig
+from .held_out import TRAINED
 
 COLUMNS = 8  # frames of a clip in a picture
 PREVIEW_GAP = 4  # pixels between clips, and between the three versions of a frame
@@ -75,13 +76,15 @@ def open_preview(
         print(f"{place} has no validation split: no previews", file=sys.stderr)
         return None
     validation = ShardedDataset(config.shards, "validation", config.data.cache)
+    check_shards(validation, f"{place}/validation", denoiser, TRAINED)
     examples = [validation[index] for index in range(min(wanted.clips, len(validation)))]
     validation.store.close()
     if any(example.pixels is None for example in examples):
         print(f"{place}/validation keeps no pixels: no previews", file=sys.stderr)
         return None
-    name = wanted.autoencoder or denoiser.autoencoder["name"]
-    autoencoder = load_autoencoder(name, device, denoiser.precision)
+    autoencoder = load_trained_autoencoder(
+        denoiser.autoencoder, wanted.autoencoder, device, denoiser.precision
+    )
     return PreviewClips(examples, autoencoder, wanted.schedule, config.seed)
 
 

@@ -29,7 +29,7 @@ def widen(example: Example) -> Example:
         (
             lambda example: example,
             {"name": "theirs", "sha256": SHA},
-            "were encoded with theirs .*the model in .* was trained on ",
+            "holds latents of theirs .*the model in .* was trained on ",
         ),
         (widen, {}, r"latents of the shape \[.*, 8, .*the model in .* was trained on \[.*, 4, "),
         (

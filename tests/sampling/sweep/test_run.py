@@ -157,8 +157,7 @@ def test_an_interrupted_sweep_continues_and_equals_the_uninterrupted_one(
     assert not (config.out / "results.csv").exists()
     with part.open("ab") as file:
         file.write(b"ddpm:3+resample(n=1),video_2_0000")  # what a kill amid a write leaves
-    mark = config.out / "job.json"  # as version 0.1 wrote it
-    mark.write_text(mark.read_text().replace('"examples":', '"clips":'))
+    age(config.out)
 
     evaluations = []
     denoise = Denoiser.denoise
@@ -282,20 +281,35 @@ def test_a_sweep_of_one_family_takes_its_examples_alone(
     assert inputs.families == ["variable"]
 
 
+def age(out: Path) -> None:
+    """Make a sweep's records those that version 0.1 wrote."""
+    mark, run = out / "job.json", out / "run.json"
+    job, log = json.loads(mark.read_text()), json.loads(run.read_text())
+    job["config"]["clips"] = job["config"].pop("examples")
+    of = job["stands_on"]
+    log["inputs"] = {
+        "model": of["model"]["weights"],
+        "shards' manifest": of["shards"]["manifest"],
+        "autoencoder": of["autoencoder"]["weights"],
+    }
+    mark.write_text(json.dumps({"verb": job["verb"], "config": job["config"]}))
+    run.write_text(json.dumps(log))
+
+
+@pytest.mark.parametrize("is_old", [False, True])
 def test_a_model_that_changed_since_is_refused(
-    config: SweepConfig, swept: Path, denoiser: Denoiser, tmp_path: Path
+    config: SweepConfig, swept: Path, tmp_path: Path, is_old: bool
 ) -> None:
     shutil.copytree(swept, config.out)
-    changed = dataclasses.replace(config, model=tmp_path / "model")
-    shutil.copytree(config.model, changed.model)
+    if is_old:
+        age(config.out)
+    moved = dataclasses.replace(config, model=tmp_path / "model")
+    shutil.copytree(config.model, moved.model)
     weights = Denoiser.load(config.model, "cpu", "float32")
     weights.network.conv_out.bias.data.add_(1)
-    weights.save(changed.model)
-    job = json.loads((config.out / "job.json").read_text())
-    job["config"]["model"] = str(changed.model)
-    (config.out / "job.json").write_text(json.dumps(job))
-    with pytest.raises(BadInput, match="the model has changed since the sweep in"):
-        sweep(changed)
+    weights.save(moved.model)
+    with pytest.raises(BadInput, match=r"begun with something else .*\(model\.weights\)"):
+        sweep(moved)
 
 
 def test_a_plan_tells_the_cost_and_writes_nothing(

@@ -1,0 +1,221 @@
+"""Jobs that continue after something that they stand on has changed, or only looks as if it had."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from vidfill.data.encode.run import encode
+from vidfill.data.encode.settings import EncodeConfig
+from vidfill.data.storage.names import shard_name
+from vidfill.data.verify.run import VerifyConfig, verify
+from vidfill.errors import BadInput
+from vidfill.sampling.inpaint.run import InpaintConfig, inpaint
+from vidfill.sampling.sweep.inputs import SweepConfig
+from vidfill.sampling.sweep.run import sweep
+from vidfill.train.autoencoder import AutoencoderTraining, train_autoencoder
+
+FRAMES, SIDE = 6, 16
+
+Edit = Callable[[Path], None]
+
+
+def flip(path: Path) -> None:
+    """Other content of the same size."""
+    content = bytearray(path.read_bytes())
+    content[-1] = 255 - content[-1]
+    path.write_bytes(content)
+
+
+def touch(path: Path) -> None:
+    """Another time, as of a copy."""
+    os.utime(path, (1e9, 1e9))
+
+
+def change(*keys: str | int, to: object) -> Edit:
+    """Another value of one field of a JSON file."""
+
+    def edit(path: Path) -> None:
+        tree = json.loads(path.read_text())
+        inner = tree
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = to
+        path.write_text(json.dumps(tree))
+
+    return edit
+
+
+@contextlib.contextmanager
+def changed(path: Path, edit: Edit) -> Iterator[None]:
+    content, stat = path.read_bytes(), path.stat()
+    edit(path)
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def write_images(folder: Path, seed: int, mode: str) -> None:
+    folder.mkdir(parents=True)
+    shape = (FRAMES, SIDE, SIDE, 3) if mode == "RGB" else (FRAMES, SIDE, SIDE)
+    values = np.random.default_rng(seed).integers(0, 2, shape, dtype=np.uint8) * np.uint8(255)
+    for index, frame in enumerate(values):
+        Image.fromarray(frame).save(folder / f"{index}.bmp")
+
+
+def write_raw(path: Path, seed: int) -> None:
+    """A video whose last byte is a sample."""
+    header = f"YUV4MPEG2 W{SIDE} H{SIDE} F25:1 Ip A1:1 C444\n".encode()
+    values = np.random.default_rng(seed).integers(16, 236, (FRAMES, 3 * SIDE * SIDE), np.uint8)
+    path.write_bytes(header + b"".join(b"FRAME\n" + frame.tobytes() for frame in values))
+
+
+class Jobs:
+    """Each of the jobs as it was begun, in one folder with what it stands on."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root = root
+        shutil.copytree(model.parent, root / "kept")
+        self.model, vae = root / "kept" / model.name, str(root / "kept" / "autoencoder")
+        change("latents", "autoencoder", "name", to=vae)(self.model / "denoiser.json")
+        videos, masks = root / "videos", root / "masks"
+        for number, name in enumerate(("b", "c")):
+            write_images(videos / name, number, "RGB")
+            write_images(masks / name, number + 5, "L")
+        write_raw(videos / "a.y4m", 9)
+        shutil.copy(masks / "b" / "0.bmp", masks / "a.bmp")
+        encoding = EncodeConfig(
+            *(videos, root / "shards", vae),
+            frames=3,
+            masks="own",
+            mask_files=masks,
+            pixels="all",
+            device="cpu",
+        )
+        sweeping = SweepConfig(
+            *(self.model, str(encoding.out), root / "sweep", "ddim:1"),
+            examples=2,
+            split="train",
+            batch_size=1,
+            keep=1,
+            device="cpu",
+        )
+        filling = InpaintConfig(
+            *(videos / "b", str(masks / "b"), root / "frames", self.model, "ddim:1"),
+            device="cpu",
+        )
+        raw = dataclasses.replace(
+            filling, video=videos / "a.y4m", mask=str(masks / "a.bmp"), out=root / "filled.mkv"
+        )
+        recipe = AutoencoderTraining(
+            *(videos, root / "trained", (16,), 2, 4, 8, (0, 1, 1, 1), (1, 1, 1, 0)),
+            steps=1,
+            batch=2,
+            device="cpu",
+        )
+        checked = dataclasses.replace(encoding, out=root / "checked")
+        encode(checked)
+        self.run: dict[str, Callable[[], Any]] = {
+            "encode": lambda: encode(encoding),
+            "verify": lambda: self.repair(checked.out),
+            "sweep": lambda: sweep(sweeping),
+            "inpaint": lambda: inpaint(filling),
+            "inpaint a file": lambda: inpaint(raw),
+            "train.autoencoder": lambda: train_autoencoder(recipe),
+        }
+
+    def repair(self, shards: Path) -> None:
+        (shards / "train" / shard_name(0)).unlink(missing_ok=True)
+        verify(VerifyConfig(str(shards), repair=True, samples=0, device="cpu"))
+
+    def again(self, name: str) -> None:
+        """Begin a job, if it was not yet, or go on with it; inpainting stops before its end."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vidfill.sampling.inpaint.run.write_all", stop)
+            with contextlib.suppress(Stopped):
+                self.run[name]()
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop(*_: object) -> None:
+    raise Stopped
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory, model_on_disk: Path) -> Jobs:
+    """All of them, begun."""
+    made = Jobs(tmp_path_factory.mktemp("changed"), model_on_disk)
+    for name in made.run:
+        made.again(name)
+    return made
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+VAE, UNET, RECORD = "kept/autoencoder", "kept/model/unet", "kept/model/denoiser.json"
+CHANGES: list[tuple[str, str, Edit, str]] = [
+    *(
+        (job, path, edit, said)
+        for job in ("encode", "verify")
+        for path, edit, said in (
+            (f"{VAE}/{WEIGHTS}", flip, "autoencoder.weights|whose sha256"),
+            (f"{VAE}/config.json", change("scaling_factor", to=2.0), "scaling_factor"),
+            (f"{VAE}/config.json", change("shift_factor", to=0.5), "shift_factor"),
+            ("videos/a.y4m", flip, "1 written anew .*a.y4m"),
+            ("videos/b/3.bmp", flip, "1 written anew .*b"),
+            ("masks/a.bmp", flip, "1 written anew .*a.y4m"),
+            ("masks/c/5.bmp", flip, "1 written anew .*c"),
+        )
+    ),
+    *(
+        (job, path, edit, said)
+        for job in ("sweep", "inpaint")
+        for path, edit, said in (
+            (f"{UNET}/{WEIGHTS}", flip, "model.weights"),
+            (f"{UNET}/config.json", change("head_channels", to=4), "model.config.head_channels"),
+            (RECORD, change("diffusion", "target", to="noise"), "model.diffusion.target"),
+            (RECORD, change("latents", "std", to=[1.0, 1.0, 1.0, 9.0]), "model.latents.std"),
+            (f"{VAE}/{WEIGHTS}", flip, "whose sha256 is .*give that one with --autoencoder"),
+            (f"{VAE}/config.json", change("scaling_factor", to=2.0), "whose scaling_factor is 2.0"),
+            (f"{VAE}/config.json", change("shift_factor", to=0.5), "whose shift_factor is 0.5"),
+        )
+    ),
+    ("sweep", "shards/train/manifest.json", change("fill", to="[1, 2, 3]"), "shards.manifest"),
+    ("inpaint", "videos/b/5.bmp", flip, r"\(video\)"),
+    ("inpaint", "masks/b/5.bmp", flip, r"\(mask\)"),
+    ("inpaint a file", "videos/a.y4m", flip, r"\(video\)"),
+    ("inpaint a file", "masks/a.bmp", flip, r"\(mask\)"),
+    ("train.autoencoder", "videos/a.y4m", flip, r"\(videos\)"),
+    ("train.autoencoder", "videos/c/1.bmp", flip, r"\(videos\)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("job", "path", "edit", "said"), CHANGES, ids=[f"{c[0]}-{c[1]}-{c[3]}" for c in CHANGES]
+)
+def test_a_job_does_not_go_on_after_what_it_stands_on_has_changed(
+    jobs: Jobs, job: str, path: str, edit: Edit, said: str
+) -> None:
+    with changed(jobs.root / path, edit), pytest.raises(BadInput, match=said):
+        jobs.again(job)
+
+
+@pytest.mark.parametrize("job", ["encode", "sweep", "inpaint", "inpaint a file", "verify"])
+def test_a_job_goes_on_where_files_were_only_copied(jobs: Jobs, job: str) -> None:
+    with contextlib.ExitStack() as stack:
+        for _, path, *_ in CHANGES:
+            stack.enter_context(changed(jobs.root / path, touch))
+        jobs.again(job)
