@@ -103,12 +103,11 @@ class VideoInpaintPipeline(DiffusionPipeline):
         if vae is None:
             self.vae = load_autoencoder(trained["name"]).network
         compile_schedule(parse(schedule), self.denoiser.timesteps)
-        # Weights of half a precision have another hash.
-        is_whole = self.autoencoder.precision == "float32"
+        # The weights of a variant were rounded, and have another hash.
+        shared = SHARED if vae is None else [part for part in SHARED if part != "sha256"]
         refuse_another(
             *(self.autoencoder.identity(), trained, "vae is"),
-            *("the network was trained on latents of", "give that one"),
-            SHARED if is_whole else [part for part in SHARED if part != "sha256"],
+            *("the network was trained on latents of", "give that one", shared),
         )
 
     @classmethod

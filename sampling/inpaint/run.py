@@ -131,7 +131,8 @@ def inpaint(config: InpaintConfig) -> list[Path]:
     work = UnfinishedWork(_work_folder(config.out))
     _refuse_outs(config.out, config, work)  # before the work, and again once nobody else may write
     footage, settings = open_inputs(config)
-    for sentence in check_output(footage, config.out, config.codec):
+    lacks = [] if work.made(config.out) else check_output(footage, config.out, config.codec)
+    for sentence in lacks:
         print(f"vidfill inpaint: {sentence}", file=sys.stderr)
     located = dataclasses.replace(config, schedule=str(settings.program.schedule))
     claim = jobs.claim(
@@ -144,6 +145,7 @@ def inpaint(config: InpaintConfig) -> list[Path]:
     with claim as confirm:
         _refuse_outs(config.out, config, work)
         fill_all(config, footage, settings, work, confirm)
+        confirm()
         outs = _name_outs(config.out, choose(config, footage, work), config)
         if left := {k: out for k, out in outs.items() if not work.made(out)}:
             write_all(config, footage, work, left)

@@ -126,8 +126,10 @@ class Jobs:
         )
         checked = dataclasses.replace(encoding, out=root / "checked")
         encode(checked)
+        self.sweeping = sweeping
         self.run: dict[str, Callable[[], Any]] = {
             "encode": lambda: encode(encoding),
+            "encode in checked": lambda: encode(checked),
             "verify": lambda: self.repair(checked.out),
             "sweep": lambda: sweep(sweeping),
             "inpaint": lambda: inpaint(filling),
@@ -219,3 +221,65 @@ def test_a_job_goes_on_where_files_were_only_copied(jobs: Jobs, job: str) -> Non
         for _, path, *_ in CHANGES:
             stack.enter_context(changed(jobs.root / path, touch))
         jobs.again(job)
+
+
+# Where things are, how shards were encoded, and what diffusers' AutoencoderTiny never reads.
+NOT_ITS_FUNCTION = {"latents.autoencoder.name", "latents.autoencoder.precision", "force_upcast"}
+
+
+def leaves(tree: dict[str, Any], *keys: str) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, *keys, key)
+        elif not key.startswith("_") and ".".join((*keys, key)) not in NOT_ITS_FUNCTION:
+            yield (*keys, key)
+
+
+def another(value: Any) -> Any:
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value * 2 + 1
+        case list() if value:
+            return [another(value[0]), *value[1:]]
+    return f"{value}?" if isinstance(value, str) else 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("record", [RECORD, f"{UNET}/config.json", f"{VAE}/config.json"])
+def test_no_field_of_a_networks_record_may_change(jobs: Jobs, record: str) -> None:
+    tree = json.loads((jobs.root / record).read_text())
+    fields = list(leaves(tree))
+    assert len(fields) > 10
+    for field in fields:
+        value = tree
+        for key in field:
+            value = value[key]
+        edited = changed(jobs.root / record, change(*field, to=another(value)))
+        with edited, pytest.raises(BadInput):
+            jobs.again("inpaint")
+            pytest.fail(f"{'.'.join(field)} may change")
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("scaling_factor", 2.0), ("shift_factor", 0.5), ("sha256", "f" * 64), ("kind", "Another")],
+)
+def test_shards_of_other_latents_fit_no_model_and_no_autoencoder(
+    jobs: Jobs, part: str, value: object
+) -> None:
+    manifest = jobs.root / "checked" / "train" / "manifest.json"
+    sweeping = dataclasses.replace(
+        jobs.sweeping, shards=str(jobs.root / "checked"), out=jobs.root / "other"
+    )
+    checking = VerifyConfig(str(jobs.root / "checked"), samples=1, device="cpu")
+    with changed(manifest, change("autoencoder", part, to=value)):
+        for job in (
+            lambda: sweep(sweeping),
+            lambda: verify(dataclasses.replace(checking, autoencoder=str(jobs.root / VAE))),
+            lambda: jobs.again("encode in checked"),
+        ):
+            with pytest.raises(BadInput, match=f"whose {part} is .*, whose {part} is "):
+                job()
+    assert not sweeping.out.exists()

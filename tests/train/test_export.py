@@ -215,6 +215,15 @@ def test_half_the_precision_is_half_the_file_and_loads_as_float32(
     assert_same_tensors(tmp_path / "half" / vae, tmp_path / "whole" / vae)
 
 
+def test_figures_of_other_weights_stay_out_of_the_card(
+    run: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model"
+    assert main([str(run), str(out), "--ema", "0.9", "--sweep", str(swept)]) == 2
+    assert f"sweep is {swept}, of other weights than these" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_the_card_names_data_masks_metrics_and_limits_and_no_path(
     run: Path, shards: Path, swept: Path, tmp_path: Path
 ) -> None:

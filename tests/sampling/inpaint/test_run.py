@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import shutil
 import signal
@@ -15,6 +16,7 @@ from vidfill.data.videos import Frames, Masks, read_frames, read_video, write_vi
 from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import Autoencoder, load_autoencoder
 from vidfill.modeling.denoiser import Denoiser
+from vidfill.sampling.inpaint import run
 from vidfill.sampling.inpaint.blending import measure_border
 from vidfill.sampling.inpaint.run import (
     WORK_SUFFIX,
@@ -25,7 +27,7 @@ from vidfill.sampling.inpaint.run import (
     open_inputs,
 )
 from vidfill.sampling.inpaint.unfinished import UnfinishedWork
-from vidfill.sampling.inpaint.windows import fill_windows
+from vidfill.sampling.inpaint.windows import FilledWindow, fill_windows
 
 LENGTH = 8  # frames of a window
 HEIGHT, WIDTH = 26, 38
@@ -232,14 +234,131 @@ def test_work_that_was_begun_is_not_continued_with_other_settings(
         inpaint(configure)
 
 
-def test_a_damaged_window_is_named(
-    configure: InpaintConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def unfinished(configure: InpaintConfig, monkeypatch: pytest.MonkeyPatch) -> UnfinishedWork:
+    """Work that stopped when all three windows were filled."""
     with monkeypatch.context() as patched:
         patched.setattr("vidfill.sampling.inpaint.run.write_all", None)
         with pytest.raises(TypeError):
             inpaint(configure)
-    first = UnfinishedWork(tmp_path / f"filled{WORK_SUFFIX}").files()[0].path
+    assert configure.out
+    return UnfinishedWork(configure.out.with_name(f"{configure.out.name}{WORK_SUFFIX}"))
+
+
+@pytest.mark.slow
+def test_a_window_lost_between_two_lives_is_filled_again(
+    configure: InpaintConfig,
+    tmp_path: Path,
+    unfinished: UnfinishedWork,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    [alone] = inpaint(dataclasses.replace(configure, out=tmp_path / "alone"))
+    files = unfinished.files()
+    kept = shutil.copytree(unfinished.folder, tmp_path / "kept")
+    for lost in ({0}, {1}, {2}, {0, 2}, {0, 1, 2}):
+        shutil.copytree(kept, unfinished.folder, dirs_exist_ok=True)
+        for number in lost:
+            files[number].path.unlink()
+        [out] = inpaint(configure)
+        np.testing.assert_array_equal(read(out), read(alone))
+        shutil.rmtree(out)
+        said = f"has lost the window that begins with frame {files[min(lost)].first}: it and all"
+        has_rest = any(number > min(lost) for number in {0, 1, 2} - lost)
+        assert (said in capsys.readouterr().err) == has_rest
+
+
+@pytest.mark.parametrize(
+    ("window", "lost"),
+    [(0, "folder"), (1, "file"), (1, "folder to another job"), (2, "folder")],
+)
+def test_work_that_is_lost_while_it_goes_on_ends_the_job(
+    configure: InpaintConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    window: int,
+    lost: str,
+) -> None:
+    add = UnfinishedWork.add
+
+    def lose(work: UnfinishedWork, filled: FilledWindow) -> None:
+        add(work, filled)
+        if len(work.files()) == window + 1:
+            if lost == "file":
+                return work.files()[0].path.unlink()
+            shutil.rmtree(work.folder)
+            if lost == "folder to another job":
+                work.folder.mkdir()
+                (work.folder / "job.json").write_text('{"verb": "inpaint", "config": {}}')
+
+    monkeypatch.setattr(UnfinishedWork, "add", lose)
+    with pytest.raises(BadInput, match=r"lost windows while this job ran|removed or taken"):
+        inpaint(configure)
+    assert not (tmp_path / "filled").exists()
+
+
+@pytest.mark.parametrize("step", ["check_output", "fill_all"])
+def test_a_file_that_another_job_finished_meanwhile_stays(
+    configure: InpaintConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Before the work begins, or while it goes on."""
+    out, own = tmp_path / "filled.mkv", getattr(run, step)
+    monkeypatch.setattr(run, step, lambda *a: (own(*a), out.write_text("done"))[0])
+    with pytest.raises(BadInput, match="exists: choose another name"):
+        inpaint(dataclasses.replace(configure, out=out))
+    assert out.read_text() == "done"
+
+
+def test_an_interrupt_after_the_output_is_there_only_leaves_the_rest(
+    configure: InpaintConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("vidfill.jobs._remove_work", None)
+        with pytest.raises(TypeError):
+            inpaint(configure)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_all", None)
+        assert inpaint(configure) == [configure.out]
+    with pytest.raises(BadInput, match="exists: choose another name"):
+        inpaint(configure)
+
+
+@pytest.mark.slow
+def test_work_of_0_1_continues_on_what_it_stands_on(
+    configure: InpaintConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "video.mkv"
+    write_video(raw, read(configure.video), 24.0)
+    config = dataclasses.replace(configure, video=raw)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_all", None)
+        with pytest.raises(TypeError):
+            inpaint(config)
+    mark = tmp_path / f"filled{WORK_SUFFIX}" / "job.json"
+    job = json.loads(mark.read_text())
+    older = {
+        "config": job["config"],
+        "model": job["stands_on"]["model"]["weights"],
+        "autoencoder": job["stands_on"]["autoencoder"]["weights"],
+        "video": [raw.stat().st_size, raw.stat().st_mtime_ns],
+        "mask": [],
+    }
+    for name, value in (("model", "another"), ("autoencoder", "another"), ("video", [1, 2])):
+        mark.write_text(json.dumps({"verb": "inpaint", "config": {**older, name: value}}))
+        with pytest.raises(BadInput, match=rf"\({name}(\.weights)?\)"):
+            inpaint(config)
+    mark.write_text(json.dumps({"verb": "inpaint", "config": older}))
+    assert inpaint(config) == [tmp_path / "filled"]
+
+
+def test_a_work_folder_may_be_a_link(configure: InpaintConfig, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / f"filled{WORK_SUFFIX}").symlink_to("disk")
+    assert inpaint(configure) == [tmp_path / "filled"]
+    assert not list(tmp_path.glob(f"filled{WORK_SUFFIX}"))
+
+
+def test_a_damaged_window_is_named(configure: InpaintConfig, unfinished: UnfinishedWork) -> None:
+    first = unfinished.files()[0].path
     first.write_bytes(first.read_bytes()[:-100])
     with pytest.raises(BadInput, match=r"000000000-000000008.npz is damaged"):
         inpaint(configure)

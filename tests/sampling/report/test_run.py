@@ -46,6 +46,11 @@ def test_same_command_writes_the_same_report_again_also_of_another_clip_or_a_mov
         folder = folder.rename(tmp_path / f"moved {len(written)}")
     for name in written[0].keys() - {"job.json"}:
         assert written[0][name] == written[1][name]
+    assert "figure4.png" in written[0]
+    bare = make_sweep(tmp_path / "bare", schedules=["ddim:5"], kept=[])
+    report(ReportConfig(bare, folder / "report"))
+    left = {path.name for path in (folder / "report").iterdir()}
+    assert left == {"job.json", "index.html", "front.png", "quality-nfe.png"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ from vidfill.errors import BadInput
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.noise import DiffusionConfig, LossConfig
 from vidfill.modeling.unet import VideoUNet
-from vidfill.train.config import DataConfig, EvaluationConfig, TrainConfig
+from vidfill.train.config import DataConfig, EvaluationConfig, PreviewConfig, TrainConfig
 from vidfill.train.monitor.held_out import HeldOut, figures, open_held_out
+from vidfill.train.monitor.previews import open_preview
 from vidfill.train.state import make_denoiser
 from vidfill.train.step import diffusion_loss
 
@@ -66,6 +69,24 @@ def opened(
     held_out = open_held_out(config, denoiser, process, processes)
     assert held_out
     return held_out
+
+
+@pytest.mark.parametrize("part", ["sha256", "scaling_factor"])
+def test_held_out_clips_and_previews_of_another_autoencoder_are_refused(
+    config: TrainConfig, denoiser: Denoiser, tmp_path: Path, part: str
+) -> None:
+    shards = Path(shutil.copytree(config.shards, tmp_path / "shards"))
+    file = shards / "validation" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["autoencoder"][part] = "f" * 64 if part == "sha256" else 3.0
+    file.write_text(json.dumps(manifest))
+    other = dataclasses.replace(config, shards=str(shards), preview=PreviewConfig(every=1))
+    for open_clips in (
+        lambda: open_held_out(other, denoiser, 0, 1),
+        lambda: open_preview(other, denoiser, CPU),
+    ):
+        with pytest.raises(BadInput, match=f"validation holds latents of .*whose {part} is "):
+            open_clips()
 
 
 def test_the_loss_of_a_network_that_predicts_zero_is_the_targets_mean_square() -> None:
