@@ -13,12 +13,12 @@ from .videos import list_images
 def fingerprint_videos(*paths: Path, known: Sequence[Any] = (), whole: bool = True) -> Fingerprint:
     """The fingerprint of files and of folders of images, which may be moved together.
 
-    `known` and `whole` are as in `files.fingerprint`; what is missing is left out.
+    `known` and `whole` are as in `files.fingerprint`; what is no file is left out.
     """
     files = {
         f"{number}/{file.name if path.is_dir() else path.suffix}": file
         for number, path in enumerate(paths)
         for file in (list_images(path) if path.is_dir() else [path])
-        if file.exists()
+        if file.is_file()
     }
     return fingerprint(files, known, whole)
