@@ -157,28 +157,30 @@ class ShardPlan:
         }
         return cls({video.source.label: video for video in videos}, shards, length, stride)
 
+    def find_rewritten(self, sources: Sequence[Source]) -> list[str]:
+        """The labels of those of the plan's videos that have been written anew since."""
+        known = [source for source in sources if source.label in self.videos]
+
+        def is_other(source: Source) -> bool:
+            was = self.videos[source.label].seen
+            return not is_same(was, _fingerprint(source, was))
+
+        others = in_threads(is_other, known, SURVEY_THREADS, AT_ONCE)
+        return [source.label for source, other in zip(known, others, strict=True) if other]
+
     def differs(self, sources: Sequence[Source]) -> str:
         """What is other in `sources` than in the plan, in one line; "" where nothing is."""
-        before = {(video.source.split, label): video.seen for label, video in self.videos.items()}
-
-        def look(source: Source) -> Fingerprint:
-            return _fingerprint(source, before.get((source.split, source.label), ()))
-
-        seen = in_threads(look, sources, SURVEY_THREADS, AT_ONCE)
-        now = {
-            (source.split, source.label): found for source, found in zip(sources, seen, strict=True)
-        }
+        before = {(video.source.split, label) for label, video in self.videos.items()}
+        now = {(source.split, source.label) for source in sources}
         changes = {
-            "added": now.keys() - before.keys(),
-            "removed": before.keys() - now.keys(),
-            "written anew": {
-                key for key in now if key in before and not is_same(before[key], now[key])
-            },
+            "added": [label for _, label in now - before],
+            "removed": [label for _, label in before - now],
+            "written anew": self.find_rewritten(sources),
         }
         return ", ".join(
-            f"{len(keys)} {change} (the first is {min(keys)[1]})"
-            for change, keys in changes.items()
-            if keys
+            f"{len(labels)} {change} (the first is {min(labels)})"
+            for change, labels in changes.items()
+            if labels
         )
 
 

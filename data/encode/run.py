@@ -119,6 +119,7 @@ def encode(config: EncodeConfig, again: Collection[ShardId] = ()) -> Timings | N
         timings = _write_shards(shards, config, plan, autoencoder, crew)
         if crew.rank > 0:
             return None
+        _refuse_rewritten(config, plan)
         _write_manifests(config, plan, autoencoder)
         print(f"vidfill encode: {timings}", file=sys.stderr)
     return timings
@@ -366,6 +367,15 @@ def _collect(
         crew.add("clips", clips)
         tally.add(plan.count_range(result.part) - clips)  # those that there will never be
         held, clips = [], 0
+
+
+def _refuse_rewritten(config: EncodeConfig, plan: ShardPlan) -> None:
+    """Refuse shards of videos that were not the same from the first to the last."""
+    if labels := plan.find_rewritten([video.source for video in plan.videos.values()]):
+        raise BadInput(
+            f"{len(labels)} video(s) were written anew while this job ran, the first is "
+            f"{config.videos / labels[0]}: encode into another folder than {config.out}"
+        )
 
 
 def _write_manifests(config: EncodeConfig, plan: ShardPlan, autoencoder: Autoencoder) -> None:

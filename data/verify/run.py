@@ -112,8 +112,22 @@ def _inspect(config: VerifyConfig, root: Path | None) -> list[Inspection]:
             store = open_store(config.dataset, split, CacheConfig(folder))
             with contextlib.closing(store):
                 inspections.append(_inspect_split(split, store, config, root))
+    _compare_splits(inspections)
     show(inspections)
     return inspections
+
+
+def _compare_splits(inspections: Sequence[Inspection]) -> None:
+    """Check that all splits hold latents of one space."""
+    known = [(one, one.manifest) for one in inspections if one.manifest]
+    for (first, ours), (one, theirs) in itertools.pairwise(known):
+        try:
+            refuse_another(
+                *(theirs.autoencoder, ours.autoencoder, "it was encoded with"),
+                *(f"the split {first.split} with", "they are of no use together"),
+            )
+        except BadInput as error:
+            one.add("manifest", MANIFEST, str(error), ANEW)
 
 
 def _find_splits(config: VerifyConfig, root: Path | None) -> list[str]:

@@ -20,7 +20,7 @@ from ... import jobs, options
 from ...data.fingerprints import fingerprint_videos
 from ...data.videos import FrameSize, Mask
 from ...errors import BadInput
-from ...files import refuse_existing, seen_as
+from ...files import Fingerprint, is_same, refuse_existing, seen_as
 from ...modeling.autoencoder import SHIPPED, load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
 from ...modeling.precision import Precision
@@ -203,11 +203,27 @@ def _identify(
     config: InpaintConfig, settings: FillSettings, before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What must not change until the work is done; `before` is what was recorded."""
-    paths = {"video": config.video, "mask": Path(config.mask)}  # a rectangle is no file
     return {
         "model": settings.denoiser.fingerprint(),
         "autoencoder": settings.autoencoder.fingerprint(),
-    } | {name: fingerprint_videos(p, known=before.get(name, ())) for name, p in paths.items()}
+    } | _fingerprint_sources(config, before)
+
+
+def _fingerprint_sources(config: InpaintConfig, known: Mapping[str, Any]) -> dict[str, Fingerprint]:
+    paths = {"video": config.video, "mask": Path(config.mask)}  # a rectangle is no file
+    return {name: fingerprint_videos(p, known=known.get(name, ())) for name, p in paths.items()}
+
+
+def _refuse_rewritten(config: InpaintConfig, work: UnfinishedWork) -> None:
+    """Refuse to write a video or masks other than those by which windows were filled."""
+    job = jobs.read_job(work.folder)
+    before = (job.stands_on if job else None) or {}
+    for name, now in _fingerprint_sources(config, before).items():
+        if name in before and not is_same(Fingerprint(*before[name]), now):
+            raise BadInput(
+                f"the {name} was written anew while this job ran: remove {work.folder} to begin "
+                "again"
+            )
 
 
 def _renew(before: jobs.JobRecord) -> jobs.JobRecord:
@@ -347,6 +363,7 @@ def write_all(
             for k, write in writers.items():
                 write(picture, filled[k], mask)
             shown.advance()
+        _refuse_rewritten(config, work)
         work.promise(outs.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -98,7 +99,9 @@ class UnfinishedWork:
     def made(self, out: Path) -> bool:
         """Whether an output is there that this work has made, whole."""
         record = self.folder / PROMISED
-        promised = json.loads(record.read_bytes()) if record.is_file() else {}
+        promised: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            promised = json.loads(record.read_bytes())
         return out.exists() and promised.get(out.name) == out.stat().st_ino
 
     def add(self, window: FilledWindow) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pkgutil
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,8 +128,11 @@ class Jobs:
         checked = dataclasses.replace(encoding, out=root / "checked")
         encode(checked)
         self.sweeping = sweeping
+        self.encoding = dataclasses.replace(encoding, out=root / "anew")
+        self.filling = dataclasses.replace(raw, out=root / "anew.mkv")
         self.run: dict[str, Callable[[], Any]] = {
             "encode": lambda: encode(encoding),
+            "encode without a manifest": lambda: self.encode_again(encoding),
             "encode in checked": lambda: encode(checked),
             "verify": lambda: self.repair(checked.out),
             "sweep": lambda: sweep(sweeping),
@@ -136,6 +140,16 @@ class Jobs:
             "inpaint a file": lambda: inpaint(raw),
             "train.autoencoder": lambda: train_autoencoder(recipe),
         }
+
+    def encode_again(self, config: EncodeConfig) -> None:
+        """The manifest would tell another autoencoder by itself."""
+        manifest = config.out / "train" / "manifest.json"
+        content = manifest.read_bytes()
+        manifest.unlink()
+        try:
+            encode(config)
+        finally:
+            manifest.write_bytes(content)
 
     def repair(self, shards: Path) -> None:
         (shards / "train" / shard_name(0)).unlink(missing_ok=True)
@@ -169,6 +183,13 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, model_on_disk: Path) -> Jobs:
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 VAE, UNET, RECORD = "kept/autoencoder", "kept/model/unet", "kept/model/denoiser.json"
 CHANGES: list[tuple[str, str, Edit, str]] = [
+    ("encode without a manifest", f"{VAE}/{WEIGHTS}", flip, r"\(autoencoder.weights\)"),
+    (
+        "encode without a manifest",
+        f"{VAE}/config.json",
+        change("scaling_factor", to=2.0),
+        r"\(autoencoder.config.scaling_factor\)",
+    ),
     *(
         (job, path, edit, said)
         for job in ("encode", "verify")
@@ -225,6 +246,25 @@ def test_a_job_goes_on_where_files_were_only_copied(jobs: Jobs, job: str) -> Non
 
 # Where things are, how shards were encoded, and what diffusers' AutoencoderTiny never reads.
 NOT_ITS_FUNCTION = {"latents.autoencoder.name", "latents.autoencoder.precision", "force_upcast"}
+
+
+@pytest.mark.parametrize("path", ["videos/a.y4m", "masks/a.bmp"])
+def test_a_job_ends_where_a_source_changes_while_it_runs(
+    jobs: Jobs, path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with changed(jobs.root / path, lambda _: None):
+        for step, job in (
+            ("encode.run._write_shards", lambda: encode(jobs.encoding)),
+            ("inpaint.run.choose", lambda: inpaint(jobs.filling)),
+        ):
+            module = f"vidfill.{'data' if 'encode' in step else 'sampling'}.{step}"
+            own = pkgutil.resolve_name(module)
+            after = lambda *a, own=own: (own(*a), flip(jobs.root / path))[0]  # noqa: E731
+            monkeypatch.setattr(module, after)
+            with pytest.raises(BadInput, match=r"written anew while|have changed"):
+                job()
+            flip(jobs.root / path)
+    assert not jobs.filling.out.exists()
 
 
 def leaves(tree: dict[str, Any], *keys: str) -> Iterator[tuple[str, ...]]:

@@ -158,6 +158,13 @@ def test_damaged_files_are_named(
     assert all("train/" in line for line in said.splitlines())
 
 
+def test_splits_of_two_autoencoders_are_named(dataset: Path, find: Find) -> None:
+    change_json(dataset / "train" / MANIFEST, lambda m: m["autoencoder"].update(scaling_factor=9.0))
+    wrong, said = find(dataset)
+    assert wrong["manifest"] == 1
+    assert "whose scaling_factor is 9.0: they are of no use together" in said
+
+
 def test_videos_and_autoencoder_may_lie_elsewhere(dataset: Path, pristine: Path) -> None:
     videos = shutil.copytree(pristine.parent / "videos", dataset.parent / "moved")
     for split in ("train", "validation"):
