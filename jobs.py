@@ -206,9 +206,11 @@ def claim(
             _refuse_another_base(out, before, job)
         if before != job:
             _write_record(out, job, before)
+        mark = out / MARK
+        mine = mark.read_bytes()
 
         def confirm() -> None:
-            if read_job(out) != job:
+            if not mark.is_file() or mark.read_bytes() != mine:
                 raise BadInput(
                     f"{out} was removed or taken by another job while this one ran: "
                     "give the same command again"
@@ -277,14 +279,15 @@ def read_job(folder: Path) -> JobRecord | None:
     """
     mark = folder / MARK
     with _reading(mark):
-        return JobRecord.model_validate_json(mark.read_bytes()) if mark.is_file() else None
+        # pydantic's own reader refuses paths that are no UTF-8.
+        return JobRecord.model_validate(json.loads(mark.read_bytes())) if mark.is_file() else None
 
 
 @contextlib.contextmanager
 def _reading(mark: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError):  # pydantic's error is a ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):  # pydantic's is a ValueError
         raise BadInput(
             f"{mark} was not written by vidfill: choose another folder or remove it"
         ) from None

@@ -236,8 +236,11 @@ def load_trained_autoencoder(
     name: str = "",
     device: str | torch.device = "cpu",
     precision: Precision = "float32",
+    option: str = "--autoencoder",
 ) -> Autoencoder:
     """Load the autoencoder of a model's record; `name` says where it is now, if elsewhere.
+
+    `option` is what a person gives a name by.
 
     Raises:
         BadInput: It cannot be loaded, or is not the recorded one.
@@ -246,10 +249,10 @@ def load_trained_autoencoder(
     try:
         autoencoder = load_autoencoder(name, device, precision)
     except BadInput as error:
-        raise BadInput(f"{error}; --autoencoder says where it is") from error
+        raise BadInput(f"{error}; {option} says where it is") from error
     refuse_another(
         *(autoencoder.identity(), trained),
-        *("autoencoder is", "the model was trained on", "give that one with --autoencoder"),
+        *("autoencoder is", "the model was trained on", f"give that one with {option}"),
     )
     return autoencoder
 

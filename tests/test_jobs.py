@@ -104,6 +104,14 @@ def test_a_moved_job_continues_and_a_path_is_the_same_however_it_is_given(
         begin(moved.out, replace(moved, source=tmp_path / "other"))
 
 
+def test_a_path_in_another_encoding_is_the_same_again(tmp_path: Path) -> None:
+    config = Config(source=Path(os.fsdecode(b"caf\xe9")))
+    for _ in range(2):
+        begin(tmp_path / "out", config)
+    with pytest.raises(BadInput, match="source was"):
+        begin(tmp_path / "out", Config())
+
+
 def test_what_may_change_is_recorded_anew(tmp_path: Path) -> None:
     for steps in (1, 2):
         begin(tmp_path / "out", Config(steps=steps), may_change=("steps",))

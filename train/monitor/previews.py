@@ -83,7 +83,8 @@ def open_preview(
         print(f"{place}/validation keeps no pixels: no previews", file=sys.stderr)
         return None
     autoencoder = load_trained_autoencoder(
-        denoiser.autoencoder, wanted.autoencoder, device, denoiser.precision
+        *(denoiser.autoencoder, wanted.autoencoder, device, denoiser.precision),
+        option="--preview.autoencoder",
     )
     return PreviewClips(examples, autoencoder, wanted.schedule, config.seed)
 
