@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 from vidfill.data.encode.run import encode, main
 from vidfill.data.encode.settings import EncodeConfig
 from vidfill.data.masks import FAMILIES
 from vidfill.data.shards.format import Example
 from vidfill.data.shards.reading import ShardedDataset
 from vidfill.errors import BadInput
+from vidfill.files import hash_file
+from vidfill.modeling.autoencoder import load_autoencoder
+from vidfill.processes import Crew
 
 FRAMES, SIDE = 4, 32  # of the videos that conftest.py writes
 
@@ -139,6 +143,26 @@ def test_a_split_of_which_nothing_is_usable_is_refused_with_the_first_reason(
     with pytest.raises(BadInput, match=r"no video of the split validation .*val/v5\.mp4: "):
         encode(config)
     assert not (config.out / "validation" / "manifest.json").exists()
+
+
+def test_a_process_with_another_autoencoder_than_the_first_one_is_refused(
+    folder: Path,
+    configure: Configure,
+    autoencoder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = configure(folder)
+    encode(config)
+    first = {**load_autoencoder(autoencoder).identity(), "scaling_factor": 2.0}
+    store = HashStore()
+    for name, value in (("plan", hash_file(config.out / "plan.json")), ("autoencoder", first)):
+        store.set(f"value {name}", json.dumps(value))
+    second = Crew("encode", store, rank=1, size=2, hosts=False)
+    monkeypatch.setattr(Crew, "join", lambda job: second)
+    with pytest.raises(SystemExit):
+        encode(config)
+    assert f"process 1 found another autoencoder in {autoencoder}" in capsys.readouterr().err
 
 
 def test_a_changed_folder_of_videos_is_no_resumption(copy: Path, configure: Configure) -> None:
