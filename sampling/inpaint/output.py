@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -19,17 +17,18 @@ from ...data.videos import Mask, Pixels
 from ...errors import BadInput
 from ...files import aside
 from .pixel_formats import choose_format, chroma_block, composite, convert
-from .video import Footage, Picture, open_footage, read_pictures, saying
+from .video import Footage, Picture, read_pictures, saying
 
 WriteFrame = Callable[[Picture, Pixels, Mask], None]
 Codec = Literal["", "ffv1", "h264", "h265", "vp9"]
 
 # Each with FFmpeg's name and options. x264's macroblock tree would make the bytes of small frames
-# vary from run to run; x265 would write to the terminal.
+# vary from run to run; x265 would write to the terminal, and with B-frames gives short videos
+# decoding times that it never set.
 ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "ffv1": ("ffv1", {"level": "3", "slicecrc": "1"}),
     "h264": ("libx264", {"crf": "16", "mbtree": "0"}),
-    "h265": ("libx265", {"crf": "18", "x265-params": "log-level=error"}),
+    "h265": ("libx265", {"crf": "18", "x265-params": "log-level=error:bframes=0"}),
     "vp9": ("libvpx-vp9", {"crf": "24", "row-mt": "1"}),
 }
 # What players expect in each container; the first is the usual one.
@@ -40,6 +39,16 @@ CODECS: dict[str, tuple[str, ...]] = {
     ".webm": ("vp9",),
 }
 KEPT_TAGS = ("language", "title")
+PRIMING = 0.3  # seconds that decoders of sound may need before what an edit list shows
+# What a file says of how it was made, by FFmpeg's names; the rest is what somebody wrote into it.
+OWN_TAGS = (
+    "major_brand",
+    "minor_version",
+    "compatible_brands",
+    "encoder",
+    "duration",
+    "creation_time",
+)
 
 
 @contextlib.contextmanager
@@ -86,7 +95,8 @@ def _open_file(footage: Footage, path: Path, codec: str) -> Iterator[WriteFrame]
     )
     try:
         stream = _add_video(container, footage, codec)
-        added, _ = _add_tracks(container, footage)
+        added, _ = add_tracks(container, footage)
+        container.start_encoding()  # the file is there from now on
         packets = _read_packets(footage, added)
         waiting = next(packets, None)
 
@@ -148,7 +158,7 @@ def _add_video(
     return stream
 
 
-def _add_tracks(
+def add_tracks(
     container: av.container.OutputContainer | None, footage: Footage
 ) -> tuple[dict[int, av.stream.Stream], list[str]]:
     """Add streams for the sound and the subtitles of a video.
@@ -163,6 +173,12 @@ def _add_tracks(
         return added, left_out
     copied = ("audio", "subtitle", "attachment")
     with saying(footage.path), videos.open_video(footage.path) as (source, video):
+        if container is not None:
+            container.metadata.update(written_tags(source.metadata))
+            container.set_chapters(_cut_chapters(source.chapters(), footage))
+            for own in container.streams.video:
+                own.metadata.update(_kept_tags(video))
+                own.codec_context.field_order = video.codec_context.field_order
         for stream in source.streams:
             if stream.index == video.index:
                 continue
@@ -174,12 +190,31 @@ def _add_tracks(
                 left_out.append(f"{stream.type} ({stream.name or 'of an unknown kind'})")
                 continue
             copy.disposition = stream.disposition
-            copy.metadata.update(
-                {key: value for key, value in stream.metadata.items() if key in KEPT_TAGS}
-            )
+            copy.metadata.update(_kept_tags(stream))
             if stream.type != "attachment":  # those are in the file's header
                 added[stream.index] = copy
     return added, left_out
+
+
+def _kept_tags(stream: av.stream.Stream) -> dict[str, str]:
+    return {key: value for key, value in stream.metadata.items() if key in KEPT_TAGS}
+
+
+def written_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """What somebody wrote of a video, as its title, without what programs note."""
+    return {key: value for key, value in tags.items() if key.lower() not in OWN_TAGS}
+
+
+def _cut_chapters(chapters: Iterable[Any], footage: Footage) -> list[Any]:
+    """The chapters of a part of a video, by its own clock."""
+    kept = []
+    for chapter in chapters:
+        unit = Fraction(chapter["time_base"] or 1)
+        begin, last = footage.start / unit, footage.end / unit
+        start, end = max(chapter["start"], begin), min(chapter["end"], last)
+        if start < end:
+            kept.append({**chapter, "start": round(start - begin), "end": round(end - begin)})
+    return kept
 
 
 def _read_packets(
@@ -195,6 +230,8 @@ def _read_packets(
             if packet.dts is None:
                 continue
             begins = (packet.dts if packet.pts is None else packet.pts) * packet.time_base
+            if packet.is_discard and begins < -PRIMING:
+                continue
             if footage.before and begins < footage.start:
                 continue
             shift = round(footage.start / packet.time_base)
@@ -226,67 +263,3 @@ def _open_folder(footage: Footage, folder: Path) -> Iterator[WriteFrame]:
         (folder / f"{name}.png").write_bytes(b"".join(bytes(packet) for packet in packets))
 
     yield write
-
-
-def check_output(footage: Footage, out: Path, codec: Codec = "") -> list[str]:
-    """Find out whether a video can be written as asked, by writing its first frame elsewhere.
-
-    Returns:
-        What the file will lack, a sentence each.
-
-    Raises:
-        BadInput: `out` cannot be written there, or its container or codec cannot hold the video.
-    """
-    _refuse_place(footage, out, codec)
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / out.name
-        with av.open(str(trial), "w") if out.suffix else contextlib.nullcontext() as container:
-            _, left_out = _add_tracks(container, footage)
-        short = dataclasses.replace(footage, times=footage.times[:1])
-        first = next(read_pictures(short))
-        with open_output(short, trial, codec) as write:
-            write(first, first.rgb, np.zeros(first.rgb.shape[:2], np.uint8))
-        result = open_footage(trial)
-        written = next(read_pictures(result))
-    sound = [track for track in left_out if track.startswith("audio")]
-    if out.suffix and sound:
-        raise BadInput(f"{out} cannot hold the video's {sound[0]}: name an .mkv, which can")
-    lacks = [f"{out.name} lacks the video's {track}" for track in left_out]
-    if out.suffix and result.pixel_aspect != footage.pixel_aspect:
-        lacks.append(
-            f"{out.name} does not say that a pixel is {footage.pixel_aspect} as wide as high: "
-            "an .mp4 does"
-        )
-    if _depth(written.frame) < _depth(first.frame):
-        lacks.append(
-            f"{out.name} has {_depth(written.frame)} bits a sample, the video {_depth(first.frame)}"
-        )
-    return lacks
-
-
-def _depth(frame: av.VideoFrame) -> int:
-    return max(part.bits for part in frame.format.components)
-
-
-def _refuse_place(footage: Footage, out: Path, codec: str) -> None:
-    suffix = out.suffix.lower()
-    if out.exists() and out.samefile(footage.path):
-        raise BadInput(f"{out} is the video itself: name another file")
-    if not suffix:
-        if codec:
-            raise BadInput(f"codec is {codec}, but {out} is a folder of PNG: name a file, or none")
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise BadInput(f"{out} exists and is no empty folder: name another, or a file")
-        return
-    if suffix not in CODECS:
-        raise BadInput(
-            f"{out} ends in {out.suffix}: give one of {', '.join(CODECS)}, "
-            "or no ending for a folder of PNG"
-        )
-    if codec and codec not in CODECS[suffix]:
-        raise BadInput(
-            f"codec is {codec}, which {suffix} does not hold as players expect it: "
-            f"give {' or '.join(CODECS[suffix])}, or another ending"
-        )
-    if out.is_dir():
-        raise BadInput(f"{out} is a folder: name a file, or a folder without an ending")

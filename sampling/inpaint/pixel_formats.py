@@ -86,7 +86,8 @@ def composite(
     """A copy of `frame` in `pixel_format`, with the hole from `rgb`.
 
     A luma or RGB sample is taken from `rgb` where `mask` is 1, a chroma sample where `mask` is 1
-    in any of the pixels that share it; all others are the frame's. `rgb` has full range and is
+    in any of the pixels that share it; all others, and all of transparency, are the frame's. `rgb`
+    has full range and is
     upright, as is the mask; the frame is as it is stored, and `orientation` makes it upright.
     """
     kept = convert(frame, pixel_format)
@@ -103,9 +104,11 @@ def composite(
         )
     else:
         filled = av.VideoFrame(kept.width, kept.height, pixel_format)
-    for target, source in zip(_planes(filled), _planes(kept), strict=True):
+    for index, (target, source) in enumerate(zip(_planes(filled), _planes(kept), strict=True)):
         visible = _on_grid(stored_mask, filled, target.shape[:2]) == 0
         np.copyto(target, source, where=visible[..., None])
+        samples = _alpha_bytes(filled.format, index)
+        target[..., samples] = source[..., samples]
     filled.pts, filled.time_base, filled.duration = frame.pts, frame.time_base, frame.duration
     filled.colorspace, filled.color_range = kept.colorspace, kept.color_range
     filled.color_primaries, filled.color_trc = kept.color_primaries, kept.color_trc
@@ -125,6 +128,22 @@ def _planes(frame: av.VideoFrame) -> Iterator[UInt8[np.ndarray, "rows columns by
         if plane.line_size < 0:  # as in old AVI files: the last row comes first
             rows = rows[::-1]
         yield rows[:, : plane.width * step].reshape(plane.height, plane.width, step)
+
+
+def _alpha_bytes(pixel_format: av.VideoFormat, plane: int) -> slice:
+    """Which bytes of each position of a plane are its transparency."""
+    alpha = [part for part in pixel_format.components if part.is_alpha and part.plane == plane]
+    if not alpha:
+        return slice(0)
+    if all(part.is_alpha or part.plane != plane for part in pixel_format.components):
+        return slice(None)
+    size = (alpha[0].bits + 7) // 8
+    return slice(size) if pixel_format.name.startswith("a") else slice(-size, None)
+
+
+def has_alpha(pixel_format: av.VideoFormat) -> bool:
+    """Whether pixels may be transparent."""
+    return any(part.is_alpha for part in pixel_format.components)
 
 
 def _on_grid(

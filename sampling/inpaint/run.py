@@ -32,7 +32,8 @@ from ..schedules.language import parse
 from ..schedules.program import compile_schedule
 from .blending import FEATHER
 from .boxes import choose_size
-from .output import Codec, check_output, open_output
+from .output import Codec, open_output
+from .trial import check_output
 from .unfinished import UnfinishedWork
 from .video import Footage, Picture, check_masks, open_footage, read_masked, read_masks
 from .windows import FilledWindow, FillSettings, fill_windows, plan_boxes, usual_schedule

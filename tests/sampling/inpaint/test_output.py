@@ -14,7 +14,8 @@ import pytest
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 from vidfill.errors import BadInput
-from vidfill.sampling.inpaint.output import CODECS, check_output, open_output
+from vidfill.sampling.inpaint.output import CODECS, open_output
+from vidfill.sampling.inpaint.trial import check_output
 from vidfill.sampling.inpaint.video import Footage, open_footage, read_pictures
 
 REAL = Path(__file__).parents[4] / "shared" / "videos" / "real"
@@ -295,7 +296,7 @@ def test_what_is_left_out_is_listed(
     assert check_output(source, tmp_path / "b") == ["b lacks the video's audio (aac)"]
     silent = open_footage(make_video(tmp_path / "c.mkv", deep))
     (said,) = check_output(silent, tmp_path / "b.webm")
-    assert said == "b.webm has 8 bits a sample, the video 10"
+    assert said == "b.webm lacks the video's 10 bits a sample (it has 8)"
 
 
 MEASURE = """
