@@ -8,14 +8,13 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from .errors import BadInput
+from .errors import BadInput, say
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,7 +54,7 @@ def hold(folder: Path, patience: float = 0.0) -> Iterator[None]:
         except Timeout:
             if patience > 0:
                 said = f"another job writes into {folder}: waiting {patience:g} s for it"
-                print(said, file=sys.stderr)
+                say(said)
             lock.acquire(timeout=patience, poll_interval=min(1.0, patience or 1.0))
     except Timeout:
         raise BadInput(f"another job writes into {folder}: let it end first") from None
@@ -63,7 +62,7 @@ def hold(folder: Path, patience: float = 0.0) -> Iterator[None]:
         if error.errno not in _CANNOT_LOCK:
             raise
         said = f"{folder} lies where files cannot be locked: let no other job write there"
-        print(said, file=sys.stderr)
+        say(said)
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import BaseModel, ValidationError
 
 from . import __version__
-from .errors import BadInput, BadInputEverywhere, say_error
+from .errors import BadInput, BadInputEverywhere, say, say_error
 from .files import LOCK, PARTIAL, hold, write_atomically
 
 Config = TypeVar("Config")
@@ -52,7 +52,7 @@ def main(
         _say_error(verb, error)
         return 2
     except KeyboardInterrupt:
-        print(f"vidfill {verb}: interrupted; the same command continues", file=sys.stderr)
+        say(f"vidfill {verb}: interrupted; the same command continues")
         return 130
     return 0
 
@@ -189,10 +189,7 @@ def claim(
         before = _check_place(out, job, defaults, may_change)
         gone = _flatten(before.config).keys() - _flatten(job.config).keys() if before else ()
         if gone:
-            print(
-                f"vidfill {verb}: options that are no more: {', '.join(sorted(gone))}",
-                file=sys.stderr,
-            )
+            say(f"vidfill {verb}: options that are no more: {', '.join(sorted(gone))}")
         if before != job:
             write_atomically(out / "job.json", json.dumps(job.model_dump(), indent=2).encode())
         yield

@@ -12,13 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..errors import BadInput, describe
+from ..errors import BadInput, describe, say
 from ..files import hash_file, in_threads
 
 MODEL = "model"  # the folder of the average that is evaluated, shown and loaded
@@ -119,5 +118,5 @@ def newest_whole(folder: Path, part: str = "", first: str = "") -> tuple[Path, d
         except Damaged as damage:
             if not path.exists():  # the run has removed it after writing a newer one
                 return newest_whole(folder, part)
-            print(f"vidfill: {damage}; trying the one before", file=sys.stderr)
+            say(f"vidfill: {damage}; trying the one before")
     raise Damaged(f"every checkpoint in {folder} is damaged: remove it to start again")

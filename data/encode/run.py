@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 import tarfile
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ... import jobs
-from ...errors import BadInput
+from ...errors import BadInput, say
 from ...files import hash_file, locate, write_atomically
 from ...modeling.autoencoder import Autoencoder, load_autoencoder
 from ...processes import Crew, Tally, choose_device, wait_until_visible
@@ -114,7 +113,7 @@ def encode(config: EncodeConfig, again: Collection[ShardId] = ()) -> Timings | N
         if crew.rank > 0:
             return None
         _write_manifests(config, plan, autoencoder)
-        print(f"vidfill encode: {timings}", file=sys.stderr)
+        say(f"vidfill encode: {timings}")
     return timings
 
 
@@ -122,10 +121,9 @@ def _begin(config: EncodeConfig, stack: contextlib.ExitStack) -> tuple[ShardPlan
     """Claim the folder and put the plan there, or find both from before."""
     found = find_sources(config.videos, config.mask_files)
     if outside := find_outside(config.videos, found, config.mask_files):
-        print(
+        say(
             f"vidfill encode: left out {len(outside)} video(s) of {config.videos} that lie outside "
-            f"its splits' folders, the first is {outside[0]}",
-            file=sys.stderr,
+            f"its splits' folders, the first is {outside[0]}"
         )
     begun: tuple[ShardPlan, Autoencoder] | None = None
     if not (config.out / PLAN).is_file():
@@ -350,10 +348,9 @@ def _write_manifests(config: EncodeConfig, plan: ShardPlan, autoencoder: Autoenc
         skipped |= write_manifest(config, split, shards, size, autoencoder)
     if skipped:
         label, reason = next(iter(skipped.items()))
-        print(
+        say(
             f"vidfill encode: {len(skipped)} video(s) gave no clip, as {SKIPPED} tells; the "
-            f"first is {label}: {reason}",
-            file=sys.stderr,
+            f"first is {label}: {reason}"
         )
 
 

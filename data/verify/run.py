@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import jobs, options
-from ...errors import BadInput
+from ...errors import BadInput, say
 from ...files import PARTIAL, in_threads
 from ...modeling.autoencoder import Autoencoder, load_autoencoder
 from ...options import NonNegativeInt
@@ -324,7 +323,7 @@ def _repair(root: Path, config: VerifyConfig, inspections: Sequence[Inspection])
     """Encode what is damaged or missing, with the configuration of the first time."""
     defects = [defect for inspection in inspections for defect in inspection.defects]
     if all(defect.remedy != REPAIR for defect in defects):
-        print("vidfill verify: encoding again repairs none of this", file=sys.stderr)
+        say("vidfill verify: encoding again repairs none of this")
         return
     encoding = _read_json(root / JOB, "config")
     try:
@@ -349,11 +348,10 @@ def _say_changed(folder: Path, manifest: Manifest, damaged: Collection[int]) -> 
     for number in sorted(damaged):
         index = read_index(folder, number)
         if index and index.sha256 != manifest.shards.sha256[number]:
-            print(
+            say(
                 f"vidfill verify: {folder / shard_name(number)} has another SHA-256 than its "
                 "manifest said: either the manifest was made from damaged data, or this device or "
-                "version rounds differently",
-                file=sys.stderr,
+                "version rounds differently"
             )
 
 
