@@ -175,7 +175,13 @@ class Autoencoder:
                 function(chunk.to(device).float().contiguous(memory_format=torch.channels_last))
                 for chunk in frames.split(max(1, per_call))
             ]
-        return rearrange(torch.cat(done).float(), "(b f) c h w -> b f c h w", b=video.shape[0])
+        result = rearrange(torch.cat(done).float(), "(b f) c h w -> b f c h w", b=video.shape[0])
+        if not result.isfinite().all() and video.isfinite().all():
+            raise BadInput(
+                f"the autoencoder {self.name} gave values that are not finite in {self.precision}: "
+                "give another one, or undamaged weights"
+            )
+        return result
 
 
 def load_autoencoder(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from vidfill.errors import BadInput, describe
 from vidfill.modeling.autoencoder import SHIPPED_WEIGHTS, load_autoencoder
 from vidfill.modeling.denoiser import Denoiser
@@ -120,3 +120,14 @@ def test_an_autoencoder_that_cannot_be_is_refused(tmp_path: Path, name: str, val
     folder = Path(shutil.copytree(SHIPPED_WEIGHTS / "collisions", tmp_path / "vae"))
     with_field(folder / "config.json", name, value)
     refusal(lambda vae: load_autoencoder(str(vae)), folder)
+
+
+def test_an_autoencoder_that_gives_nan_ends_the_job(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SHIPPED_WEIGHTS / "collisions", tmp_path / "vae"))
+    weights = load_file(folder / WEIGHTS)
+    for name in ("encoder.layers.0.bias", "decoder.layers.0.bias"):
+        weights[name][0] = float("nan")
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    autoencoder = load_autoencoder(str(folder))
+    refusal(lambda _: autoencoder.encode(torch.zeros(1, 1, 3, 16, 16)), folder)
+    refusal(lambda _: autoencoder.decode(torch.zeros(1, 1, 4, 2, 2)), folder)
