@@ -9,10 +9,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
+from pydantic import AfterValidator
 
 from .errors import BadInput, say
 
@@ -22,6 +23,24 @@ Result = TypeVar("Result")
 PARTIAL = ".partial-"  # begins the name of what is not yet whole
 LOCK = "job.lock"  # names the file in a folder that the job at work there has locked
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # file systems say
+
+
+def _stay_inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError("it leads out of its folder: give a name inside it")
+    return name
+
+
+def be_plain(name: str) -> str:
+    """A stranger's name of a file or folder, if it leads nowhere else; ValueError where it does."""
+    if "/" in _stay_inside(name) or name == ".":
+        raise ValueError("it leads into another folder: give a plain name")
+    return name
+
+
+# Types of the names that records give, for Annotated: paths below a folder, and names in it.
+INSIDE, PLAIN = AfterValidator(_stay_inside), AfterValidator(be_plain)
 
 
 def locate(root: str) -> str:

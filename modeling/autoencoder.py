@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from ..errors import BadInput, describe
+from ..files import PLAIN
 from ..options import FiniteFloat, PositiveFloat, PositiveInt
 from ..progress import say_once
 from .precision import Precision, autocast
@@ -59,6 +60,12 @@ class NetworkConfig(BaseModel):
 
     quantization_config: None = None
     """Quantised weights would be loaded by another library's code."""
+
+
+class WeightFiles(BaseModel):
+    """The index of weights that lie in several files."""
+
+    weight_map: dict[str, Annotated[str, PLAIN]]
 
 
 class AutoencoderConfig(NetworkConfig):
@@ -218,6 +225,8 @@ def load_weights(kind: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
     From the folder alone, whose weights must be safetensors: no pickle is read and no hub is asked.
     """
     NetworkConfig.model_validate_json((folder / CONFIG).read_bytes())
+    for index in folder.glob("*.index.json"):
+        WeightFiles.model_validate_json(index.read_bytes())
     verbosity = diffusers_logging.get_verbosity()
     # It remarks on a field that its own AutoencoderTiny writes; what it raises is enough.
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)

@@ -13,12 +13,12 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import BadInput, describe, say
-from ..files import hash_file, in_threads
+from ..files import INSIDE, hash_file, in_threads
 
 MODEL = "model"  # the folder of the average that is evaluated, shown and loaded
 LATEST = "latest"
@@ -37,7 +37,7 @@ class CheckpointRecord(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    files: dict[str, str]
+    files: dict[Annotated[str, INSIDE], str]
     """The SHA-256 of each file, by its path in the checkpoint."""
     digest: str
     """The SHA-256 of all the rest of this record."""

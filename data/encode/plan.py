@@ -8,10 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from ...files import in_threads
+from pydantic import BaseModel, StrictBool, StrictStr, StringConstraints, model_validator
+
+from ...files import INSIDE, PLAIN, in_threads
 from ...progress import show_progress
+from ..shards.format import Count, Key, Name, PositiveCount, parse_json
 from ..videos import Header, UnreadableVideo, cut_clips, list_images, read_header
 from .sources import Source
 
@@ -89,6 +92,30 @@ def _count_bytes(source: Source) -> int:
     return sum(file.stat().st_size for file in files if file.exists())
 
 
+_Split = Annotated[StrictStr, PLAIN]
+_FrameRate = Annotated[StrictStr, StringConstraints(pattern=r"^\d{1,18}(/[1-9]\d{0,17})?$")]
+_HeaderFields = tuple[PositiveCount, PositiveCount, PositiveCount, _FrameRate]
+_Label = Annotated[Name, INSIDE]
+
+
+class _PlanRecord(BaseModel):
+    """plan.json: of each video what `ShardPlan.to_json` lists, of each split its shards' ranges."""
+
+    sources: list[
+        tuple[
+            _Label, Key, _Split, _Label | None, StrictBool, Count, _HeaderFields | None, StrictStr
+        ]
+    ]
+    shards: dict[_Split, list[list[tuple[Count, Count, Count | None]]]]
+
+    @model_validator(mode="after")
+    def _check(self) -> _PlanRecord:
+        used = (video for listed in self.shards.values() for rows in listed for video, *_ in rows)
+        if max(used, default=-1) >= len(self.sources):
+            raise ValueError(f"a shard names a video beyond the {len(self.sources)} in sources")
+        return self
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """What each shard of a job is made of: written once, read by all who work on it."""
@@ -137,20 +164,23 @@ class ShardPlan:
     def from_json(
         cls, text: str | bytes, root: Path, mask_files: Path | None, length: int, stride: int
     ) -> ShardPlan:
-        """Read what `to_json` wrote; `root` and `mask_files` are where the videos lie now."""
-        tree = json.loads(text)
+        """Read what `to_json` wrote; `root` and `mask_files` are where the videos lie now.
+
+        ValueError names the field that is missing or wrong, in one line.
+        """
+        plan = parse_json(_PlanRecord, text)
         videos = []
-        for label, name, split, masks, annotated, size, fields, reason in tree["sources"]:
-            own = masks and (mask_files or root) / masks
+        for label, name, split, masks, annotated, size, fields, reason in plan.sources:
+            own = Path(mask_files or root) / masks if masks else None
             source = Source(label, name, split, root / label, own, annotated)
-            header = fields and Header._make([*fields[:3], Fraction(fields[3])])
+            header = Header(*fields[:3], Fraction(fields[3])) if fields else None
             videos.append(SurveyedVideo(source, size, header, reason))
         shards = {
             ShardId(split, number): [
                 ClipRange(videos[video].source, first_clip, clips)
                 for video, first_clip, clips in rows
             ]
-            for split, listed in tree["shards"].items()
+            for split, listed in plan.shards.items()
             for number, rows in enumerate(listed)
         }
         return cls({video.source.label: video for video in videos}, shards, length, stride)
@@ -172,6 +202,11 @@ class ShardPlan:
             for change, keys in changes.items()
             if keys
         )
+
+
+def read_splits(plan: Path) -> list[str]:
+    """The splits that a plan.json names, if it is there; ValueError where it is no plan."""
+    return list(parse_json(_PlanRecord, plan.read_bytes()).shards) if plan.is_file() else []
 
 
 def plan_shards(

@@ -157,7 +157,12 @@ def _join(config: EncodeConfig, digest: str) -> tuple[ShardPlan, Autoencoder]:
 def _read_plan(config: EncodeConfig) -> ShardPlan:
     text = (config.out / PLAN).read_bytes()
     places = config.videos, config.mask_files
-    return ShardPlan.from_json(text, *places, config.frames, config.clip_stride)
+    try:
+        return ShardPlan.from_json(text, *places, config.frames, config.clip_stride)
+    except ValueError as error:
+        raise BadInput(
+            f"{config.out / PLAN} is damaged: {error}: encode into another folder"
+        ) from None
 
 
 def _survey(found: Sequence[Source], config: EncodeConfig) -> list[SurveyedVideo]:

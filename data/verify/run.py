@@ -27,7 +27,7 @@ from ...modeling.autoencoder import Autoencoder, load_autoencoder
 from ...options import NonNegativeInt
 from ...processes import choose_device
 from ...progress import show_progress
-from ..encode.plan import PLAN, ShardId
+from ..encode.plan import PLAN, ShardId, read_splits
 from ..encode.run import encode
 from ..encode.settings import EncodeConfig
 from ..encode.sources import SPLITS
@@ -121,7 +121,10 @@ def _find_splits(config: VerifyConfig, root: Path | None) -> list[str]:
     BadInput says that there is none, or not the one that was asked for.
     """
     if root:
-        names = {*_read_json(root / PLAN, "shards")}
+        try:
+            names = {*read_splits(root / PLAN)}
+        except ValueError as error:
+            raise BadInput(f"{root / PLAN} is damaged: {error}") from None
         for pattern in ("shard-*.tar", MANIFEST):
             names |= {path.parent.name for path in root.glob(f"*/{pattern}")}
     elif config.split:
