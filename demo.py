@@ -12,6 +12,7 @@ from . import jobs, options
 from .data.encode.run import encode
 from .data.encode.settings import EncodeConfig
 from .data.synth.run import SynthConfig, synth
+from .errors import say
 from .modeling.autoencoder import SHIPPED
 from .options import PositiveInt, Seed
 from .sampling.report.run import ReportConfig, report
@@ -59,15 +60,16 @@ def demo(config: DemoConfig) -> None:
     began = time.monotonic()
     stages = stages_of(config)
     for number, (name, run) in enumerate(stages, start=1):
-        print(f"\n[{number}/{len(stages)}] vidfill {name}", file=sys.stderr, flush=True)
+        say("", f"[{number}/{len(stages)}] vidfill {name}")
         run()
     swept = read_sweep(config.out / "sweep")
     show_results([row.texts for row in (*swept.baselines, *swept.schedules)])
-    print(
-        f"{_describe_gain(swept)}\n"
-        f"report:      {config.out / 'report' / 'index.html'}\n"
-        f"tensorboard: {tensorboard_command(config.out / 'train')}\n"
-        f"took:        {time.monotonic() - began:.0f} s"
+    say(
+        _describe_gain(swept),
+        f"report:      {config.out / 'report' / 'index.html'}",
+        f"tensorboard: {tensorboard_command(config.out / 'train')}",
+        f"took:        {time.monotonic() - began:.0f} s",
+        file=sys.stdout,
     )
 
 

@@ -1,4 +1,4 @@
-"""What ends a job with one line in place of a traceback."""
+"""What a job says in one line: its end in place of a traceback, and what strangers named."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import difflib
 import os
 import sys
 from collections.abc import Collection
+from typing import TextIO
+
+
+def printable(text: str) -> str:
+    """One line that does nothing to a terminal: controls, line breaks and text turned right to left
+    are escaped as Python writes them. Names and messages of strangers hold anything.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines, each of them `printable`, on stderr or `file`."""
+    for line in lines:
+        print(printable(line), file=file or sys.stderr, flush=True)
 
 
 class BadInput(Exception):
@@ -47,4 +61,4 @@ def say_error(verb: str, error: Exception) -> None:
     """Print the one line."""
     rank = int(os.environ.get("RANK", "0"))
     process = f"[rank {rank}] " if rank else ""
-    print(f"{process}vidfill {verb}: error: {describe(error)}", file=sys.stderr)
+    say(f"{process}vidfill {verb}: error: {describe(error)}")

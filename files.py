@@ -9,15 +9,15 @@ import json
 import os
 import re
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from filelock import FileLock, Timeout
+from pydantic import AfterValidator
 
-from .errors import BadInput
+from .errors import BadInput, say
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,6 +27,24 @@ PIECES, PIECE = 8, 2**16  # how many parts of a large file are read to know it a
 PARTIAL = ".partial-"  # begins the name of what is not yet whole
 LOCK = "job.lock"  # names the file in a folder that the job at work there has locked
 _CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # file systems say
+
+
+def _stay_inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError("it leads out of its folder: give a name inside it")
+    return name
+
+
+def be_plain(name: str) -> str:
+    """A stranger's name of a file or folder, if it leads nowhere else; ValueError where it does."""
+    if "/" in _stay_inside(name) or name == ".":
+        raise ValueError("it leads into another folder: give a plain name")
+    return name
+
+
+# Types of the names that records give, for Annotated: paths below a folder, and names in it.
+INSIDE, PLAIN = AfterValidator(_stay_inside), AfterValidator(be_plain)
 
 
 def locate(root: str) -> str:
@@ -64,16 +82,14 @@ def _locked(path: Path, place: Path, patience: float = 0.0) -> Iterator[None]:
             lock.acquire(blocking=False)
         except Timeout:
             if patience > 0:
-                said = f"another job writes into {place}: waiting {patience:g} s for it"
-                print(said, file=sys.stderr)
+                say(f"another job writes into {place}: waiting {patience:g} s for it")
             lock.acquire(timeout=patience, poll_interval=min(1.0, patience or 1.0))
     except Timeout:
         raise BadInput(f"another job writes into {place}: let it end first") from None
     except OSError as error:
         if error.errno not in _CANNOT_LOCK:
             raise
-        said = f"{place} lies where files cannot be locked: let no other job write there"
-        print(said, file=sys.stderr)
+        say(f"{place} lies where files cannot be locked: let no other job write there")
     mine = path.stat().st_ino if path.exists() else None
     try:
         yield

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import BaseModel
 
 from . import __version__
-from .errors import BadInput, BadInputEverywhere, say_error
+from .errors import BadInput, BadInputEverywhere, say, say_error
 from .files import LOCK, PARTIAL, Fingerprint, hold, is_same, write_atomically, write_new
 
 Config = TypeVar("Config")
@@ -59,7 +59,7 @@ def main(
         _say_error(verb, error)
         return 2
     except KeyboardInterrupt:
-        print(f"vidfill {verb}: interrupted; the same command continues", file=sys.stderr)
+        say(f"vidfill {verb}: interrupted; the same command continues")
         return 130
     return 0
 
@@ -235,9 +235,7 @@ def _write_record(out: Path, job: JobRecord, before: JobRecord | None) -> None:
     content = json.dumps(job.model_dump(), indent=2).encode()
     if before:
         if gone := sorted(_flatten(before.config).keys() - _flatten(job.config).keys()):
-            print(
-                f"vidfill {job.verb}: options that are no more: {', '.join(gone)}", file=sys.stderr
-            )
+            say(f"vidfill {job.verb}: options that are no more: {', '.join(gone)}")
         write_atomically(out / MARK, content)
     elif not write_new(out / MARK, content):
         raise BadInput(f"another job has just begun in {out}: let it end first")

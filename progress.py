@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from .errors import printable, say
 
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
@@ -16,7 +17,7 @@ LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
 @functools.cache
 def say_once(message: str) -> None:
     """Print a line on stderr, the first time only."""
-    print(f"vidfill: {message}", file=sys.stderr)
+    say(f"vidfill: {message}")
 
 
 @contextlib.contextmanager
@@ -30,14 +31,14 @@ def show_progress(description: str, total: int, unit: str, done: int = 0) -> Ite
         yield _Lines(description, total, unit, done)
         return
     with progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TextColumn("{task.fields[unit]}"),
         progress.TimeElapsedColumn(),
         progress.TextColumn("left"),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[note]}"),
+        progress.TextColumn("{task.fields[note]}", markup=False),
         console=console,
     ) as bars:
         yield _Bar(
@@ -57,7 +58,7 @@ class _Bar(Progress):
         self._bars, self._task = bars, task
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        self._bars.update(self._task, advance=count, note=note)
+        self._bars.update(self._task, advance=count, note=printable(note))
 
 
 class _Lines(Progress):
@@ -76,11 +77,9 @@ class _Lines(Progress):
         elapsed = now - self._began
         rate = (self._done - self._first) / max(elapsed, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-6)
-        print(
+        say(
             f"{self._description}: {self._done}/{self._total} {self._unit}, "
-            f"{_clock(elapsed)} elapsed, {_clock(left)} left {note}".rstrip(),
-            file=sys.stderr,
-            flush=True,
+            f"{_clock(elapsed)} elapsed, {_clock(left)} left {note}".rstrip()
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import jobs, options
-from ..errors import BadInput, suggest
+from ..errors import BadInput, say, suggest
 from ..files import write_atomically
 from ..options import NonNegativeInt, PositiveInt
 from ..train.config import MARKER, TrainConfig, check, find_recipe
@@ -135,12 +135,12 @@ def launch(config: LaunchConfig) -> None:
     if config.out:
         for suffix, text in files.items():
             write_atomically(Path(f"{config.out}{suffix}"), text.encode())
-            print(f"{config.out}{suffix}: {TITLES[suffix]}")
+            say(f"{config.out}{suffix}: {TITLES[suffix]}", file=sys.stdout)
     if config.submit:
-        print(_submit(files[".sbatch"]))
+        say(_submit(files[".sbatch"]), file=sys.stdout)
     elif not config.out:
         for suffix, text in files.items():
-            print(f"──── {TITLES[suffix]}\n\n{text}")
+            sys.stdout.write(f"──── {TITLES[suffix]}\n\n{text}\n")
 
 
 # What is asked for

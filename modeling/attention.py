@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
@@ -18,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import BadInput
+from ..errors import BadInput, say
 
 Tokens = Float[Tensor, "batch tokens heads channels"]
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -108,7 +107,7 @@ def _find_backend(device: str, dtype: torch.dtype, choice: Choice) -> Backend:
         if fault is None:
             if len(candidates) > 1:
                 because = f" ({'; '.join(faults)})" if faults else ""
-                print(f"vidfill: attention in {dtype} by {backend}{because}", file=sys.stderr)
+                say(f"vidfill: attention in {dtype} by {backend}{because}")
             return backend
         faults.append(f"{backend} does not work: {fault}")
     raise BadInput(f"attention on {device} in {dtype}: {'; '.join(faults)}: give another, or auto")

@@ -8,22 +8,24 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import torch
+from annotated_types import Len
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.utils import logging as diffusers_logging
 from einops import rearrange
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 from jaxtyping import Float, UInt8
-from pydantic import BaseModel, Field
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from ..errors import BadInput, describe
+from ..files import PLAIN
+from ..options import FiniteFloat, PositiveFloat, PositiveInt
 from ..progress import say_once
 from .precision import Precision, autocast
 
@@ -56,10 +58,29 @@ class AutoencoderRecord(TypedDict):
 SHARED = ("kind", "channels", "downsampling", "scaling_factor", "shift_factor", "sha256")
 
 
-class DiffusersConfig(BaseModel):
-    """What an autoencoder's config.json must say; diffusers reads the rest."""
+class NetworkConfig(BaseModel):
+    """What any network's config.json must say; diffusers reads the rest."""
+
+    model_config = ConfigDict(strict=True)
+
+    quantization_config: None = None
+    """Quantised weights would be loaded by another library's code."""
+
+
+class WeightFiles(BaseModel):
+    """The index of weights that lie in several files."""
+
+    weight_map: dict[str, Annotated[str, PLAIN]]
+
+
+class AutoencoderConfig(NetworkConfig):
+    """What an autoencoder's config.json must say."""
 
     kind: Literal["AutoencoderKL", "AutoencoderTiny"] = Field(alias="_class_name")
+    scaling_factor: PositiveFloat = 1.0
+    shift_factor: FiniteFloat | None = None
+    latent_channels: PositiveInt = 4
+    block_out_channels: Annotated[list[PositiveInt], Len(1)] = [64]
 
 
 class Autoencoder:
@@ -170,7 +191,13 @@ class Autoencoder:
                 function(chunk.to(device).float().contiguous(memory_format=torch.channels_last))
                 for chunk in frames.split(max(1, per_call))
             ]
-        return rearrange(torch.cat(done).float(), "(b f) c h w -> b f c h w", b=video.shape[0])
+        result = rearrange(torch.cat(done).float(), "(b f) c h w -> b f c h w", b=video.shape[0])
+        if not result.isfinite().all() and video.isfinite().all():
+            raise BadInput(
+                f"the autoencoder {self.name} gave values that are not finite in {self.precision}: "
+                "give another one, or undamaged weights"
+            )
+        return result
 
 
 def load_autoencoder(
@@ -186,18 +213,11 @@ def load_autoencoder(
         BadInput: It is not there, is of an unknown kind, or its weights are damaged.
     """
     folder = _find_folder(name)
-    verbosity = diffusers_logging.get_verbosity()
-    # It remarks on a field that its own AutoencoderTiny writes; what it raises is enough.
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     try:
-        kind = DiffusersConfig.model_validate_json((folder / CONFIG).read_bytes()).kind
-        network, loaded = KINDS[kind].from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        kind = AutoencoderConfig.model_validate_json((folder / CONFIG).read_bytes()).kind
+        network, loaded = load_weights(KINDS[kind], folder)
+    except Exception as error:  # diffusers raises many kinds for damaged files
         raise BadInput(f"cannot load {name}: {describe(error)}") from error
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
     if lacking := sorted(loaded["missing_keys"]):  # diffusers leaves such weights at random values
         raise BadInput(f"cannot load {name}: {WEIGHTS} lacks {len(lacking)} tensors ({lacking[0]})")
     if name == SHIPPED:
@@ -206,6 +226,29 @@ def load_autoencoder(
             f"needs another, such as {PAPERS})"
         )
     return Autoencoder(network.to(device), name, precision)
+
+
+def load_weights(kind: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A network of a class of diffusers' kind, and which weights were missing or not expected.
+
+    From the folder alone, whose weights must be safetensors: no pickle is read and no hub is asked.
+    """
+    NetworkConfig.model_validate_json((folder / CONFIG).read_bytes())
+    for index in folder.glob("*.index.json"):
+        WeightFiles.model_validate_json(index.read_bytes())
+    verbosity = diffusers_logging.get_verbosity()
+    # It remarks on a field that its own AutoencoderTiny writes; what it raises is enough.
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        return kind.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 def _find_folder(name: str) -> Path:

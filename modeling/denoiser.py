@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Len
@@ -18,7 +18,13 @@ from torch import Tensor
 from ..errors import BadInput, describe
 from ..options import FiniteFloat, PositiveFloat, PositiveInt
 from ..progress import say_once
-from .autoencoder import SHIPPED, SHIPPED_WEIGHTS, AutoencoderRecord, fingerprint
+from .autoencoder import (
+    SHIPPED,
+    SHIPPED_WEIGHTS,
+    AutoencoderRecord,
+    fingerprint,
+    load_weights,
+)
 from .diffusion import (
     AlphaBar,
     LatentMask,
@@ -62,14 +68,24 @@ class LatentSpace:
 
 
 class ModelRecord(BaseModel):
-    """What a model's folder records beside the weights: `denoiser.json` or `model_index.json`.
-
-    The latter also lists the parts of the pipeline.
-    """
+    """What a model's folder records beside the weights: `denoiser.json`, or in a `ModelIndex`."""
 
     diffusion: DiffusionConfig
     latents: LatentSpace
     schedule: str = ""  # the usual one, of an exported model
+
+
+class ModelIndex(ModelRecord):
+    """`model_index.json`: it also lists the pipeline's parts, by the module and class of each.
+
+    diffusers would import whatever they name.
+    """
+
+    unet: tuple[Literal["vidfill.modeling.unet"], Literal["VideoUNet"]]
+    vae: (
+        tuple[None, None] | tuple[Literal["diffusers"], Literal["AutoencoderKL", "AutoencoderTiny"]]
+    )
+    quantization_config: None = None
 
 
 class Denoiser:
@@ -236,9 +252,7 @@ class Denoiser:
 
 def _load_network(model: Path, device: str) -> VideoUNet:
     try:
-        network, loaded = VideoUNet.from_pretrained(
-            model / NETWORK, torch_dtype=torch.float32, output_loading_info=True
-        )
+        network, loaded = load_weights(VideoUNet, model / NETWORK)
     except Exception as error:  # diffusers raises many kinds for damaged files
         raise BadInput(f"the model in {model} is damaged: {describe(error)}") from error
     for keys, fault in (("missing_keys", "lacks"), ("unexpected_keys", "has no use for")):
@@ -278,23 +292,24 @@ def read_record(model: Path) -> ModelRecord:
     Raises:
         BadInput: Its record is damaged.
     """
-    file = model / (INDEX if (model / INDEX).is_file() else RECORD)
+    name, kind = (INDEX, ModelIndex) if (model / INDEX).is_file() else (RECORD, ModelRecord)
+    file = model / name
     try:
-        return parse_record(file.read_bytes())
+        return parse_record(file.read_bytes(), kind)
     except (BadInput, OSError) as error:
         raise BadInput(
             f"the model in {model} is damaged: {file.name}: {describe(error)}"
         ) from error
 
 
-def parse_record(text: str | bytes) -> ModelRecord:
+def parse_record(text: str | bytes, kind: type[ModelRecord] = ModelRecord) -> ModelRecord:
     """A model's record from JSON.
 
     Raises:
         BadInput: It names the field, its value and what it should be.
     """
     try:
-        record = ModelRecord.model_validate_json(text, strict=True)
+        record = kind.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise BadInput(describe(error)) from error
     check_diffusion(record.diffusion)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import options
 from ..errors import BadInputEverywhere
-from ..options import FiniteFloat, PositiveFloat, PositiveInt
+from ..options import FiniteFloat, PositiveFloat
 
 Process = Literal["ddpm", "flow"]
 Target = Literal["noise", "v", "clean", "flow"]
@@ -38,7 +38,7 @@ class DiffusionConfig:
 
     __pydantic_config__ = NO_OTHERS
 
-    timesteps: PositiveInt = 1000
+    timesteps: Annotated[int, Interval(ge=1, le=1_000_000)] = 1000
     """Diffusion steps T."""
     process: Process = "ddpm"
     """How latents become noise: ddpm, by betas (Ho et al. 2020); or flow, along a straight line, a

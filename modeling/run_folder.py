@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..errors import BadInput, describe
-from ..files import hash_file, in_threads
+from ..errors import BadInput, describe, say
+from ..files import INSIDE, hash_file, in_threads
 
 MODEL = "model"  # the folder of the average that is evaluated, shown and loaded
 LATEST = "latest"
@@ -38,7 +37,7 @@ class CheckpointRecord(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    files: dict[str, str]
+    files: dict[Annotated[str, INSIDE], str]
     """The SHA-256 of each file, by its path in the checkpoint."""
     digest: str
     """The SHA-256 of all the rest of this record."""
@@ -119,5 +118,5 @@ def newest_whole(folder: Path, part: str = "", first: str = "") -> tuple[Path, d
         except Damaged as damage:
             if not path.exists():  # the run has removed it after writing a newer one
                 return newest_whole(folder, part)
-            print(f"vidfill: {damage}; trying the one before", file=sys.stderr)
+            say(f"vidfill: {damage}; trying the one before")
     raise Damaged(f"every checkpoint in {folder} is damaged: remove it to start again")

@@ -31,15 +31,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.videos import Frames, FrameSize, Masks
-from ..errors import BadInput
+from ..errors import BadInput, describe
 from ..modeling.autoencoder import (
+    CONFIG,
     SHARED,
     SHIPPED,
     Autoencoder,
+    NetworkConfig,
     load_autoencoder,
     refuse_another,
 )
-from ..modeling.denoiser import INDEX, Denoiser, model_folder, parse_record
+from ..modeling.denoiser import INDEX, Denoiser, model_folder, parse_record, read_record
 from ..modeling.precision import Precision
 from ..modeling.unet import VideoUNet
 from .inpaint.blending import FEATHER
@@ -128,7 +130,7 @@ class VideoInpaintPipeline(DiffusionPipeline):
         diffusers pipeline: dtype, variant, revision, …
 
         Raises:
-            BadInput: The folder holds no pipeline.
+            BadInput: The folder holds no pipeline, or a damaged one.
         """
         name = str(pretrained_model_name_or_path)
         options = {key: kwargs.pop(key) for key in DOWNLOAD_OPTIONS if key in kwargs}
@@ -139,7 +141,14 @@ class VideoInpaintPipeline(DiffusionPipeline):
             folder = model_folder(Path(name))
         if not (folder / INDEX).is_file():
             raise BadInput(f"{folder} has no {INDEX}: `vidfill export` makes a pipeline of a run")
-        return super().from_pretrained(str(folder), **{"use_safetensors": True} | kwargs)
+        read_record(folder)
+        only = {"use_safetensors": True, "local_files_only": True}
+        try:
+            for config in folder.glob(f"*/{CONFIG}"):
+                NetworkConfig.model_validate_json(config.read_bytes())
+            return super().from_pretrained(str(folder), **kwargs | only)
+        except Exception as error:  # diffusers raises many kinds for damaged files
+            raise BadInput(f"cannot load the model in {folder}: {describe(error)}") from error
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ from ..data.encode.sources import find_sources
 from ..data.fingerprints import fingerprint_videos
 from ..data.masks import draw_mask, fill_hole
 from ..data.videos import FrameSize, UnreadableVideo, read_video
-from ..errors import BadInput
+from ..errors import BadInput, say
 from ..files import write_atomically
 from ..modeling.autoencoder import CONFIG, WEIGHTS, load_autoencoder, to_frames, to_pixels
 from ..options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
@@ -303,7 +303,7 @@ def evaluate(folder: Path, held_out: FramesBySize, frames_per_video: int) -> dic
 
 def _say(figures: dict[int, float]) -> dict[int, float]:
     for size, decibels in figures.items():
-        print(f"PSNR on held-out videos at {size}x{size}: {decibels:.2f} dB")
+        say(f"PSNR on held-out videos at {size}x{size}: {decibels:.2f} dB", file=sys.stdout)
     return figures
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..data.shards.format import Manifest
 from ..data.shards.reading import ShardedDataset, has_split
-from ..errors import BadInput, describe
+from ..errors import BadInput, describe, say
 from ..files import hide_secrets
 from ..sampling.report.tables import rounded
 from ..sampling.sweep.measures import ResultRow
@@ -133,7 +132,7 @@ def _find_manifest(shards: str) -> Manifest | None:
     except (BadInput, OSError) as error:
         reason = describe(error)
     place = hide_secrets(shards)
-    print(f"vidfill: the card cannot name the masks of {place}: {reason}", file=sys.stderr)
+    say(f"vidfill: the card cannot name the masks of {place}: {reason}")
     return None
 
 

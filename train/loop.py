@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from .. import jobs
 from ..data.shards.reading import ShardedDataset
 from ..data.shards.stream import Stream
-from ..errors import BadInput, BadInputEverywhere, describe
+from ..errors import BadInput, BadInputEverywhere, describe, say
 from ..files import locate
 from ..modeling.denoiser import Denoiser
 from ..progress import Progress, show_progress
@@ -94,10 +94,9 @@ def train(config: TrainConfig) -> None:
     accelerator.end_training()
     if stopped:
         if accelerator.is_main_process:
-            print(
+            say(
                 f"vidfill train: stopped by {stopped.name} after step {state.step}, which is "
-                "saved; the same command continues",
-                file=sys.stderr,
+                "saved; the same command continues"
             )
         raise StoppedBySignal(stopped)
 
@@ -146,11 +145,10 @@ def _progress(
     if not accelerator.is_main_process:
         return contextlib.nullcontext(Progress())
     parameters = sum(parameter.numel() for parameter in state.blank.parameters())
-    print(
+    say(
         f"vidfill train: {parameters / 1e6:.2f} M parameters on {accelerator.num_processes} "
-        f"process(es), step {state.step} of {steps}; watch it with\n"
+        f"process(es), step {state.step} of {steps}; watch it with",
         f"  {tensorboard_command(out)}   # http://localhost:6006/#custom_scalars",
-        file=sys.stderr,
     )
     return show_progress("train", steps, "steps", done=state.step)
 

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.shards.stream import Batch
-from ..errors import BadInputEverywhere
+from ..errors import BadInputEverywhere, say
 from ..modeling.denoiser import Denoiser
 from ..modeling.noise import LossConfig, draw_timesteps
 from ..seeding import generator
@@ -135,10 +134,9 @@ def train_step(
                 f"{path}, or lower optimizer.learning_rate"
             )
         if accelerator.is_main_process:
-            print(
+            say(
                 f"vidfill train: {said}, so its update is left out (number {state.skipped} of at "
-                f"most {config.max_skipped}); {path} lists its clips",
-                file=sys.stderr,
+                f"most {config.max_skipped}); {path} lists its clips"
             )
     return StepResult(loss, norm, rate)
 

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from ...files import Fingerprint, in_threads, is_same
+from pydantic import BaseModel, StrictBool, StrictStr, StringConstraints, model_validator
+
+from ...files import INSIDE, PLAIN, Fingerprint, in_threads, is_same
 from ...progress import show_progress
 from ..fingerprints import fingerprint_videos
+from ..shards.format import Count, Key, Name, PositiveCount, parse_json
 from ..videos import Header, UnreadableVideo, cut_clips, read_header
 from .sources import Source
 
@@ -89,6 +92,31 @@ def _fingerprint(source: Source, known: Sequence[Any] = ()) -> Fingerprint:
     return fingerprint_videos(*paths, known=known, whole=False)
 
 
+_Split = Annotated[StrictStr, PLAIN]
+_FrameRate = Annotated[StrictStr, StringConstraints(pattern=r"^\d{1,18}(/[1-9]\d{0,17})?$")]
+_HeaderFields = tuple[PositiveCount, PositiveCount, PositiveCount, _FrameRate]
+_Label = Annotated[Name, INSIDE]
+_Seen = Count | tuple[Count, StrictStr, StrictStr]
+
+
+class _PlanRecord(BaseModel):
+    """plan.json: of each video what `ShardPlan.to_json` lists, of each split its shards' ranges."""
+
+    sources: list[
+        tuple[
+            _Label, Key, _Split, _Label | None, StrictBool, _Seen, _HeaderFields | None, StrictStr
+        ]
+    ]
+    shards: dict[_Split, list[list[tuple[Count, Count, Count | None]]]]
+
+    @model_validator(mode="after")
+    def _check(self) -> _PlanRecord:
+        used = (video for listed in self.shards.values() for rows in listed for video, *_ in rows)
+        if max(used, default=-1) >= len(self.sources):
+            raise ValueError(f"a shard names a video beyond the {len(self.sources)} in sources")
+        return self
+
+
 @dataclass(frozen=True)
 class ShardPlan:
     """What each shard of a job is made of: written once, read by all who work on it."""
@@ -137,13 +165,16 @@ class ShardPlan:
     def from_json(
         cls, text: str | bytes, root: Path, mask_files: Path | None, length: int, stride: int
     ) -> ShardPlan:
-        """Read what `to_json` wrote; `root` and `mask_files` are where the videos lie now."""
-        tree = json.loads(text)
+        """Read what `to_json` wrote; `root` and `mask_files` are where the videos lie now.
+
+        ValueError names the field that is missing or wrong, in one line.
+        """
+        plan = parse_json(_PlanRecord, text)
         videos = []
-        for label, name, split, masks, annotated, seen, fields, reason in tree["sources"]:
-            own = masks and (mask_files or root) / masks
+        for label, name, split, masks, annotated, seen, fields, reason in plan.sources:
+            own = Path(mask_files or root) / masks if masks else None
             source = Source(label, name, split, root / label, own, annotated)
-            header = fields and Header._make([*fields[:3], Fraction(fields[3])])
+            header = Header(*fields[:3], Fraction(fields[3])) if fields else None
             # Version 0.1 recorded the size alone.
             then = Fingerprint(seen, "", "") if isinstance(seen, int) else Fingerprint(*seen)
             videos.append(SurveyedVideo(source, then, header, reason))
@@ -152,7 +183,7 @@ class ShardPlan:
                 ClipRange(videos[video].source, first_clip, clips)
                 for video, first_clip, clips in rows
             ]
-            for split, listed in tree["shards"].items()
+            for split, listed in plan.shards.items()
             for number, rows in enumerate(listed)
         }
         return cls({video.source.label: video for video in videos}, shards, length, stride)
@@ -182,6 +213,11 @@ class ShardPlan:
             for change, labels in changes.items()
             if labels
         )
+
+
+def read_splits(plan: Path) -> list[str]:
+    """The splits that a plan.json names, if it is there; ValueError where it is no plan."""
+    return list(parse_json(_PlanRecord, plan.read_bytes()).shards) if plan.is_file() else []
 
 
 def plan_shards(

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import sys
 import tarfile
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ... import jobs
-from ...errors import BadInput
+from ...errors import BadInput, say
 from ...files import hash_file, locate, write_atomically
 from ...modeling.autoencoder import Autoencoder, load_autoencoder, refuse_another
 from ...processes import Crew, Tally, choose_device, wait_until_visible
@@ -121,7 +120,7 @@ def encode(config: EncodeConfig, again: Collection[ShardId] = ()) -> Timings | N
             return None
         _refuse_rewritten(config, plan)
         _write_manifests(config, plan, autoencoder)
-        print(f"vidfill encode: {timings}", file=sys.stderr)
+        say(f"vidfill encode: {timings}")
     return timings
 
 
@@ -129,10 +128,9 @@ def _begin(config: EncodeConfig, stack: contextlib.ExitStack) -> tuple[ShardPlan
     """Claim the folder and put the plan there, or find both from before."""
     found = find_sources(config.videos, config.mask_files)
     if outside := find_outside(config.videos, found, config.mask_files):
-        print(
+        say(
             f"vidfill encode: left out {len(outside)} video(s) of {config.videos} that lie outside "
-            f"its splits' folders, the first is {outside[0]}",
-            file=sys.stderr,
+            f"its splits' folders, the first is {outside[0]}"
         )
     begun: tuple[ShardPlan, Autoencoder] | None = None
     if not (config.out / PLAN).is_file():
@@ -186,7 +184,12 @@ def _join(config: EncodeConfig, digest: str) -> tuple[ShardPlan, Autoencoder]:
 def _read_plan(config: EncodeConfig) -> ShardPlan:
     text = (config.out / PLAN).read_bytes()
     places = config.videos, config.mask_files
-    return ShardPlan.from_json(text, *places, config.frames, config.clip_stride)
+    try:
+        return ShardPlan.from_json(text, *places, config.frames, config.clip_stride)
+    except ValueError as error:
+        raise BadInput(
+            f"{config.out / PLAN} is damaged: {error}: encode into another folder"
+        ) from None
 
 
 def _survey(found: Sequence[Source], config: EncodeConfig) -> list[SurveyedVideo]:
@@ -386,10 +389,9 @@ def _write_manifests(config: EncodeConfig, plan: ShardPlan, autoencoder: Autoenc
         skipped |= write_manifest(config, split, shards, size, autoencoder)
     if skipped:
         label, reason = next(iter(skipped.items()))
-        print(
+        say(
             f"vidfill encode: {len(skipped)} video(s) gave no clip, as {SKIPPED} tells; the "
-            f"first is {label}: {reason}",
-            file=sys.stderr,
+            f"first is {label}: {reason}"
         )
 
 

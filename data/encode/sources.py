@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import BadInput
+from ...files import be_plain
 from ..own_masks import OwnMasks
 from ..videos import IMAGE_SUFFIXES, SUFFIXES, Header, UnreadableVideo, list_frames, list_images
 
@@ -152,7 +153,7 @@ def _find_davis(root: Path) -> list[tuple[str, Path, Path | None]]:
             (split, frames / name, _annotations(annotations / name))
             for split, listed in DAVIS_LISTS.items()
             if (year / listed).is_file()
-            for name in sorted(set((year / listed).read_text().split()))
+            for name in _read_names(year / listed)
         ]
         if found:
             return found
@@ -160,6 +161,13 @@ def _find_davis(root: Path) -> list[tuple[str, Path, Path | None]]:
         f"{root / LISTS} has no YEAR/train.txt or YEAR/val.txt that names a video: "
         "DAVIS comes with them"
     )
+
+
+def _read_names(listed: Path) -> list[str]:
+    try:
+        return sorted({be_plain(name) for name in listed.read_text().split()})
+    except ValueError as error:
+        raise BadInput(f"{listed} names no video of its folder: {error}") from None
 
 
 def _list_videos(folder: Path, mask_files: Path | None) -> list[tuple[Path, Path | None]]:

@@ -33,6 +33,7 @@ from pydantic.dataclasses import dataclass as record
 from typing_extensions import TypedDict
 
 from ...errors import BadInput, describe
+from ...files import PLAIN
 
 FORMAT = 2
 TRAINING = ("latents", "masked_latents", "latent_mask", "log_variance")  # arrays, in their order
@@ -133,7 +134,7 @@ class ShardIndex:
     @classmethod
     def from_json(cls, text: Text) -> ShardIndex:
         """Read an index; ValueError names the field that is missing or wrong, in one line."""
-        return _parse(cls, text)
+        return parse_json(cls, text)
 
 
 @record(frozen=True, config=EXACT)
@@ -197,7 +198,7 @@ _UNCHANGED = WrapValidator(lambda fields, check: check(fields) and fields)
 class Manifest:
     """What a split's shards hold."""
 
-    split: StrictStr
+    split: Annotated[StrictStr, PLAIN]
     autoencoder: Annotated[dict[str, Any], _checked_as(_Autoencoder), _UNCHANGED]
     posterior: Literal["mean", "moments"]  # with "moments" shards hold the log-variance too
     pixels: StrictBool  # shards hold the clips' pixels too
@@ -237,10 +238,11 @@ class Manifest:
     @classmethod
     def from_json(cls, text: Text) -> Manifest:
         """Read a manifest; ValueError names the field that is missing or wrong, in one line."""
-        return _parse(cls, text)
+        return parse_json(cls, text)
 
 
-def _parse(kind: type[Record], text: Text) -> Record:
+def parse_json(kind: type[Record], text: Text) -> Record:
+    """A record from JSON; ValueError names the field that is missing or wrong, in one line."""
     try:
         return TypeAdapter(kind).validate_python(json.loads(text))
     except ValidationError as error:

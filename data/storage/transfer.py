@@ -12,13 +12,12 @@ import errno
 import functools
 import os
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...errors import BadInput
+from ...errors import BadInput, say
 from ...files import PARTIAL, hash_file, hide_secrets
 from ...seeding import derive_seed
 
@@ -214,7 +213,7 @@ class Remote:
                 "the same command continues"
             ) from None
         if failures == 3:
-            print(f"{said}; attempt 4 of {self.attempts} follows", file=sys.stderr, flush=True)
+            say(f"{said}; attempt 4 of {self.attempts} follows")
 
     def _describe_error(self, error: Exception) -> str:
         from fsspec.exceptions import FSTimeoutError

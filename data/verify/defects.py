@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ...errors import printable
 from ..shards.format import Manifest
 from ..storage.names import shard_name
 
@@ -97,7 +98,7 @@ def show(inspections: Sequence[Inspection]) -> None:
         column.justify = "right"
     for inspection in inspections:
         for row, check in enumerate(CHECKS):
-            split = "" if row else escape(inspection.split)
+            split = "" if row else _cell(inspection.split)
             table.add_row(split, check, *_summarise(inspection, check))
         table.add_section()
     console.print(table)
@@ -106,16 +107,20 @@ def show(inspections: Sequence[Inspection]) -> None:
         listed = Table("where", "what is wrong", "remedy", box=box.SIMPLE_HEAD)
         listed.columns[0].overflow = "fold"  # a key that is cut short names no example
         for defect in defects:
-            listed.add_row(*(escape(text) for text in defect[1:]))
+            listed.add_row(*(_cell(text) for text in defect[1:]))
         console.print(listed)
     count = sum(inspection.bad.total() for inspection in inspections)
     if count > len(defects):
         console.print(f"and {count - len(defects):,} more")
 
 
+def _cell(text: str) -> str:
+    return escape(printable(text))
+
+
 def _summarise(inspection: Inspection, check: str) -> tuple[str, str, str]:
     checked, bad = inspection.checked[check], inspection.bad[check]
-    note = escape(inspection.notes.get(check, ""))
+    note = _cell(inspection.notes.get(check, ""))
     counted = f"{checked:,} {CHECKS[check]}"
     if bad:
         return counted, f"{bad:,}", "[bold red]BAD[/]"

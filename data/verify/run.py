@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import jobs, options
-from ...errors import BadInput
+from ...errors import BadInput, say
 from ...files import PARTIAL, in_threads
 from ...modeling.autoencoder import Autoencoder, load_autoencoder, refuse_another
 from ...options import NonNegativeInt
 from ...processes import choose_device
 from ...progress import show_progress
-from ..encode.plan import PLAN, ShardId
+from ..encode.plan import PLAN, ShardId, read_splits
 from ..encode.run import encode
 from ..encode.settings import EncodeConfig
 from ..encode.sources import SPLITS
@@ -136,7 +135,10 @@ def _find_splits(config: VerifyConfig, root: Path | None) -> list[str]:
     BadInput says that there is none, or not the one that was asked for.
     """
     if root:
-        names = {*_read_json(root / PLAN, "shards")}
+        try:
+            names = {*read_splits(root / PLAN)}
+        except ValueError as error:
+            raise BadInput(f"{root / PLAN} is damaged: {error}") from None
         for pattern in ("shard-*.tar", MANIFEST):
             names |= {path.parent.name for path in root.glob(f"*/{pattern}")}
     elif config.split:
@@ -335,7 +337,7 @@ def _repair(root: Path, config: VerifyConfig, inspections: Sequence[Inspection])
     """Encode what is damaged or missing, with the configuration of the first time."""
     defects = [defect for inspection in inspections for defect in inspection.defects]
     if all(defect.remedy != REPAIR for defect in defects):
-        print("vidfill verify: encoding again repairs none of this", file=sys.stderr)
+        say("vidfill verify: encoding again repairs none of this")
         return
     encoding = _read_json(root / JOB, "config")
     try:
@@ -360,11 +362,10 @@ def _say_changed(folder: Path, manifest: Manifest, damaged: Collection[int]) -> 
     for number in sorted(damaged):
         index = read_index(folder, number)
         if index and index.sha256 != manifest.shards.sha256[number]:
-            print(
+            say(
                 f"vidfill verify: {folder / shard_name(number)} has another SHA-256 than its "
                 "manifest said: either the manifest was made from damaged data, or this device or "
-                "version rounds differently",
-                file=sys.stderr,
+                "version rounds differently"
             )
 
 

@@ -19,7 +19,7 @@ from annotated_types import Interval
 from ... import jobs, options
 from ...data.fingerprints import fingerprint_videos
 from ...data.videos import FrameSize, Mask
-from ...errors import BadInput
+from ...errors import BadInput, say
 from ...files import Fingerprint, is_same, refuse_existing, seen_as
 from ...modeling.autoencoder import SHIPPED, load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
@@ -134,7 +134,7 @@ def inpaint(config: InpaintConfig) -> list[Path]:
     footage, settings = open_inputs(config)
     lacks = [] if work.made(config.out) else check_output(footage, config.out, config.codec)
     for sentence in lacks:
-        print(f"vidfill inpaint: {sentence}", file=sys.stderr)
+        say(f"vidfill inpaint: {sentence}")
     located = dataclasses.replace(config, schedule=str(settings.program.schedule))
     claim = jobs.claim(
         *(work.folder, "inpaint", located),
@@ -243,9 +243,10 @@ def show_plan(config: InpaintConfig, footage: Footage, settings: FillSettings) -
     masks = read_masks(config.mask, footage, invert=config.invert, dilate=config.dilate)
     boxes = list(plan_boxes(masks, settings))
     with_hole = [box for box in boxes if box]
-    print(
+    say(
         f"{len(boxes)} windows of {settings.window_length} frames, {settings.overlap_frames} of "
-        f"them taken over from the one before; {len(with_hole)} have a hole to fill"
+        f"them taken over from the one before; {len(with_hole)} have a hole to fill",
+        file=sys.stdout,
     )
     if not with_hole:
         return
@@ -253,19 +254,24 @@ def show_plan(config: InpaintConfig, footage: Footage, settings: FillSettings) -
     sizes = [choose_size(box, settings.area, unit) for box in with_hole]
     shown = collections.Counter(zip(with_hole, sizes, strict=True)).most_common(3)
     for (box, size), count in shown:
-        print(f"  {count}: {box.width}x{box.height} pixels of the frame, seen at {size}")
+        say(
+            f"  {count}: {box.width}x{box.height} pixels of the frame, seen at {size}",
+            file=sys.stdout,
+        )
     if len(set(with_hole)) > len(shown):
-        print("  …")
+        say("  …", file=sys.stdout)
     largest = max(sizes, key=lambda size: size.width * size.height)
     network = settings.denoiser.network
     channels, height, width = network.config["condition_channels"], largest.height, largest.width
     shape = (settings.window_length, channels, height // unit, width // unit)
     seconds = time_evaluation(settings.denoiser, torch.zeros(shape, device=network.device), 1)
     evaluations = len(with_hole) * settings.evaluations
-    print(
+    say(
         f"{settings.program.schedule}: {settings.program.nfe:,} evaluations a window and "
-        f"completion, {evaluations:,} in all\nnetwork time: {evaluations * seconds:,.1f} s, at "
-        f"{seconds:.3f} s an evaluation; reading, autoencoder and writing come on top"
+        f"completion, {evaluations:,} in all",
+        f"network time: {evaluations * seconds:,.1f} s, at "
+        f"{seconds:.3f} s an evaluation; reading, autoencoder and writing come on top",
+        file=sys.stdout,
     )
 
 
@@ -345,7 +351,10 @@ def choose(config: InpaintConfig, footage: Footage, work: UnfinishedWork) -> Seq
     means = totals / np.maximum(counts, 1)
     best = int(means.argmin())
     listed = ", ".join(f"{mean:.2f}" for mean in means)
-    print(f"steps across the holes' borders: {listed}; completion {best + 1} is taken")
+    say(
+        f"steps across the holes' borders: {listed}; completion {best + 1} is taken",
+        file=sys.stdout,
+    )
     return [best]
 
 
@@ -373,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def job(config: InpaintConfig) -> None:
         for out in inpaint(config):
-            print(out)
+            say(str(out), file=sys.stdout)
 
     words = sys.argv[1:] if argv is None else argv
     named = ["--out" if word == "-o" else word for word in words]

@@ -18,7 +18,7 @@ import torch
 from ... import jobs
 from ...data.shards.format import Example
 from ...data.videos import Frames
-from ...errors import BadInput
+from ...errors import BadInput, say
 from ...files import hide_secrets, locate, write_atomically
 from ...processes import Crew, wait_until_visible
 from ..capacity import find_capacity, share_capacity
@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line of `vidfill sweep`."""
     words = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--clips" for word in words):
-        print("vidfill sweep: error: --clips is now --examples", file=sys.stderr)
+        say("vidfill sweep: error: --clips is now --examples")
         return 2
     return jobs.main(
         SweepConfig,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from ...errors import say
 from ..capacity import find_capacity, share_capacity, time_evaluation
 from .baselines import BASELINES
 from .inputs import SweepInputs, make_requests
@@ -36,9 +37,10 @@ def show_plan(inputs: SweepInputs, batch_size: int, processes: int = 1) -> None:
     shown.add_section()
     shown.add_row("all", "", f"{count:,}", f"{sum(nfes) * count:,}", f"{whole:,.1f} s")
     _console().print(shown)
-    print(
+    say(
         f"one evaluation of a batch of {batch} takes {seconds:.3f} s on {inputs.device}; "
-        "decoding and metrics come on top"
+        "decoding and metrics come on top",
+        file=sys.stdout,
     )
 
 

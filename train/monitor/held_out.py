@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from ...data.masks import latent_mask
 from ...data.shards.format import DamagedShard, Example
 from ...data.shards.reading import ShardedDataset, has_split
 from ...data.shards.stream import Batch
+from ...errors import say
 from ...files import hide_secrets
 from ...modeling.denoiser import Denoiser
 from ...modeling.noise import LossConfig, timesteps_at
@@ -122,7 +122,7 @@ def open_held_out(
     if not has_split(config.shards, "validation"):
         if process == 0:
             place = hide_secrets(config.shards)
-            print(f"{place} has no validation split: no held-out loss", file=sys.stderr)
+            say(f"{place} has no validation split: no held-out loss")
         return None
     dataset = ShardedDataset(config.shards, "validation", config.data.cache)
     check_shards(dataset, f"{hide_secrets(config.shards)}/validation", denoiser, TRAINED)
@@ -135,7 +135,7 @@ def open_held_out(
         except DamagedShard as damage:
             if config.data.damaged == "stop":
                 raise
-            print(f"vidfill train: left out of the held-out clips: {damage}", file=sys.stderr)
+            say(f"vidfill train: left out of the held-out clips: {damage}")
     dataset.store.close()
     at_once = -(-config.batch_size // (processes * config.gradient_accumulation))
     read = list(examples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from PIL import Image
 from ...data.shards.format import Example
 from ...data.shards.reading import ShardedDataset, has_split
 from ...data.videos import Frames
+from ...errors import say
 from ...files import hide_secrets
 from ...modeling.autoencoder import Autoencoder, load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
@@ -73,14 +73,14 @@ def open_preview(
     compile_schedule(parse(wanted.schedule), denoiser.timesteps)
     place = hide_secrets(config.shards)
     if not has_split(config.shards, "validation"):
-        print(f"{place} has no validation split: no previews", file=sys.stderr)
+        say(f"{place} has no validation split: no previews")
         return None
     validation = ShardedDataset(config.shards, "validation", config.data.cache)
     check_shards(validation, f"{place}/validation", denoiser, TRAINED)
     examples = [validation[index] for index in range(min(wanted.clips, len(validation)))]
     validation.store.close()
     if any(example.pixels is None for example in examples):
-        print(f"{place}/validation keeps no pixels: no previews", file=sys.stderr)
+        say(f"{place}/validation keeps no pixels: no previews")
         return None
     autoencoder = load_trained_autoencoder(
         *(denoiser.autoencoder, wanted.autoencoder, device, denoiser.precision),

@@ -9,7 +9,6 @@ import math
 import operator
 import resource
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
 from ...data.shards.stream import Stream
+from ...errors import say
 from ...files import locate
 from ...modeling.cost import cost_of
 from ...modeling.denoiser import Denoiser
@@ -230,10 +230,9 @@ class Monitor:
         with path.open("a") as file:
             file.writelines(json.dumps(example._asdict()) + "\n" for example in fresh)
         self._damaged += len(fresh)
-        print(
+        say(
             f"vidfill train: {self._damaged} damaged example(s) left out, the last is "
-            f"{fresh[-1].key}: {fresh[-1].reason}; all are listed in {path}",
-            file=sys.stderr,
+            f"{fresh[-1].key}: {fresh[-1].reason}; all are listed in {path}"
         )
 
     def _log(self, state: TrainState, result: StepResult) -> None:

@@ -28,7 +28,7 @@ from rich.table import Table
 from ... import jobs
 from ...data.shards.reading import ShardedDataset, has_split
 from ...data.shards.stream import Batch, Stream
-from ...errors import BadInput, BadInputEverywhere, describe
+from ...errors import BadInput, BadInputEverywhere, describe, printable
 from ...files import PARTIAL
 from ...modeling.attention import attention_backend
 from ...modeling.denoiser import Denoiser
@@ -308,7 +308,11 @@ def _show(found: Sequence[Diagnosis], processes: int) -> None:
     for column in table.columns:
         column.overflow = "fold"  # a long path is shown whole
     for one in found:
-        table.add_row(one.check, MARKS[one.level], escape(one.said), escape(one.remedy))
+        table.add_row(
+            one.check,
+            MARKS[one.level],
+            *(escape(printable(text)) for text in (one.said, one.remedy)),
+        )
     Console(width=None if sys.stdout.isatty() else DOCTOR_WIDTH).print(table)
 
 

@@ -22,7 +22,7 @@ from ... import jobs
 from ...data.shards.format import Manifest
 from ...data.shards.reading import ShardedDataset
 from ...data.shards.stream import Stream
-from ...errors import BadInput
+from ...errors import BadInput, say
 from ...modeling.attention import attention_backend
 from ...modeling.cost import cost_of
 from ...modeling.precision import Precision, autocast
@@ -267,16 +267,15 @@ def _measure(
         rate = measure_rate(torch.device("cpu"), config.precision)
         reason = why_not_measured(config, cost, memory, rate)
         if reason:
-            print(f"nothing is measured here: {reason}", file=sys.stderr)
+            say(f"nothing is measured here: {reason}")
             return None, 0
-    print(f"measuring {MEASURED} steps of {cost.clips} clip(s) here…", file=sys.stderr)
+    say(f"measuring {MEASURED} steps of {cost.clips} clip(s) here…")
     try:
         return measure_step(config, dataset, cost.clips)
     except torch.OutOfMemoryError:
-        print(
+        say(
             "a step does not fit into this GPU's memory: give more --plan_gpus or "
-            "--gradient_accumulation, or --model.gradient_checkpointing",
-            file=sys.stderr,
+            "--gradient_accumulation, or --model.gradient_checkpointing"
         )
         return None, 0
 
