@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,13 +25,24 @@ VERBS = {
     "demo": ("demo", "all of it, on synthetic videos, in minutes"),
 }
 
+# What launchers set; empty is not set.
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 USAGE = "usage: vidfill VERB …\n\n{verbs}\n\n`vidfill VERB --help` shows a verb's options.\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters: "?" is shown
+            stream.reconfigure(errors="replace")
+    for name in LAUNCHERS:  # as a batch script's template leaves them
+        if os.environ.get(name) == "":
+            del os.environ[name]
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[0:1] == ["help"] and len(arguments) > 1:
+        arguments = [arguments[1], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         lines = [f"  {verb:8} {summary}" for verb, (_, summary) in VERBS.items()]
         print(USAGE.format(verbs="\n".join(lines)))
         return 0

@@ -6,7 +6,9 @@
   a codec leaves around edges is on its proper side. In an image with a palette the hole is every
   entry but the first, which is the background, as in the annotations of DAVIS; only where the first
   entry is white itself is such an image read by its colours. `all_but_zero` makes the hole whatever
-  is not 0 in any image, for annotations that number objects in grey.
+  is not 0 in any image, for annotations that number objects in grey. Elsewhere dark areas that
+  are not black are refused: they are such numbers. Where an image is transparent in parts and of
+  one colour, the hole is what is opaque.
 - Masks may be larger or smaller than the video if they have its shape. Each pixel takes the nearest
   value.
 - There is one mask for each frame, or one image for all. Images named as the video's own images
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Bool, UInt, UInt8
 
 from .videos import (
     IMAGE_SUFFIXES,
@@ -40,6 +42,7 @@ from .videos import (
 )
 
 WHITE = 128  # of 255
+MOST_OBJECTS = 16  # values in an image whose dark areas are numbers of objects, not shades
 LOSSY_IMAGES = ("JPEG", "WEBP")
 
 
@@ -117,6 +120,10 @@ class OwnMasks:
             palette = image.getpalette()
             if palette and (self.all_but_zero or max(palette[:3]) < WHITE):
                 return (np.asarray(image) > 0).astype(np.uint8)
+            if "A" in image.getbands() or "transparency" in image.info:
+                rgba = np.asarray(image.convert("RGBA"))
+                if rgba[..., 3].min() < 255:
+                    return _find_shape(rgba, path.name)
             is_wide = image.mode.startswith("I;16")
             values = np.asarray(image if is_wide else image.convert("RGB"))
             is_lossless = image.format not in LOSSY_IMAGES
@@ -142,10 +149,41 @@ class OwnMasks:
             )
 
 
+def _find_shape(rgba: UInt8[np.ndarray, "height width 4"], name: str) -> Mask:
+    """The hole of an image that is transparent in parts: what is opaque, or what is white."""
+    opaque = rgba[..., 3] >= WHITE
+    colours = rgba[..., :3].reshape(-1, 3)
+    white = rgba[..., :3].max(axis=-1) >= WHITE
+    if (colours == colours[0]).all() or (white == opaque).all():
+        return opaque.astype(np.uint8)
+    raise UnreadableVideo(
+        f"{name} has a shape in its transparency and another in its colours: "
+        "save it without transparency, white where the hole is"
+    )
+
+
 def _find_white(brightest: UInt[np.ndarray, "height width"], is_lossless: bool, name: str) -> Mask:
-    # A codec may leave such a 1 in black; nothing else does.
-    if is_lossless and brightest.max() == 1:
+    # A codec may leave grey around edges; in a lossless file, what is dark but not black and of
+    # one value is the number of an object.
+    dark = np.unique(brightest[brightest < WHITE])
+    numbers = dark[dark > 0]
+    if is_lossless and numbers.size and brightest.max() < WHITE:
         raise UnreadableVideo(
-            f"{name} holds nothing brighter than 1: white is the hole, so write 255 where it says 1"
+            f"{name} holds nothing brighter than {numbers.max()}: white is the hole, so write 255 "
+            f"where it says {numbers[0]}"
         )
+    if is_lossless and numbers.size and len(dark) + 1 <= MOST_OBJECTS:
+        flat = [number for number in numbers if _is_flat(brightest == number)]
+        if flat:
+            raise UnreadableVideo(
+                f"{name} has areas of {flat[0]}, which is neither black nor white: write 255 "
+                "where the hole is, and 0 elsewhere"
+            )
     return (brightest >= WHITE).astype(np.uint8)
+
+
+def _is_flat(area: Bool[np.ndarray, "height width"]) -> bool:
+    """Whether somewhere 3 by 3 pixels are in the area, which those along an edge are not."""
+    import cv2
+
+    return bool(cv2.erode(area.astype(np.uint8), np.ones((3, 3), np.uint8), borderValue=0).any())

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -385,5 +386,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(str(out), file=sys.stdout)
 
     words = sys.argv[1:] if argv is None else argv
-    named = ["--out" if word == "-o" else word for word in words]
+    named = [re.sub(r"^-o(.+)", r"--out=\1", "--out" if word == "-o" else word) for word in words]
     return jobs.main(InpaintConfig, job, named, verb="inpaint", examples=EXAMPLES)

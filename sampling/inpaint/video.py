@@ -353,7 +353,10 @@ def _read_given(mask: str, footage: Footage) -> Generator[Mask, None, None]:
         return
     path = Path(mask)
     if not path.exists():
-        raise BadInput(f"mask is {path}, which does not exist: name a video, an image or a folder")
+        raise BadInput(
+            f"mask is {path}, which does not exist: name a video, an image or a folder, "
+            "or give a rectangle as x,y,width,height in whole pixels"
+        )
     is_folder = footage.path.is_dir()
     masks = OwnMasks(
         path,

@@ -1,0 +1,7 @@
+"""`python -m vidfill` is `vidfill`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
