@@ -130,7 +130,9 @@ def _explain(message: str, options: Sequence[str]) -> str:
     )
     said = re.sub(r"Expected a <class '(\w+)'>\.", r"give a value of type \1.", said)
     if more := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
-        first = next(option for option in options if option not in ("h", "help", "config", "print_config"))
+        first = next(
+            option for option in options if option not in ("h", "help", "config", "print_config")
+        )
         return f"{more[1]} is one word too many: name its option, as in --{first} {more[1]}"
     unknown = re.search(r"unrecognized arguments: --([\w.]+)|ption '([\w.]+)'", message)
     if unknown:

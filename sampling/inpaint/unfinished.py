@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import re
-import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ...data.videos import Mask, Pixels
-from ...errors import BadInput
+from ...errors import BadInput, say
 from ...files import partial_of, write_atomically
 from .boxes import Box
 from .video import Picture
@@ -66,10 +65,9 @@ class UnfinishedWork:
         """Remove what lies behind a lost window: it was made from that one, which is made again."""
         files = self.files()
         if rest := self._all()[len(files) :]:
-            print(
+            say(
                 f"vidfill inpaint: {self.folder} has lost the window that begins with frame "
                 f"{files[-1].end if files else 0}: it and all after it are filled again",
-                file=sys.stderr,
             )
             for file in rest:
                 file.path.unlink()
