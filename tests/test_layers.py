@@ -20,6 +20,7 @@ FLOORS = (
     ("files",),
     ("progress", "processes", "jobs", "options"),
     ("modeling",),
+<<<<<<< HEAD
     (
         "data.videos",
         "data.own_masks",
@@ -28,6 +29,10 @@ FLOORS = (
         "data.synth",
         "data.fingerprints",
     ),
+=======
+    ("data.videos", "data.own_masks", "data.masks", "data.storage", "data.synth"),
+    ("data.motion",),
+>>>>>>> 93187da (Put back what other frames show of a hole, along optical flow, as the baseline flow)
     ("data.shards",),
     ("data.encode",),
     ("data.verify",),

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float32
 
+from ...data.motion.flow import LEAST_SIDE, agree, estimate_flow, grid, look_up
 from ...data.videos import Frames
 from .pixels import PEAK
-
-Flow = Float32[np.ndarray, "height width 2"]  # x and y, in pixels
-
-LEAST_SIDE = 12  # pixels; the flow needs one side of a frame to be this long
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,11 @@ def follow(truth: Frames) -> Motion:
     if max(height, width) < LEAST_SIDE:
         return Motion(places, seen)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in truth]
-    here = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1)
+    here = grid(height, width)
     for t in range(frames - 1):
-        forward, backward = _flow(grey[t], grey[t + 1]), _flow(grey[t + 1], grey[t])
+        forward, backward = estimate_flow(grey[t], grey[t + 1]), estimate_flow(grey[t + 1], grey[t])
         places[t] = here + forward
-        seen[t] = _agree(forward, _look_up(backward, places[t]))
+        seen[t] = agree(forward, look_up(backward, places[t]))
         seen[t] &= ((places[t] >= 0) & (places[t] <= (width - 1, height - 1))).all(axis=-1)
     return Motion(places, seen)
 
@@ -59,30 +56,10 @@ def warping_error(result: Frames, motion: Motion) -> float:
     """
     values = result.astype(np.float32) / np.float32(PEAK)
     errors = [
-        float(((_look_up(after, places) - before)[seen] ** 2).mean())
+        float(((look_up(after, places) - before)[seen] ** 2).mean())
         for before, after, places, seen in zip(
             values, values[1:], motion.places, motion.seen, strict=False
         )
         if seen.any()
     ]
     return float(np.mean(errors)) if errors else float("nan")
-
-
-def _flow(
-    here: UInt8[np.ndarray, "height width"], there: UInt8[np.ndarray, "height width"]
-) -> Flow:
-    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    return estimator.calc(here, there, None)  # type: ignore[call-overload]
-
-
-def _agree(forward: Flow, backward: Flow) -> Bool[np.ndarray, "height width"]:
-    apart = ((forward + backward) ** 2).sum(axis=-1)
-    length = (forward**2).sum(axis=-1) + (backward**2).sum(axis=-1)
-    return apart <= 0.01 * length + 0.5
-
-
-def _look_up(
-    picture: Float32[np.ndarray, "height width channels"], places: Flow
-) -> Float32[np.ndarray, "height width channels"]:
-    x, y = np.moveaxis(places, -1, 0)
-    return cv2.remap(picture, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

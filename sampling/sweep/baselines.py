@@ -1,6 +1,6 @@
 """The baselines: what a schedule has to beat, and the best that it can reach.
 
-`mean` is the schedule `MEAN` and runs in the sampler; the other three are functions here.
+`mean` is the schedule `MEAN` and runs in the sampler; the others are functions here.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import torch
+from jaxtyping import Bool
 
 from ...data.masks import fill_hole
+from ...data.motion.propagation import propagate_clip
 from ...data.shards.format import Example
 from ...data.videos import Frames, Masks
 from ...modeling.autoencoder import Autoencoder
@@ -20,6 +22,8 @@ BASELINES = {
     "the encoding set another",
     "classic": "each pixel of the hole from the nearest frame in which it is visible; where it is "
     "visible in none, inpainted within its frame by OpenCV",
+    "flow": "each pixel of the hole from the nearest frame, before or after, to which optical flow "
+    "follows it; where it is found in none, inpainted as by classic",
     "mean": "one network evaluation from pure noise: the model’s posterior mean",
     "autoencoder": "the true clip encoded and decoded: the ceiling for a model of its latents",
 }
@@ -48,10 +52,23 @@ def classic(truth: Frames, mask: Masks) -> Frames:
             taken = missing[t] & (mask[t + step] == 0)
             result[t] = np.where(taken[..., None], truth[t + step], result[t])
             missing[t] &= ~taken
-    holes = missing.astype(np.uint8)
+    return _inpaint(result, missing)
+
+
+def _inpaint(frames: Frames, missing: Bool[np.ndarray, "frames height width"]) -> Frames:
+    holes, result = missing.astype(np.uint8), frames.copy()
     for frame in np.flatnonzero(missing.any(axis=(1, 2))):
-        result[frame] = cv2.inpaint(result[frame], holes[frame], INPAINT_RADIUS, cv2.INPAINT_TELEA)
+        result[frame] = cv2.inpaint(frames[frame], holes[frame], INPAINT_RADIUS, cv2.INPAINT_TELEA)
     return result
+
+
+def flow(truth: Frames, mask: Masks) -> Frames:
+    """Each hole pixel from where optical flow follows it to, the rest inpainted as by `classic`.
+
+    See `data.motion.propagation`. Only visible pixels of `truth` are used.
+    """
+    pixels, confidence = propagate_clip(truth, mask)
+    return _inpaint(pixels, confidence == 0)
 
 
 def autoencoder(model: Autoencoder, example: Example) -> Frames:

@@ -265,6 +265,7 @@ def run_baselines(worker: SweepWorker, keys: Sequence[CompletionKey]) -> None:
     makers: Mapping[str, Callable[[Example], Frames]] = {
         "fill": baselines.fill,
         "classic": lambda example: baselines.classic(pixels_of(example), example.mask),
+        "flow": lambda example: baselines.flow(pixels_of(example), example.mask),
         "autoencoder": functools.partial(baselines.autoencoder, inputs.autoencoder),
     }
     with worker.crew.tally("baselines", len(keys), "examples") as tally:

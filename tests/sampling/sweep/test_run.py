@@ -71,6 +71,7 @@ def test_results_have_the_baselines_then_the_schedules_with_their_costs(
     assert costs == [
         ("fill", "0", "3"),
         ("classic", "0", "3"),
+        ("flow", "0", "3"),
         ("mean", "1", "3"),
         ("autoencoder", "0", "3"),
         ("ddim:2", "2", "3"),
