@@ -1,4 +1,4 @@
-"""Propagation along optical flow beside `classic`: PSNR, what the confidence promises, time."""
+"""Propagation along optical flow beside `classic`: PSNR, what the confidence promises, time.
 
 Every video is masked in each of the families, and its holes are filled by every way in turn.
 """

@@ -42,6 +42,7 @@ from .videos import (
 )
 
 WHITE = 128  # of 255
+SHADE = 64  # from which on what is dark is a shade of grey, and no number of an object
 MOST_OBJECTS = 16  # values in an image whose dark areas are numbers of objects, not shades
 LOSSY_IMAGES = ("JPEG", "WEBP")
 
@@ -166,8 +167,8 @@ def _find_white(brightest: UInt[np.ndarray, "height width"], is_lossless: bool, 
     # A codec may leave grey around edges; in a lossless file, what is dark but not black and of
     # one value is the number of an object.
     dark = np.unique(brightest[brightest < WHITE])
-    numbers = dark[dark > 0]
-    if is_lossless and numbers.size and brightest.max() < WHITE:
+    numbers = dark[(dark > 0) & (dark < SHADE)]
+    if is_lossless and numbers.size and brightest.max() < SHADE:
         raise UnreadableVideo(
             f"{name} holds nothing brighter than {numbers.max()}: white is the hole, so write 255 "
             f"where it says {numbers[0]}"
