@@ -173,3 +173,35 @@ def test_a_later_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
     masks.check()
     with pytest.raises(UnreadableVideo, match="16x16 pixels"):
         read(masks)
+
+
+def numbered(path: Path, values: Sequence[int]) -> None:
+    """A lossless image whose columns of 6 pixels have these values."""
+    columns = np.repeat(np.array(values, np.uint8), 6)
+    Image.fromarray(np.tile(columns, (HEIGHT, 1))).resize((WIDTH, HEIGHT), 0).save(path)
+
+
+@pytest.mark.parametrize(("values", "named"), [((0, 1, 3), "3"), ((0, 7, 255), "7"), ((0, 2), "2")])
+def test_numbers_of_objects_are_refused_with_the_remedy(
+    tmp_path: Path, values: Sequence[int], named: str
+) -> None:
+    numbered(tmp_path / "m.png", values)
+    with pytest.raises(UnreadableVideo, match=rf"{named}.*write 255"):
+        OwnMasks(tmp_path / "m.png", VIDEO).check()
+
+
+@pytest.mark.parametrize("colour", [0, 255])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_the_shape_of_a_transparent_image_of_one_colour_is_what_is_opaque(
+    tmp_path: Path, mode: str, colour: int
+) -> None:
+    shape = np.zeros((HEIGHT, WIDTH), np.uint8)
+    shape[4:9, 3:15] = 1
+    rgba = np.full((HEIGHT, WIDTH, 4), colour, np.uint8)
+    rgba[..., 3] = 255 * shape
+    Image.fromarray(rgba).convert(mode).save(tmp_path / "m.png")
+    np.testing.assert_array_equal(read(OwnMasks(tmp_path / "m.png", VIDEO))[0], shape)
+    rgba[:2, :, :3] = 255 - colour
+    Image.fromarray(rgba).convert(mode).save(tmp_path / "m.png")
+    with pytest.raises(UnreadableVideo, match="without transparency"):
+        OwnMasks(tmp_path / "m.png", VIDEO).check()
