@@ -35,6 +35,9 @@ from .format import TRAINING, DamagedShard, Example, Manifest, ShardIndex, in_bl
 
 OPEN_SHARDS = 512  # that a dataset holds open at a time; each takes a file descriptor
 
+# NumPy parses headers as Python, which Python 3.11 cannot do in two threads at once: SystemError.
+_HEADERS = threading.Lock()
+
 
 class ArrayPlace(NamedTuple):
     """One array of a span; its .npy begins with a header."""
@@ -185,17 +188,16 @@ class Shard:
         def array(name: str) -> np.ndarray:
             return np.load(io.BytesIO(contents[name]), allow_pickle=False)
 
-        with np.load(io.BytesIO(contents["mask.npz"]), allow_pickle=False) as arrays:
-            mask = arrays["mask"]
-        return Example(
-            key=self.keys[row],
-            latents=array("latents.npy"),
-            masked_latents=array("masked_latents.npy"),
-            mask=mask,
-            record=json.loads(contents["json"]),
-            pixels=array("pixels.npy") if "pixels.npy" in contents else None,
-            log_variance=array("log_variance.npy") if "log_variance.npy" in contents else None,
-        )
+        with _HEADERS, np.load(io.BytesIO(contents["mask.npz"]), allow_pickle=False) as arrays:
+            return Example(
+                key=self.keys[row],
+                latents=array("latents.npy"),
+                masked_latents=array("masked_latents.npy"),
+                mask=arrays["mask"],
+                record=json.loads(contents["json"]),
+                pixels=array("pixels.npy") if "pixels.npy" in contents else None,
+                log_variance=array("log_variance.npy") if "log_variance.npy" in contents else None,
+            )
 
     def _read_member(self, row: int, name: str) -> bytes:
         column = self.index.members[name]
