@@ -234,9 +234,9 @@ def test_the_card_names_data_masks_metrics_and_limits_and_no_path(
     assert f"Data: `shards`, its training split, {manifest.examples} examples" in card
     assert f"Masks: {' '.join(manifest.masks['families'])}." in card
     assert "Autoencoder: AutoencoderTiny autoencoder (sha256" in card
-    header, _, *rows = [line for line in card.splitlines() if line.startswith("|")][:8]
+    header, _, *rows = [line for line in card.splitlines() if line.startswith("|")][:9]
     names = [row.split("`")[1] for row in rows]
-    assert names == ["fill", "classic", "mean", "autoencoder", "ddim:1", "ddim:2"]
+    assert names == ["fill", "classic", "flow", "mean", "autoencoder", "ddim:1", "ddim:2"]
     for column in ("NFE", "Temporal error", "PSNR of the hole", "SSIM"):
         assert column in header
     columns, first, *_ = (swept / "results.csv").read_text().splitlines()
