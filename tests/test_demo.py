@@ -29,10 +29,10 @@ def test_demo_makes_everything_and_continues_where_it_was(
     with (out / "sweep" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["schedule"] for row in rows] == [
-        *("fill", "classic", "mean", "autoencoder"),
+        *("fill", "classic", "flow", "mean", "autoencoder"),
         *("ddim:2", "ddim:2+resample(n=1)"),
     ]
-    assert [row["nfe"] for row in rows] == ["0", "0", "1", "0", "2", "4"]
+    assert [row["nfe"] for row in rows] == ["0", "0", "0", "1", "0", "2", "4"]
     assert {row["clips"] for row in rows} == {"2"}
     before = (out / "sweep" / "results.csv").read_bytes()
     assert main(["--out", str(out), *SMALLEST]) == 0
