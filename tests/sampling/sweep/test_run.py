@@ -371,4 +371,4 @@ def test_given_its_networks_a_sweep_has_lpips_and_the_distances_of_sets(
         ours, theirs = (float(found[name][column]) for name in ("mean", "ddim:1"))
         assert ours == pytest.approx(theirs, rel=1e-3)
     kept = {path.parent.name for path in (config.out / "features").rglob("*.npy")}
-    assert kept == {"truth", "ddim-1", "mean", "fill", "classic", "autoencoder"}
+    assert kept == {"truth", "ddim-1", "mean", "fill", "classic", "flow", "autoencoder"}
