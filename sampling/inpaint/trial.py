@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +17,7 @@ import numpy as np
 
 from ...data import videos
 from ...errors import BadInput
-from ...files import partial_of
+from ...files import PARTIAL
 from .output import CODECS, KEPT_TAGS, Codec, add_tracks, open_output, written_tags
 from .pixel_formats import chroma_block, has_alpha
 from .video import Footage, open_footage, read_pictures, saying
@@ -147,8 +148,8 @@ def _refuse_sound(footage: Footage, out: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _trial_place(out: Path) -> Iterator[Path]:
-    """A name beside `out`, where what is written is removed again."""
-    trial = partial_of(out).with_name(f"{partial_of(out).stem}-trial{out.suffix}")
+    """A name beside `out` that no other job has; what is written there is removed again."""
+    trial = out.with_name(f"{PARTIAL}{uuid.uuid4().hex}{out.suffix}")
     try:
         yield trial
     finally:
