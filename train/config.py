@@ -193,6 +193,7 @@ RECIPES = Path(__file__).parent / "recipes"
 MARKER = "stopped.json"  # in the run's folder: it ended early, and the same command continues
 
 RUN_MAY_CHANGE = (  # options, and whole groups of them, that a run may continue with
+    "shards",  # they are known by their manifests, wherever they lie
     "steps",
     "gradient_accumulation",
     "compile",

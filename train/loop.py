@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from .. import jobs
-from ..data.shards.reading import ShardedDataset
+from ..data.shards.reading import ShardedDataset, fingerprint_splits
 from ..data.shards.stream import Stream
 from ..errors import BadInput, BadInputEverywhere, describe, say
-from ..files import locate
+from ..files import hide_secrets
 from ..modeling.denoiser import Denoiser
 from ..progress import Progress, show_progress
 from .checkpoints import Checkpoints
@@ -25,7 +25,14 @@ from .monitor.held_out import HeldOut, open_held_out
 from .monitor.previews import PreviewClips, open_preview
 from .monitor.tensorboard import Monitor, tensorboard_command
 from .preflight.plan import plan
-from .state import TrainState, averaged_network, make_accelerator, make_denoiser, make_state
+from .state import (
+    TrainState,
+    averaged_network,
+    located,
+    make_accelerator,
+    make_denoiser,
+    make_state,
+)
 from .step import train_step
 
 EXAMPLES = """\
@@ -115,26 +122,32 @@ def _open_and_claim(
     """
     preview: PreviewClips | None = None
     held_out: HeldOut | None = None
-    refusal = ""
+    refusal, stands_on = "", {}
     try:
+        stands_on = {"shards": fingerprint_splits(config.shards, ("train", "validation"))}
         held_out = open_held_out(
             config, denoiser, accelerator.process_index, accelerator.num_processes
         )
         if accelerator.is_main_process:
             preview = open_preview(config, denoiser, accelerator.device)
-            located = dataclasses.replace(config, shards=locate(config.shards))
-            # The others give up a collective after the timeout: wait half of that at most.
-            patience = min(LOCK_WAIT, 30 * config.timeout)
-            stack.enter_context(
-                jobs.claim(
-                    config.out, "train", located, may_change=RUN_MAY_CHANGE, patience=patience
-                )
+            claim = jobs.claim(
+                *(config.out, "train", located(config)),
+                stands_on=stands_on,
+                may_change=RUN_MAY_CHANGE,
+                # The others give up a collective after the timeout: wait half of that at most.
+                patience=min(LOCK_WAIT, 30 * config.timeout),
             )
+            stack.enter_context(claim)
     except (BadInput, OSError) as error:  # the others are waiting for the outcome
         refusal = describe(error)
-    refusals = [said for said in gather_object([refusal]) if said]
-    if refusals:
+    found: list[tuple[str, dict[str, Any]]] = gather_object([(refusal, stands_on)])
+    if refusals := [said for said, _ in found if said]:
         raise BadInputEverywhere(refusals[0])
+    if others := [rank for rank, (_, stands_on) in enumerate(found) if stands_on != found[0][1]]:
+        raise BadInputEverywhere(
+            f"process {others[0]} found other shards in {hide_secrets(config.shards)} than process "
+            "0: give all nodes the same"
+        )
     return preview, held_out
 
 

@@ -7,6 +7,7 @@ plain training, partitioned wherever ZeRO partitions the moments.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import logging
 import os
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.shards.format import Manifest
+from ..files import locate
 from ..modeling.denoiser import Denoiser, LatentSpace
 from ..modeling.precision import autocast
 from ..modeling.presets import build
@@ -64,6 +66,11 @@ class TrainState:
             setattr(self, name, counters[name])
         for values in self.optimizer.state.values():
             values["step"].fill_(self.updates)
+
+
+def located(config: TrainConfig) -> TrainConfig:
+    """As records have it: with places that are the same from anywhere, and without secrets."""
+    return dataclasses.replace(config, shards=locate(config.shards))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

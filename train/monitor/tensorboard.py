@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
+from ... import jobs
 from ...data.shards.stream import Stream
 from ...errors import say
-from ...files import locate
 from ...modeling.cost import cost_of
 from ...modeling.denoiser import Denoiser
 from ...modeling.unet import VideoUNet
 from ..config import TrainConfig
-from ..state import TrainState
+from ..state import TrainState, located
 from ..step import StepResult
 from .previews import PreviewClips, film_of, picture_of, png_of
 from .profiling import Profile, profiled_steps
@@ -314,8 +314,7 @@ def _open_writer(config: TrainConfig, step: int) -> FileWriter:
     writer = FileWriter(str(config.out / "tensorboard"))
     # What an earlier start of the run wrote about later steps is hidden from here on.
     writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
-    located = dataclasses.replace(config, shards=locate(config.shards))
-    record = json.loads(json.dumps(dataclasses.asdict(located), default=str))
+    record = jobs.record_of(located(config))
     lines = yaml.safe_dump(record, sort_keys=False).splitlines()
     writer.add_summary(text("configuration", "\n".join(f"    {line}" for line in lines)), step)
     rows = [f"| {tag} | {meaning} |" for tag, meaning in (SCALARS | IMAGES).items()]
