@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .state import (
     make_accelerator,
     make_denoiser,
     make_state,
+    note_changes,
 )
 from .step import train_step
 
@@ -68,12 +69,14 @@ def train(config: TrainConfig) -> None:
         dataset, config.batch_size, config.seed, process, processes, damaged=config.data.damaged
     )
     with contextlib.ExitStack() as stack:
-        preview, held_out = _open_and_claim(config, denoiser, accelerator, stack)
+        preview, held_out, begun = _open_and_claim(config, denoiser, accelerator, stack)
         state = make_state(config, accelerator, denoiser.network)
         checkpoints = Checkpoints(
             config.out, config.keep_checkpoints, config.optimizer.ema_decays, denoiser, accelerator
         )
         checkpoints.load(state)
+        if (changes := note_changes(state, config, begun)) and accelerator.is_main_process:
+            say(f"vidfill train: {changes}")
         control = stack.enter_context(Control(config.out, process, processes))
         progress = stack.enter_context(_progress(config.out, config.steps, state, accelerator))
         batches = stream.run(state.step, config.data.workers)
@@ -114,16 +117,20 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 
 def _open_and_claim(
     config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator, stack: contextlib.ExitStack
-) -> tuple[PreviewClips | None, HeldOut | None]:
+) -> tuple[PreviewClips | None, HeldOut | None, Mapping[str, Any]]:
     """Claim the folder, and open the previews and held-out clips; fail on all processes or none.
 
     Each process opens its own held-out clips. The first one also opens the previews, and holds the
-    folder until `stack` is closed.
+    folder until `stack` is closed. The options that the folder was begun with, if it was, are given
+    too.
     """
     preview: PreviewClips | None = None
     held_out: HeldOut | None = None
     refusal, stands_on = "", {}
+    begun: Mapping[str, Any] = {}
     try:
+        if job := jobs.read_job(config.out):
+            begun = job.config
         stands_on = {"shards": fingerprint_splits(config.shards, ("train", "validation"))}
         held_out = open_held_out(
             config, denoiser, accelerator.process_index, accelerator.num_processes
@@ -148,7 +155,7 @@ def _open_and_claim(
             f"process {others[0]} found other shards in {hide_secrets(config.shards)} than process "
             "0: give all nodes the same"
         )
-    return preview, held_out
+    return preview, held_out, begun
 
 
 def _progress(

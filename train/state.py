@@ -23,16 +23,18 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import jobs
 from ..data.shards.format import Manifest
 from ..files import locate
 from ..modeling.denoiser import Denoiser, LatentSpace
 from ..modeling.precision import autocast
 from ..modeling.presets import build
 from ..modeling.unet import VideoUNet
-from .config import TrainConfig
+from .config import RATE_OPTIONS, TrainConfig
 from .deepspeed import deepspeed_config
 
 FIRST_SCALE = 65536.0  # of float16's loss
+NOT_OF_THE_RUN = ("out", "plan", "plan_gpus", "profile")  # options whose changes leave no trace
 COUNTERS = ("step", "skipped", "scale", "scale_age", "began", "productive")
 
 
@@ -50,6 +52,8 @@ class TrainState:
     network: VideoUNet  # the network inside of it; under ZeRO-3 its parameters are empty
     optimizer: torch.optim.AdamW  # its state is of this process's float32 tensors
     blank: VideoUNet  # the network's structure, without memory
+    options: Mapping[str, Any]  # of the last step, by their dotted names
+    history: list[dict[str, Any]]  # what changed, and the first step that it held for
 
     @property
     def updates(self) -> int:
@@ -71,6 +75,29 @@ class TrainState:
 def located(config: TrainConfig) -> TrainConfig:
     """As records have it: with places that are the same from anywhere, and without secrets."""
     return dataclasses.replace(config, shards=locate(config.shards))
+
+
+def note_changes(state: TrainState, config: TrainConfig, begun: Mapping[str, Any]) -> str:
+    """Record which options differ from those of the last step, and say so; "" if none do.
+
+    Version 0.1 recorded those of a checkpoint only in its job's record, `begun`.
+    """
+    changed = jobs.changed_options(state.options or begun, located(config)) if state.step else {}
+    changed = {name: values for name, values in changed.items() if name not in NOT_OF_THE_RUN}
+    state.options = jobs.record_of(located(config))
+    if not changed:
+        return ""
+    event = {"step": state.step + 1, "changed": changed}
+    state.history = [*state.history, event]
+    follows = set(RATE_OPTIONS) | ({"steps"} if config.optimizer.decay == "cosine" else set())
+    consequence = "; this changes the learning rate, and so the result"
+    return describe_event(event) + (consequence if follows & changed.keys() else "")
+
+
+def describe_event(event: Mapping[str, Any]) -> str:
+    """One entry of a run's history in words."""
+    changes = [f"{name} is {now!r} (was {was!r})" for name, (was, now) in event["changed"].items()]
+    return f"from step {event['step']} on {', '.join(changes)}"
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -184,6 +211,8 @@ def make_state(config: TrainConfig, accelerator: Accelerator, network: VideoUNet
         network=network,
         optimizer=optimizer,
         blank=blank,
+        options={},
+        history=[],
     )
 
 

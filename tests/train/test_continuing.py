@@ -1,4 +1,4 @@
-"""A run that goes on: on the same shards elsewhere, on no others."""
+"""A run that goes on: on the same shards elsewhere, on no others, with options that may change."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from vidfill import jobs
 from vidfill.errors import BadInput
-from vidfill.train.config import TrainConfig
+from vidfill.train.config import RUN_MAY_CHANGE, EvaluationConfig, TrainConfig
+from vidfill.train.export import ExportConfig, export
 from vidfill.train.loop import train
 
 Edit = Callable[[dict[str, Any]], object]
@@ -97,3 +100,103 @@ def test_all_processes_find_the_same_shards(
     monkeypatch.setattr("vidfill.train.loop.gather_object", lambda mine: [*mine, other])
     with pytest.raises(BadInput, match="process 1 found other shards"):
         train(tiny_config)
+
+
+def with_rate(config: TrainConfig, **changes: Any) -> TrainConfig:
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **changes))
+
+
+def newest_state(run: Path) -> dict[str, Any]:
+    newest = (run / "checkpoints" / "latest").read_text()
+    return json.loads((run / "checkpoints" / newest / "state.json").read_text())
+
+
+@pytest.mark.slow
+def test_options_that_change_are_said_and_recorded_with_their_first_step(
+    tiny_config: TrainConfig,
+    trained: TrainConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(trained.out, tiny_config.out)
+    slower = with_rate(tiny_config, learning_rate=1e-3)
+    evaluated = dataclasses.replace(slower, steps=7, evaluation=EvaluationConfig(every=7))
+    train(evaluated)
+    assert (
+        "vidfill train: from step 7 on evaluation.every is 7 (was 1000), "
+        "optimizer.learning_rate is 0.001 (was 0.002), steps is 7 (was 6); "
+        "this changes the learning rate, and so the result\n"
+    ) in capsys.readouterr().err
+    train(evaluated)
+    assert " (was " not in capsys.readouterr().err
+    train(dataclasses.replace(evaluated, steps=8, log_every=4))
+    assert "8 on log_every is 4 (was 1), steps is 8 (was 7)\n" in capsys.readouterr().err
+    assert newest_state(tiny_config.out)["history"] == [
+        {
+            "step": 7,
+            "changed": {
+                "evaluation.every": [1000, 7],
+                "optimizer.learning_rate": [2e-3, 1e-3],
+                "steps": [6, 7],
+            },
+        },
+        {"step": 8, "changed": {"log_every": [1, 4], "steps": [7, 8]}},
+    ]
+    events = EventAccumulator(str(tiny_config.out / "tensorboard"))
+    events.Reload()
+    (*_, shown) = events.Tensors("history/text_summary")
+    assert shown.step == 7
+    assert b"from step 8 on log_every is 4" in shown.tensor_proto.string_val[0]
+    export(ExportConfig(tiny_config.out, tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "- From step 7 on optimizer.learning_rate is 0.001 (was 0.002), steps is 7" in card
+    assert "log_every" not in card
+
+
+@pytest.mark.slow
+def test_a_run_under_cosine_decay_resumes_exactly_and_says_what_other_steps_change(
+    tiny_config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = with_rate(tiny_config, decay="cosine")
+    train(config)
+    shutil.copytree(config.out, tmp_path / "whole")
+    shutil.rmtree(config.out / "checkpoints" / "step-00000006")
+    train(config)
+    assert_equal_states(config.out, tmp_path / "whole")
+    assert " (was " not in capsys.readouterr().err
+    train(dataclasses.replace(config, steps=7))
+    assert "steps is 7 (was 6); this changes the learning rate" in capsys.readouterr().err
+
+
+def test_what_changes_the_function_or_the_data_may_not_change(
+    tiny_config: TrainConfig, trained: TrainConfig
+) -> None:
+    shutil.copytree(trained.out, tiny_config.out)
+    groups = tuple(f"{group}." for group in RUN_MAY_CHANGE)
+    record = json.loads((tiny_config.out / "job.json").read_text())
+    refused = []
+    for name in sorted(options_of(record["config"])):
+        if name in (*RUN_MAY_CHANGE, "out") or name.startswith(groups):
+            continue
+        *parents, last = name.split(".")
+        edit_json(
+            tiny_config.out / "job.json",
+            lambda job, parents=parents, last=last: functools.reduce(
+                dict.__getitem__, parents, job["config"]
+            ).update({last: "another"}),
+        )
+        claim = jobs.claim(tiny_config.out, "train", tiny_config, may_change=RUN_MAY_CHANGE)
+        with pytest.raises(BadInput, match=f"{name} was 'another', now "), claim:
+            pass
+        (tiny_config.out / "job.json").write_text(json.dumps(record))
+        refused.append(name)
+    assert {"seed", "batch_size", "precision", "diffusion.target", "loss.hole"} < set(refused)
+    assert {"model.conditioning", "optimizer.clip", "optimizer.ema_decays"} < set(refused)
+
+
+def options_of(tree: dict[str, Any], prefix: str = "") -> set[str]:
+    names: set[str] = set()
+    for name, value in tree.items():
+        inner = isinstance(value, dict)
+        names |= options_of(value, f"{prefix}{name}.") if inner else {prefix + name}
+    return names
