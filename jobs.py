@@ -97,6 +97,11 @@ def parse(
     )
     parser.add_argument("--config", action="config", help="A YAML file of the options below.")
     parser.add_class_arguments(config_class, as_group=False, as_positional=True)
+    for action in parser._actions:
+        if action.dest.endswith("_"):  # `from` cannot be a field's name
+            option = f"--{action.dest.rstrip('_')}"
+            action.option_strings = [option]
+            parser._option_string_actions[option] = action
     words = sys.argv[1:] if argv is None else argv
     try:
         namespace = parser.parse_args(_complete_switches(words, _find_switches(config_class)))
@@ -374,7 +379,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[prefix + key.rstrip("_")] = value
     return flat
 
 

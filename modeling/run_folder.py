@@ -21,6 +21,7 @@ from ..errors import BadInput, describe, say
 from ..files import INSIDE, hash_file, in_threads
 
 MODEL = "model"  # the folder of the average that is evaluated, shown and loaded
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 LATEST = "latest"
 STATE = "state.json"
 HASH_THREADS = 8  # one thread hashes 1 to 2 GB/s

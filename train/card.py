@@ -152,9 +152,12 @@ def _describe_masks(manifest: Manifest | None) -> str:
 def _tell(history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What changed how the weights came about."""
     for event in history:
-        changed = {n: v for n, v in event["changed"].items() if n in (*RATE_OPTIONS, "steps")}
-        if changed:
-            said = describe_event({**event, "changed": changed})
+        if "from" in event:
+            shown = {**event, "from": public_name(event["from"])}
+        else:
+            rate = {n: v for n, v in event["changed"].items() if n in (*RATE_OPTIONS, "steps")}
+            shown = {**event, "changed": rate}
+        if said := describe_event(shown):
             yield said[0].upper() + said[1:]
 
 

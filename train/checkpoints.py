@@ -28,6 +28,7 @@ from ..errors import BadInput, BadInputEverywhere, describe
 from ..files import PARTIAL, aside, write_atomically
 from ..modeling.denoiser import Denoiser
 from ..modeling.run_folder import (
+    CHECKPOINTS,
     LATEST,
     MODEL,
     Damaged,
@@ -62,7 +63,7 @@ class Checkpoints:
         denoiser: Denoiser,
         accelerator: Accelerator,
     ) -> None:
-        self._folder = out / "checkpoints"
+        self._folder = out / CHECKPOINTS
         self._keep = keep
         self._decays = list(ema_decays)
         self._denoiser = denoiser

@@ -140,6 +140,9 @@ class TrainConfig:
     """A folder that `vidfill encode` wrote, or its URL (s3://…, gs://…, https://…)."""
     out: Path
     """The run's folder: checkpoints and TensorBoard events."""
+    from_: str = ""
+    """Begin with the averaged weights of a model: its folder, a run's, or shipped, the package's
+    own; empty draws them from the seed. All else is as this run's options say."""
     steps: PositiveInt = 20_000
     """Optimizer steps in all."""
     batch_size: PositiveInt = 8

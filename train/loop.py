@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from .. import jobs
 from ..data.shards.reading import ShardedDataset, fingerprint_splits
 from ..data.shards.stream import Stream
 from ..errors import BadInput, BadInputEverywhere, describe, say
-from ..files import hide_secrets
 from ..modeling.denoiser import Denoiser
 from ..progress import Progress, show_progress
 from .checkpoints import Checkpoints
@@ -28,11 +28,13 @@ from .preflight.plan import plan
 from .state import (
     TrainState,
     averaged_network,
+    load_start,
     located,
     make_accelerator,
     make_denoiser,
     make_state,
     note_changes,
+    note_start,
 )
 from .step import train_step
 
@@ -41,6 +43,7 @@ examples:
   vidfill train shards runs/first --steps 5000
   vidfill train shards runs/first --steps 5000 --plan
   vidfill train shards runs/base --config base --optimizer.learning_rate 5e-5
+  vidfill train shards runs/tuned --from models/first --optimizer.learning_rate 2e-5
   vidfill launch "train shards runs/eight" --gpus_per_node 8 --out node
   accelerate launch --config_file node.yaml -m vidfill.train shards runs/eight
       on 8 GPUs, as the first command describes them to Accelerate
@@ -69,19 +72,23 @@ def train(config: TrainConfig) -> None:
         dataset, config.batch_size, config.seed, process, processes, damaged=config.data.damaged
     )
     with contextlib.ExitStack() as stack:
-        preview, held_out, begun = _open_and_claim(config, denoiser, accelerator, stack)
+        opened = _open_and_claim(config, denoiser, accelerator, stack)
+        held_out = opened.held_out
         state = make_state(config, accelerator, denoiser.network)
         checkpoints = Checkpoints(
             config.out, config.keep_checkpoints, config.optimizer.ema_decays, denoiser, accelerator
         )
         checkpoints.load(state)
-        if (changes := note_changes(state, config, begun)) and accelerator.is_main_process:
-            say(f"vidfill train: {changes}")
+        told = [note_changes(state, config, opened.begun)]
+        if opened.start and not state.history:
+            told.append(note_start(state, config, opened.start, denoiser))
+        if accelerator.is_main_process:
+            say(*(f"vidfill train: {line}" for line in told if line))
         control = stack.enter_context(Control(config.out, process, processes))
         progress = stack.enter_context(_progress(config.out, config.steps, state, accelerator))
         batches = stream.run(state.step, config.data.workers)
         stack.enter_context(contextlib.closing(batches))
-        monitor = Monitor(config, state, denoiser, stream, preview, accelerator)
+        monitor = Monitor(config, state, denoiser, stream, opened.preview, accelerator)
         stack.enter_context(monitor)
         stack.enter_context(contextlib.closing(checkpoints))
         reason = None
@@ -115,31 +122,41 @@ def _is_due(step: int, every: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
+@dataclass
+class OpenedRun:
+    """What a process has open of a run before its first step."""
+
+    preview: PreviewClips | None = None  # the first process's alone
+    held_out: HeldOut | None = None  # this process's share
+    begun: Mapping[str, Any] = field(default_factory=dict)  # options in the folder's record
+    start: Mapping[str, Any] = field(default_factory=dict)  # as `load_start` gives it
+
+
 def _open_and_claim(
     config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator, stack: contextlib.ExitStack
-) -> tuple[PreviewClips | None, HeldOut | None, Mapping[str, Any]]:
-    """Claim the folder, and open the previews and held-out clips; fail on all processes or none.
+) -> OpenedRun:
+    """Claim the folder, and open what a run reads; fail on all processes or none.
 
-    Each process opens its own held-out clips. The first one also opens the previews, and holds the
-    folder until `stack` is closed. The options that the folder was begun with, if it was, are given
-    too.
+    The first process holds the folder until `stack` is closed.
     """
-    preview: PreviewClips | None = None
-    held_out: HeldOut | None = None
-    refusal, stands_on = "", {}
-    begun: Mapping[str, Any] = {}
+    run, refusal, shards = OpenedRun(), "", {}
     try:
         if job := jobs.read_job(config.out):
-            begun = job.config
-        stands_on = {"shards": fingerprint_splits(config.shards, ("train", "validation"))}
-        held_out = open_held_out(
+            run.begun = job.config
+        shards = fingerprint_splits(config.shards, ("train", "validation"))
+        run.start = load_start(config, denoiser)
+        run.held_out = open_held_out(
             config, denoiser, accelerator.process_index, accelerator.num_processes
         )
         if accelerator.is_main_process:
-            preview = open_preview(config, denoiser, accelerator.device)
+            run.preview = open_preview(config, denoiser, accelerator.device)
             claim = jobs.claim(
                 *(config.out, "train", located(config)),
-                stands_on=stands_on,
+                # A run that has begun does not read the model any more.
+                stands_on=lambda known: {
+                    "shards": shards,
+                    "from": run.start or known.get("from", {}),
+                },
                 may_change=RUN_MAY_CHANGE,
                 # The others give up a collective after the timeout: wait half of that at most.
                 patience=min(LOCK_WAIT, 30 * config.timeout),
@@ -147,15 +164,16 @@ def _open_and_claim(
             stack.enter_context(claim)
     except (BadInput, OSError) as error:  # the others are waiting for the outcome
         refusal = describe(error)
-    found: list[tuple[str, dict[str, Any]]] = gather_object([(refusal, stands_on)])
-    if refusals := [said for said, _ in found if said]:
+    answers = gather_object([{"refusal": refusal, "shards": shards, "from": run.start}])
+    if refusals := [answer["refusal"] for answer in answers if answer["refusal"]]:
         raise BadInputEverywhere(refusals[0])
-    if others := [rank for rank, (_, stands_on) in enumerate(found) if stands_on != found[0][1]]:
-        raise BadInputEverywhere(
-            f"process {others[0]} found other shards in {hide_secrets(config.shards)} than process "
-            "0: give all nodes the same"
-        )
-    return preview, held_out, begun
+    for name, what in (("shards", "other shards"), ("from", "another model (--from)")):
+        if others := [rank for rank, one in enumerate(answers) if one[name] != answers[0][name]]:
+            raise BadInputEverywhere(
+                f"process {others[0]} found {what} than process 0: let all nodes see the same, and "
+                "nothing that is still being written"
+            )
+    return run
 
 
 def _progress(

@@ -18,9 +18,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from vidfill import jobs
 from vidfill.errors import BadInput
+from vidfill.launch.launch import LaunchConfig, read_tasks
+from vidfill.modeling.denoiser import Denoiser
+from vidfill.modeling.noise import DiffusionConfig
 from vidfill.train.config import RUN_MAY_CHANGE, EvaluationConfig, TrainConfig
 from vidfill.train.export import ExportConfig, export
 from vidfill.train.loop import train
+from vidfill.train.preflight.doctor import doctor
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -93,13 +97,14 @@ def test_other_shards_of_the_same_name_are_refused(
         train(config)
 
 
-def test_all_processes_find_the_same_shards(
+def test_all_processes_find_the_same_shards_and_model(
     tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = ("", {"shards": {"train": "f" * 64}})
-    monkeypatch.setattr("vidfill.train.loop.gather_object", lambda mine: [*mine, other])
-    with pytest.raises(BadInput, match="process 1 found other shards"):
-        train(tiny_config)
+    for name, what in (("shards", "other shards"), ("from", "another model")):
+        gather = lambda mine, name=name: [*mine, mine[0] | {name: "other"}]  # noqa: E731
+        monkeypatch.setattr("vidfill.train.loop.gather_object", gather)
+        with pytest.raises(BadInput, match=f"process 1 found {what}"):
+            train(tiny_config)
 
 
 def with_rate(config: TrainConfig, **changes: Any) -> TrainConfig:
@@ -186,7 +191,7 @@ def test_what_changes_the_function_or_the_data_may_not_change(
             ).update({last: "another"}),
         )
         claim = jobs.claim(tiny_config.out, "train", tiny_config, may_change=RUN_MAY_CHANGE)
-        with pytest.raises(BadInput, match=f"{name} was 'another', now "), claim:
+        with pytest.raises(BadInput, match=f"{name.rstrip('_')} was 'another', now "), claim:
             pass
         (tiny_config.out / "job.json").write_text(json.dumps(record))
         refused.append(name)
@@ -200,3 +205,113 @@ def options_of(tree: dict[str, Any], prefix: str = "") -> set[str]:
         inner = isinstance(value, dict)
         names |= options_of(value, f"{prefix}{name}.") if inner else {prefix + name}
     return names
+
+
+@pytest.fixture(scope="module")
+def model(trained: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `trained` exports."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export(ExportConfig(trained.out, folder))
+    return folder
+
+
+@pytest.fixture
+def tuned(tiny_config: TrainConfig, model: Path) -> TrainConfig:
+    """A run that begins with that model's weights, and takes one step that changes none of them."""
+    config = dataclasses.replace(tiny_config, from_=str(model), steps=1, seed=5)
+    return with_rate(config, learning_rate=1e-30, warmup=0)
+
+
+def test_a_run_begins_with_a_models_weights_and_says_so(
+    tuned: TrainConfig, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dataclasses.replace(tuned, diffusion=DiffusionConfig(target="v")))
+    theirs = Denoiser.load(model)
+    sha256 = theirs.fingerprint()["weights"]
+    assert (
+        f"begun with the weights of {model} ({sha256:.12}); from step 1 on diffusion.target is "
+        "'v' (was 'noise'); --diffusion.target \"noise\" trains on as that model was trained\n"
+    ) in capsys.readouterr().err
+    weights = theirs.network.state_dict()
+    for name, tensor in state_of(tuned.out).items():
+        kind, _, parameter = name.rpartition(":")
+        assert torch.equal(tensor, weights[parameter]) or kind.startswith("exp_avg")
+    record = jobs.read_job(tuned.out)
+    assert record and record.stands_on
+    assert record.stands_on["from"]["weights"] == sha256
+    export(ExportConfig(tuned.out, tmp_path / "again"))
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert f"- Begun with the weights of model ({sha256:.12}); from step 1 on diff" in card
+    assert str(model) not in card
+
+
+@pytest.mark.slow
+def test_a_run_that_has_begun_goes_on_without_the_model(
+    tuned: TrainConfig, model: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "model"
+    config = dataclasses.replace(tuned, from_=str(shutil.copytree(model, moved)))
+    with pytest.MonkeyPatch.context() as patch:  # killed before its first checkpoint
+        patch.setattr("vidfill.train.loop.make_state", None)
+        with pytest.raises(TypeError):
+            train(config)
+    edit_json(moved / "model_index.json", lambda record: record["latents"].update(std=[9.0] * 4))
+    with pytest.raises(BadInput, match=r"\(from\.latents\.std\)"):
+        train(config)
+    shutil.rmtree(moved)
+    shutil.copytree(model, moved)
+    train(config)
+    shutil.rmtree(moved)
+    train(dataclasses.replace(config, steps=2))
+    assert "from" in newest_state(config.out)["history"][0]
+    with pytest.raises(BadInput, match=r"\(from was '.*model', now ''\)"):
+        train(dataclasses.replace(config, from_=""))
+
+
+UNFIT = [
+    (["--from", "nowhere"], "nowhere holds no model"),
+    (["--from", "shipped"], "--from is shipped, a network of .*block_out_channels.* another model"),
+    (["--diffusion.mask_channel"], "a network of condition_channels 4 .here 5.: give model"),
+    (["--model.layers_per_block", "2"], "a network of layers_per_block 1 .here 2.: give"),
+    (["--model.head_channels", "4"], "a network of head_channels 8 .here 4.: give"),
+    (["--model.conditioning", "adaptive"], "a network of conditioning 'concatenation'"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), UNFIT)
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_written(
+    tuned: TrainConfig, model: Path, words: list[str], said: str
+) -> None:
+    first = [tuned.shards, str(tuned.out), "--from", str(model), *SMALL]
+    config = jobs.parse(TrainConfig, [*first, *words], verb="train")
+    for job in (train, lambda config: train(dataclasses.replace(config, plan=True))):
+        with pytest.raises(BadInput, match=said):
+            job(config)
+    assert not config.out.exists()
+
+
+SMALL = [
+    *("--model.block_out_channels", "[16,32]", "--model.head_channels", "8"),
+    *("--model.norm_groups", "8", "--preview.every", "0", "--batch_size", "3", "--steps", "1"),
+]
+
+
+def test_a_model_of_another_autoencoder_is_refused(
+    tuned: TrainConfig, model: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(model, tmp_path / "other")
+    edit_json(
+        other / "model_index.json",
+        lambda record: record["latents"]["autoencoder"].update(sha256="f" * 64),
+    )
+    with pytest.raises(BadInput, match=r"whose sha256 is .* --from is .* whose sha256 is f"):
+        train(dataclasses.replace(tuned, from_=str(other)))
+
+
+def test_the_doctor_and_the_launcher_know_of_the_model(
+    tuned: TrainConfig, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doctor(tuned)
+    assert "the weights of" in capsys.readouterr().out
+    (task,) = read_tasks(LaunchConfig(f"train shards run --from {model}"))
+    assert task.training and task.training.from_ == str(model)
