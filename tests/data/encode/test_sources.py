@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from vidfill.data.encode.sources import Source, find_outside, find_sources, make_key_part
-from vidfill.data.videos import read_header
+from vidfill.data.videos import UnreadableVideo, read_header
 from vidfill.errors import BadInput
 
 HEIGHT, WIDTH = 16, 24
@@ -158,7 +158,7 @@ def test_davis_has_the_splits_of_its_newest_lists_and_its_annotations(
     assert not any("Annotations" in path.parts for path in outside)
 
 
-def test_an_objects_number_as_a_grey_value_is_hole_in_annotations_alone(
+def test_an_objects_number_in_grey_is_hole_in_annotations_and_refused_elsewhere(
     tmp_path: Path, write_images: Write, make_davis: Callable[..., None]
 ) -> None:
     make_davis(tmp_path / "davis")
@@ -168,7 +168,8 @@ def test_an_objects_number_as_a_grey_value_is_hole_in_annotations_alone(
     np.testing.assert_array_equal(read_masks(bear), make_masks(3))
     write_images(tmp_path / "masks" / "JPEGImages" / "480p" / "bear", numbers)
     bear, _, _ = find_sources(tmp_path / "davis", tmp_path / "masks")
-    assert not read_masks(bear).any()
+    with pytest.raises(UnreadableVideo, match="write 255 where it says 2"):
+        read_masks(bear)
 
 
 def test_davis_without_480p_takes_its_only_resolution(
