@@ -97,6 +97,11 @@ def parse(
     )
     parser.add_argument("--config", action="config", help="A YAML file of the options below.")
     parser.add_class_arguments(config_class, as_group=False, as_positional=True)
+    for action in parser._actions:
+        if action.dest.endswith("_"):  # `from` cannot be a field's name
+            option = f"--{action.dest.rstrip('_')}"
+            action.option_strings = [option]
+            parser._option_string_actions[option] = action
     words = sys.argv[1:] if argv is None else argv
     try:
         namespace = parser.parse_args(_complete_switches(words, _find_switches(config_class)))
@@ -198,10 +203,8 @@ def claim(
     """
     named, out = out, out.resolve()
     # A path reads the same from wherever it was given.
-    job = JobRecord(verb=verb, version=__version__, config=_plain(dataclasses.asdict(config)))
-    check = functools.partial(
-        _check_place, out, job, _flatten(_defaults(type(config))), {"out", *may_change}, renew
-    )
+    job = JobRecord(verb=verb, version=__version__, config=record_of(config))
+    check = functools.partial(_check_place, out, verb, config, {"out", *may_change}, renew)
     check()  # before a lock is put there
     with hold(out, patience):
         before = check()
@@ -246,6 +249,24 @@ def _write_record(out: Path, job: JobRecord, before: JobRecord | None) -> None:
         raise BadInput(f"another job has just begun in {out}: let it end first")
 
 
+def record_of(config: Any) -> dict[str, Any]:
+    """A configuration as records have it."""
+    return _plain(dataclasses.asdict(config))
+
+
+def changed_options(before: Mapping[str, Any], config: Any) -> dict[str, list[Any]]:
+    """What each option, by its dotted name, was and is, where it differs from a record's.
+
+    An option that did not exist when that was written had what is now its default.
+    """
+    was = {**_flatten(_defaults(type(config))), **_flatten(before)}
+    return {
+        name: [was.get(name), value]
+        for name, value in sorted(_flatten(record_of(config)).items())
+        if was.get(name) != value
+    }
+
+
 def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON returns it."""
     return json.loads(json.dumps(tree, default=lambda path: str(path.resolve())))
@@ -253,20 +274,20 @@ def _plain(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_place(
     out: Path,
-    job: JobRecord,
-    defaults: Mapping[str, Any],
+    verb: str,
+    config: Any,
     may_change: Collection[str],
     renew: Callable[[JobRecord], JobRecord],
 ) -> JobRecord | None:
-    """Refuse a place where `job` can neither begin nor continue; return the record there."""
+    """Refuse a place where a job can neither begin nor continue; return the record there."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"{out} is a file; name a folder")
     before = read_job(out)
     if before:
-        if before.verb == job.verb and before.version == OLDEST:
+        if before.verb == verb and before.version == OLDEST:
             with _reading(out / MARK):
                 before = renew(before)
-        _refuse_another_job(out, before, job, defaults, may_change)
+        _refuse_another_job(out, before, verb, config, may_change)
     elif out.is_dir() and any(
         path.name != LOCK and not path.name.startswith(PARTIAL) for path in out.iterdir()
     ):
@@ -297,23 +318,17 @@ def _reading(mark: Path) -> Iterator[None]:
 
 
 def _refuse_another_job(
-    out: Path,
-    before: JobRecord,
-    now: JobRecord,
-    defaults: Mapping[str, Any],
-    may_change: Collection[str],
+    out: Path, before: JobRecord, verb: str, config: Any, may_change: Collection[str]
 ) -> None:
-    if before.verb != now.verb:
+    if before.verb != verb:
         raise BadInput(
             f"{out} was written by `vidfill {before.verb}`: choose another folder or remove it"
         )
-    # An option that did not exist when the job began had what is now its default.
-    was, wanted = {**defaults, **_flatten(before.config)}, _flatten(now.config)
     groups = tuple(f"{group}." for group in may_change)
     changed = [
-        f"{key} was {was.get(key)!r}, now {value!r}"
-        for key, value in sorted(wanted.items())
-        if was.get(key) != value and key not in may_change and not key.startswith(groups)
+        f"{name} was {was!r}, now {value!r}"
+        for name, (was, value) in changed_options(before.config, config).items()
+        if name not in may_change and not name.startswith(groups)
     ]
     if changed:
         raise BadInput(
@@ -358,13 +373,13 @@ def _defaults(config_class: type) -> dict[str, Any]:
     return _plain(found)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[prefix + key.rstrip("_")] = value
     return flat
 
 

@@ -45,7 +45,7 @@ from .noise import (
     place_weight,
 )
 from .precision import Precision, autocast
-from .run_folder import LATEST, MODEL, newest_first, newest_whole
+from .run_folder import CHECKPOINTS, LATEST, MODEL, newest_first, newest_whole
 from .unet import VideoUNet
 
 INDEX = "model_index.json"  # the record of an exported model, a diffusers pipeline
@@ -273,7 +273,7 @@ def model_folder(folder: Path) -> Path:
             "other videos it only shows how the tool works)"
         )
         return SHIPPED_WEIGHTS / "inpaint"
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     if newest_first(checkpoints):
         pointer = checkpoints / LATEST
         latest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""

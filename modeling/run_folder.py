@@ -13,14 +13,17 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
+from annotated_types import Len
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import TypedDict
 
 from ..errors import BadInput, describe, say
 from ..files import INSIDE, hash_file, in_threads
 
 MODEL = "model"  # the folder of the average that is evaluated, shown and loaded
+CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 LATEST = "latest"
 STATE = "state.json"
 HASH_THREADS = 8  # one thread hashes 1 to 2 GB/s
@@ -32,6 +35,17 @@ class Damaged(BadInput):
     """A checkpoint whose files are not what was written."""
 
 
+HistoryEvent = TypedDict(
+    "HistoryEvent",
+    {
+        "step": int,  # the first one that it holds for
+        "changed": dict[str, Annotated[list[Any], Len(2, 2)]],  # what options were and are
+        "from": NotRequired[str],  # the model that the run began with
+        "weights": NotRequired[str],  # their SHA-256
+    },
+)
+
+
 class CheckpointRecord(BaseModel):
     """What state.json holds: the run's own facts, and what shows that the files are intact."""
 
@@ -41,6 +55,10 @@ class CheckpointRecord(BaseModel):
     """The SHA-256 of each file, by its path in the checkpoint."""
     digest: str
     """The SHA-256 of all the rest of this record."""
+    options: dict[str, Any] = {}
+    """Those of the last step; version 0.1 did not record them."""
+    history: list[HistoryEvent] = []
+    """What the run began with, and what changed."""
 
 
 def name_of(step: int) -> str:
@@ -92,7 +110,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         record = CheckpointRecord.model_validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         raise Damaged(f"{checkpoint} is damaged: {STATE}: {describe(error)}") from error
-    facts = record.model_dump(exclude={"digest"})
+    facts = record.model_dump(exclude={"digest"}, exclude_unset=True)
     if record.digest != _digest(facts):
         raise Damaged(f"{file} is damaged: it differs from its own digest")
     return facts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from ..files import hide_secrets
 from ..sampling.report.tables import rounded
 from ..sampling.sweep.measures import ResultRow
 from ..sampling.sweep.results import Sweep
+from .config import RATE_OPTIONS
+from .state import describe_event
 
 CARD_TEMPLATE = """\
 ---
@@ -38,7 +40,7 @@ The default schedule is `{schedule}`.
 - Data: `{data}`, its training split{examples}.
 - Masks: {masks}.
 - Autoencoder: {autoencoder}.
-- {step} steps of {batch_size} examples{left_out}.
+- {step} steps of {batch_size} examples{left_out}.{history}
 - Forward pass in {precision}; the weights here are {weights}.
 - These are not the last weights but their moving average, with a decay of {decay} per step.
 
@@ -109,6 +111,7 @@ def write_card(
         step=facts["counters"]["step"],
         batch_size=options["batch_size"],
         left_out=f"; {skipped} were left out because they were not finite" if skipped else "",
+        history="".join(f"\n- {line}." for line in _tell(facts.get("history", []))),
         precision=options["precision"],
         figures="\n\n".join(_figures(losses, sweep)),
         frames=frames,
@@ -144,6 +147,18 @@ def _describe_masks(manifest: Manifest | None) -> str:
         (family,) = families
         return family
     return ", ".join(f"{name} (weight {weight:g})" for name, weight in families.items())
+
+
+def _tell(history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What changed how the weights came about."""
+    for event in history:
+        if "from" in event:
+            shown = {**event, "from": public_name(event["from"])}
+        else:
+            rate = {n: v for n, v in event["changed"].items() if n in (*RATE_OPTIONS, "steps")}
+            shown = {**event, "changed": rate}
+        if said := describe_event(shown):
+            yield said[0].upper() + said[1:]
 
 
 def _figures(losses: Mapping[str, tuple[int, float]], sweep: Sweep | None) -> list[str]:

@@ -28,6 +28,7 @@ from ..errors import BadInput, BadInputEverywhere, describe
 from ..files import PARTIAL, aside, write_atomically
 from ..modeling.denoiser import Denoiser
 from ..modeling.run_folder import (
+    CHECKPOINTS,
     LATEST,
     MODEL,
     Damaged,
@@ -62,7 +63,7 @@ class Checkpoints:
         denoiser: Denoiser,
         accelerator: Accelerator,
     ) -> None:
-        self._folder = out / "checkpoints"
+        self._folder = out / CHECKPOINTS
         self._keep = keep
         self._decays = list(ema_decays)
         self._denoiser = denoiser
@@ -96,6 +97,8 @@ class Checkpoints:
                 for kind, files in sources.items():
                     write_full(state, parameter, kind, files[name].get_tensor(name))
         state.set_counters(facts["counters"])
+        # Version 0.1 recorded neither.
+        state.options, state.history = facts.get("options", {}), facts.get("history", [])
 
     def _choose(self) -> tuple[str, dict[str, Any], str]:
         """The checkpoint to continue from, its state.json, and why none can be used."""
@@ -160,6 +163,8 @@ class Checkpoints:
                 "counters": state.counters(),
                 "latents": dataclasses.asdict(self._denoiser.space),
                 "ema_decays": self._decays,
+                "options": state.options,
+                "history": state.history,
             }
             self._writing = self._thread.submit(self._write, facts, since, written)
         return time.perf_counter() - began

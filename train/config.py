@@ -71,7 +71,8 @@ class OptimizerConfig:
     warmup: NonNegativeInt = 200
     """Optimizer steps of linear rise; 0 starts at the full rate."""
     decay: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or a half cosine that ends at 0 with the last step."""
+    """After the warm-up: constant, or a half cosine that ends at 0 with the last step, so that
+    other `steps` change it."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay; 0 is the paper's setting."""
     clip: PositiveFloat = 1.0
@@ -131,13 +132,17 @@ class TrainConfig:
     takes your own YAML file. Options after it override it.
 
     The same command continues a run that was stopped, on any number of processes and any ZeRO
-    stage. What does not change the result may change then, such as `steps` and the intervals.
+    stage, wherever its shards lie now. The learning rate, `steps`, evaluation, previews, logging
+    and checkpoints may change: what did, and from which step on, is said and recorded.
     """
 
     shards: str
     """A folder that `vidfill encode` wrote, or its URL (s3://…, gs://…, https://…)."""
     out: Path
     """The run's folder: checkpoints and TensorBoard events."""
+    from_: str = ""
+    """Begin with the averaged weights of a model: its folder, a run's, or shipped, the package's
+    own; empty draws them from the seed. All else is as this run's options say."""
     steps: PositiveInt = 20_000
     """Optimizer steps in all."""
     batch_size: PositiveInt = 8
@@ -192,7 +197,9 @@ class TrainConfig:
 RECIPES = Path(__file__).parent / "recipes"
 MARKER = "stopped.json"  # in the run's folder: it ended early, and the same command continues
 
+RATE_OPTIONS = ("optimizer.learning_rate", "optimizer.warmup", "optimizer.decay")
 RUN_MAY_CHANGE = (  # options, and whole groups of them, that a run may continue with
+    "shards",  # they are known by their manifests, wherever they lie
     "steps",
     "gradient_accumulation",
     "compile",
@@ -203,6 +210,7 @@ RUN_MAY_CHANGE = (  # options, and whole groups of them, that a run may continue
     "plan",
     "plan_gpus",
     "evaluation",
+    *RATE_OPTIONS,
     "model.attention_backend",
     "model.gradient_checkpointing",
     "log_every",

@@ -13,7 +13,7 @@ from ..errors import BadInput
 from ..files import aside, refuse_existing
 from ..modeling.autoencoder import load_trained_autoencoder, refuse_another
 from ..modeling.denoiser import Denoiser
-from ..modeling.run_folder import newest_first, newest_whole, verify
+from ..modeling.run_folder import CHECKPOINTS, newest_first, newest_whole, verify
 from ..sampling.inpaint.windows import SCHEDULE
 from ..sampling.pipeline import CARD, VideoInpaintPipeline
 from ..sampling.sweep.results import Sweep, read_sweep
@@ -70,7 +70,7 @@ def export(config: ExportConfig) -> None:
     if not job or job.verb != "train":
         raise BadInput(f"run is {config.run}: name a folder that `vidfill train` wrote")
     sweep = read_sweep(config.sweep) if config.sweep else None
-    checkpoint, facts = _find(config.run / "checkpoints", config.checkpoint)
+    checkpoint, facts = _find(config.run / CHECKPOINTS, config.checkpoint)
     decays = facts["ema_decays"]
     if config.ema and config.ema not in decays:
         listed = " and ".join(map(str, decays))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from .. import jobs
-from ..data.shards.reading import ShardedDataset
+from ..data.shards.reading import ShardedDataset, fingerprint_splits
 from ..data.shards.stream import Stream
 from ..errors import BadInput, BadInputEverywhere, describe, say
-from ..files import locate
 from ..modeling.denoiser import Denoiser
 from ..progress import Progress, show_progress
 from .checkpoints import Checkpoints
@@ -25,7 +25,17 @@ from .monitor.held_out import HeldOut, open_held_out
 from .monitor.previews import PreviewClips, open_preview
 from .monitor.tensorboard import Monitor, tensorboard_command
 from .preflight.plan import plan
-from .state import TrainState, averaged_network, make_accelerator, make_denoiser, make_state
+from .state import (
+    TrainState,
+    averaged_network,
+    load_start,
+    located,
+    make_accelerator,
+    make_denoiser,
+    make_state,
+    note_changes,
+    note_start,
+)
 from .step import train_step
 
 EXAMPLES = """\
@@ -33,6 +43,7 @@ examples:
   vidfill train shards runs/first --steps 5000
   vidfill train shards runs/first --steps 5000 --plan
   vidfill train shards runs/base --config base --optimizer.learning_rate 5e-5
+  vidfill train shards runs/tuned --from models/first --optimizer.learning_rate 2e-5
   vidfill launch "train shards runs/eight" --gpus_per_node 8 --out node
   accelerate launch --config_file node.yaml -m vidfill.train shards runs/eight
       on 8 GPUs, as the first command describes them to Accelerate
@@ -61,17 +72,23 @@ def train(config: TrainConfig) -> None:
         dataset, config.batch_size, config.seed, process, processes, damaged=config.data.damaged
     )
     with contextlib.ExitStack() as stack:
-        preview, held_out = _open_and_claim(config, denoiser, accelerator, stack)
+        opened = _open_and_claim(config, denoiser, accelerator, stack)
+        held_out = opened.held_out
         state = make_state(config, accelerator, denoiser.network)
         checkpoints = Checkpoints(
             config.out, config.keep_checkpoints, config.optimizer.ema_decays, denoiser, accelerator
         )
         checkpoints.load(state)
+        told = [note_changes(state, config, opened.begun)]
+        if opened.start and not state.history:
+            told.append(note_start(state, config, opened.start, denoiser))
+        if accelerator.is_main_process:
+            say(*(f"vidfill train: {line}" for line in told if line))
         control = stack.enter_context(Control(config.out, process, processes))
         progress = stack.enter_context(_progress(config.out, config.steps, state, accelerator))
         batches = stream.run(state.step, config.data.workers)
         stack.enter_context(contextlib.closing(batches))
-        monitor = Monitor(config, state, denoiser, stream, preview, accelerator)
+        monitor = Monitor(config, state, denoiser, stream, opened.preview, accelerator)
         stack.enter_context(monitor)
         stack.enter_context(contextlib.closing(checkpoints))
         reason = None
@@ -105,37 +122,58 @@ def _is_due(step: int, every: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
+@dataclass
+class OpenedRun:
+    """What a process has open of a run before its first step."""
+
+    preview: PreviewClips | None = None  # the first process's alone
+    held_out: HeldOut | None = None  # this process's share
+    begun: Mapping[str, Any] = field(default_factory=dict)  # options in the folder's record
+    start: Mapping[str, Any] = field(default_factory=dict)  # as `load_start` gives it
+
+
 def _open_and_claim(
     config: TrainConfig, denoiser: Denoiser, accelerator: Accelerator, stack: contextlib.ExitStack
-) -> tuple[PreviewClips | None, HeldOut | None]:
-    """Claim the folder, and open the previews and held-out clips; fail on all processes or none.
+) -> OpenedRun:
+    """Claim the folder, and open what a run reads; fail on all processes or none.
 
-    Each process opens its own held-out clips. The first one also opens the previews, and holds the
-    folder until `stack` is closed.
+    The first process holds the folder until `stack` is closed.
     """
-    preview: PreviewClips | None = None
-    held_out: HeldOut | None = None
-    refusal = ""
+    run, refusal, shards = OpenedRun(), "", {}
     try:
-        held_out = open_held_out(
+        if job := jobs.read_job(config.out):
+            run.begun = job.config
+        shards = fingerprint_splits(config.shards, ("train", "validation"))
+        run.start = load_start(config, denoiser)
+        run.held_out = open_held_out(
             config, denoiser, accelerator.process_index, accelerator.num_processes
         )
         if accelerator.is_main_process:
-            preview = open_preview(config, denoiser, accelerator.device)
-            located = dataclasses.replace(config, shards=locate(config.shards))
-            # The others give up a collective after the timeout: wait half of that at most.
-            patience = min(LOCK_WAIT, 30 * config.timeout)
-            stack.enter_context(
-                jobs.claim(
-                    config.out, "train", located, may_change=RUN_MAY_CHANGE, patience=patience
-                )
+            run.preview = open_preview(config, denoiser, accelerator.device)
+            claim = jobs.claim(
+                *(config.out, "train", located(config)),
+                # A run that has begun does not read the model any more.
+                stands_on=lambda known: {
+                    "shards": shards,
+                    "from": run.start or known.get("from", {}),
+                },
+                may_change=RUN_MAY_CHANGE,
+                # The others give up a collective after the timeout: wait half of that at most.
+                patience=min(LOCK_WAIT, 30 * config.timeout),
             )
+            stack.enter_context(claim)
     except (BadInput, OSError) as error:  # the others are waiting for the outcome
         refusal = describe(error)
-    refusals = [said for said in gather_object([refusal]) if said]
-    if refusals:
+    answers = gather_object([{"refusal": refusal, "shards": shards, "from": run.start}])
+    if refusals := [answer["refusal"] for answer in answers if answer["refusal"]]:
         raise BadInputEverywhere(refusals[0])
-    return preview, held_out
+    for name, what in (("shards", "other shards"), ("from", "another model (--from)")):
+        if others := [rank for rank, one in enumerate(answers) if one[name] != answers[0][name]]:
+            raise BadInputEverywhere(
+                f"process {others[0]} found {what} than process 0: let all nodes see the same, and "
+                "nothing that is still being written"
+            )
+    return run
 
 
 def _progress(

@@ -7,13 +7,16 @@ plain training, partitioned wherever ZeRO partitions the moments.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
+import json
 import logging
 import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +25,21 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import jobs
 from ..data.shards.format import Manifest
+from ..errors import BadInput
+from ..files import locate
+from ..modeling.autoencoder import SHIPPED, refuse_another
 from ..modeling.denoiser import Denoiser, LatentSpace
 from ..modeling.precision import autocast
 from ..modeling.presets import build
+from ..modeling.run_folder import CHECKPOINTS, newest_first
 from ..modeling.unet import VideoUNet
-from .config import TrainConfig
+from .config import RATE_OPTIONS, TrainConfig
 from .deepspeed import deepspeed_config
 
 FIRST_SCALE = 65536.0  # of float16's loss
+NOT_OF_THE_RUN = ("out", "plan", "plan_gpus", "profile")  # options whose changes leave no trace
 COUNTERS = ("step", "skipped", "scale", "scale_age", "began", "productive")
 
 
@@ -48,6 +57,8 @@ class TrainState:
     network: VideoUNet  # the network inside of it; under ZeRO-3 its parameters are empty
     optimizer: torch.optim.AdamW  # its state is of this process's float32 tensors
     blank: VideoUNet  # the network's structure, without memory
+    options: Mapping[str, Any]  # of the last step, by their dotted names
+    history: list[dict[str, Any]]  # what changed, and the first step that it held for
 
     @property
     def updates(self) -> int:
@@ -64,6 +75,39 @@ class TrainState:
             setattr(self, name, counters[name])
         for values in self.optimizer.state.values():
             values["step"].fill_(self.updates)
+
+
+def located(config: TrainConfig) -> TrainConfig:
+    """As records have it: with places that are the same from anywhere, and without secrets."""
+    has_place = config.from_ not in ("", SHIPPED)
+    from_ = locate(config.from_) if has_place else config.from_
+    return dataclasses.replace(config, shards=locate(config.shards), from_=from_)
+
+
+def note_changes(state: TrainState, config: TrainConfig, begun: Mapping[str, Any]) -> str:
+    """Record which options differ from those of the last step, and say so; "" if none do.
+
+    Version 0.1 recorded those of a checkpoint only in its job's record, `begun`.
+    """
+    changed = jobs.changed_options(state.options or begun, located(config)) if state.step else {}
+    changed = {name: values for name, values in changed.items() if name not in NOT_OF_THE_RUN}
+    state.options = jobs.record_of(located(config))
+    if not changed:
+        return ""
+    event = {"step": state.step + 1, "changed": changed}
+    state.history = [*state.history, event]
+    follows = set(RATE_OPTIONS) | ({"steps"} if config.optimizer.decay == "cosine" else set())
+    consequence = "; this changes the learning rate, and so the result"
+    return describe_event(event) + (consequence if follows & changed.keys() else "")
+
+
+def describe_event(event: Mapping[str, Any]) -> str:
+    """One entry of a run's history in words."""
+    changes = [f"{name} is {now!r} (was {was!r})" for name, (was, now) in event["changed"].items()]
+    parts = [f"from step {event['step']} on {', '.join(changes)}"] if changes else []
+    if "from" in event:
+        parts.insert(0, f"begun with the weights of {event['from']} ({event['weights']:.12})")
+    return "; ".join(parts)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -124,6 +168,60 @@ def make_denoiser(config: TrainConfig, manifest: Manifest) -> Denoiser:
     return Denoiser(network, config.diffusion, space_of(manifest), config.precision)
 
 
+def load_start(config: TrainConfig, denoiser: Denoiser) -> dict[str, Any]:
+    """Give the network of a run that begins the weights of the model `config.from_`.
+
+    Returns:
+        What determines that model's function; nothing without a model, or where a run goes on.
+
+    Raises:
+        BadInput: There is no such model, or its weights do not fit this run's network or latents.
+    """
+    if not config.from_ or newest_first(config.out / CHECKPOINTS):
+        return {}
+    given = Denoiser.load(Path(config.from_))
+    theirs, ours = _structure(given.network), _structure(denoiser.network)
+    if other := [name for name, value in theirs.items() if value != ours[name]]:
+        told = ", ".join(f"{name} {theirs[name]!r} (here {ours[name]!r})" for name in other)
+        raise BadInput(
+            f"--from is {config.from_}, a network of {told}: give model.* and "
+            "diffusion.mask_channel as that model has them, or another model"
+        )
+    refuse_another(
+        *(denoiser.autoencoder, given.autoencoder, "the shards hold latents of"),
+        *(f"--from is {config.from_}, trained on those of", "encode with the model's"),
+    )
+    denoiser.network.load_state_dict(given.network.state_dict())
+    return given.fingerprint()
+
+
+def _structure(network: VideoUNet) -> dict[str, Any]:
+    """A network's options, as JSON has them."""
+    options = {n: value for n, value in network.config.items() if not n.startswith("_")}
+    return json.loads(json.dumps(options))
+
+
+def note_start(
+    state: TrainState, config: TrainConfig, start: Mapping[str, Any], denoiser: Denoiser
+) -> str:
+    """Record the model that the run begins with, as `load_start` gave it, and say so."""
+    now = denoiser.describe()
+    records = {
+        **{f"diffusion.{n}": (was, now["diffusion"][n]) for n, was in start["diffusion"].items()},
+        "latents.shape": (start["latents"]["shape"], now["latents"]["shape"]),
+    }
+    changed = {name: [was, is_] for name, (was, is_) in records.items() if was != is_}
+    event = {"from": located(config).from_, "weights": start["weights"]}
+    state.history = [{"step": 1, **event, "changed": changed}]
+    given = [
+        f"--{name} {json.dumps(was)}"
+        for name, (was, _) in changed.items()
+        if name.startswith("diffusion.")
+    ]
+    remedy = f"; {' '.join(given)} trains on as that model was trained" if given else ""
+    return describe_event(state.history[0]) + remedy
+
+
 def space_of(manifest: Manifest) -> LatentSpace:
     """The latents that a dataset holds."""
     return LatentSpace(
@@ -177,6 +275,8 @@ def make_state(config: TrainConfig, accelerator: Accelerator, network: VideoUNet
         network=network,
         optimizer=optimizer,
         blank=blank,
+        options={},
+        history=[],
     )
 
 

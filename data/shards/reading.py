@@ -7,6 +7,7 @@ from numbers and keys: nothing in a split names a path. Nothing is ever unpickle
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -16,6 +17,7 @@ import os
 import tarfile
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -244,8 +246,8 @@ class ShardedDataset:
         self._lock = threading.Lock()
 
     def fingerprint(self) -> dict[str, str]:
-        """What tells a split from others, wherever it lies: its manifest has its shards' hashes."""
-        return {"manifest": hashlib.sha256(self.store.read(MANIFEST)).hexdigest()}
+        """What tells a split from others, wherever it lies."""
+        return {"manifest": _hash(self.store.read(MANIFEST))}
 
     def __len__(self) -> int:
         return self.manifest.examples
@@ -311,11 +313,20 @@ class ShardedDataset:
 
 def has_split(root: str | Path, split: str) -> bool:
     """Whether `root` holds an encoded split of that name."""
-    try:
-        open_store(root, split, CacheConfig()).read(MANIFEST)
-    except FileNotFoundError:
-        return False
-    return True
+    return bool(fingerprint_splits(root, [split]))
+
+
+def fingerprint_splits(root: str | Path, splits: Sequence[str]) -> dict[str, str]:
+    """What tells splits from others, wherever they lie: of those that `root` holds."""
+    found = {}
+    for split in splits:
+        with contextlib.suppress(FileNotFoundError):
+            found[split] = _hash(open_store(root, split, CacheConfig()).read(MANIFEST))
+    return found
+
+
+def _hash(manifest: bytes) -> str:
+    return hashlib.sha256(manifest).hexdigest()  # it has its shards' hashes
 
 
 def _read_manifest(store: Store, root: str | Path, split: str) -> Manifest:

@@ -54,7 +54,12 @@ def test_a_state_with_another_byte_is_the_same_or_refused(
 
 
 @pytest.mark.parametrize(
-    "record", [None, [], {}, {"files": {}}, {"digest": "0", "files": {"a": 1}}]
+    "record",
+    [
+        *(None, [], {}, {"files": {}}, {"digest": "0", "files": {"a": 1}}),
+        {"digest": "0", "files": {}, "history": [{"step": 1, "changed": {"steps": [1]}}]},
+        {"digest": "0", "files": {}, "options": 3},
+    ],
 )
 def test_a_state_that_is_no_record_is_refused(tmp_path: Path, record: object) -> None:
     (tmp_path / "state.json").write_text(json.dumps(record))

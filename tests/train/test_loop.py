@@ -274,21 +274,6 @@ def test_wrong_setting_is_refused_and_its_correction_is_not(
     assert main([*command, "--preview.schedule", "ddim:2"]) == 0
 
 
-def test_run_on_other_shards_than_it_was_begun_with_is_refused(
-    tiny_config: TrainConfig, tmp_path: Path
-) -> None:
-    shards = tmp_path / "shards"
-    shutil.copytree(tiny_config.shards, shards)
-    config = dataclasses.replace(tiny_config, shards=str(shards))
-    train(dataclasses.replace(config, steps=3))
-    manifest = shards / "train" / "manifest.json"
-    described = json.loads(manifest.read_text())
-    described["latents_std"] = [2 * value for value in described["latents_std"]]
-    manifest.write_text(json.dumps(described))
-    with pytest.raises(BadInput, match="other latents"):
-        train(config)
-
-
 def test_shards_without_a_validation_split_train_without_previews(
     tiny_config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

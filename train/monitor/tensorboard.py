@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.utils.tensorboard import FileWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
+from ... import jobs
 from ...data.shards.stream import Stream
 from ...errors import say
-from ...files import locate
 from ...modeling.cost import cost_of
 from ...modeling.denoiser import Denoiser
 from ...modeling.unet import VideoUNet
 from ..config import TrainConfig
-from ..state import TrainState
+from ..state import TrainState, describe_event, located
 from ..step import StepResult
 from .previews import PreviewClips, film_of, picture_of, png_of
 from .profiling import Profile, profiled_steps
@@ -139,7 +139,7 @@ class Monitor:
         self._writer: FileWriter | None = None
         self._profile: Profile | None = None
         if accelerator.is_main_process:
-            self._writer = _open_writer(config, state.step)
+            self._writer = _open_writer(config, state)
             self._profile = Profile(profiled_steps(config.profile), config.out / "profile")
             self._peak = peak_rate(accelerator.device, config.precision)
             frames, _, height, width = denoiser.space.shape
@@ -309,15 +309,16 @@ class Monitor:
         self._writer.add_summary(summary, step)
 
 
-def _open_writer(config: TrainConfig, step: int) -> FileWriter:
+def _open_writer(config: TrainConfig, state: TrainState) -> FileWriter:
     """TensorBoard's events, with the run's configuration and the layout of its first page."""
-    writer = FileWriter(str(config.out / "tensorboard"))
+    writer, step = FileWriter(str(config.out / "tensorboard")), state.step
     # What an earlier start of the run wrote about later steps is hidden from here on.
     writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
-    located = dataclasses.replace(config, shards=locate(config.shards))
-    record = json.loads(json.dumps(dataclasses.asdict(located), default=str))
+    record = jobs.record_of(located(config))
     lines = yaml.safe_dump(record, sort_keys=False).splitlines()
     writer.add_summary(text("configuration", "\n".join(f"    {line}" for line in lines)), step)
+    if history := "\n".join(f"- {describe_event(event)}" for event in state.history):
+        writer.add_summary(text("history", history), step)
     rows = [f"| {tag} | {meaning} |" for tag, meaning in (SCALARS | IMAGES).items()]
     table = "\n".join(["| tag | what it is |", "| --- | --- |", *rows])
     writer.add_summary(text("explanation", table), step)

@@ -34,7 +34,7 @@ from ...modeling.attention import attention_backend
 from ...modeling.denoiser import Denoiser
 from ...modeling.precision import Precision
 from ..config import ModelConfig, TrainConfig, check, find_recipe
-from ..state import make_accelerator, make_denoiser, make_state
+from ..state import load_start, make_accelerator, make_denoiser, make_state
 from ..step import train_step
 
 EXAMPLES = """\
@@ -223,6 +223,8 @@ def _try_step(config: TrainConfig, folder: Path, accelerator: Accelerator) -> It
         yield _check_held_out(config.shards)
         yield _check_attention(config.model, config.precision, accelerator.device)
         denoiser = make_denoiser(config, manifest)
+        if load_start(config, denoiser):
+            yield Diagnosis("start", "good", f"the weights of {config.from_} fit")
         parameters = sum(parameter.numel() for parameter in denoiser.network.parameters())
         checkpoint = 4 * parameters * (3 + len(config.optimizer.ema_decays))
         yield _check_disk(folder, checkpoint * (config.keep_checkpoints + 1))

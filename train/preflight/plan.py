@@ -29,7 +29,7 @@ from ...modeling.precision import Precision, autocast
 from ...modeling.unet import VideoUNet
 from ..config import TrainConfig
 from ..monitor.rates import measure_rate
-from ..state import make_accelerator, make_denoiser, make_state
+from ..state import load_start, make_accelerator, make_denoiser, make_state
 from ..step import train_step
 
 WARM_UP, MEASURED = 2, 3  # steps
@@ -248,6 +248,8 @@ def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
         raise BadInput(
             f"batch_size is {config.batch_size} and plan_gpus {gpus}: give each GPU a clip or more"
         )
+    if config.from_:
+        load_start(config, make_denoiser(config, dataset.manifest))
     cost = training_cost(config, dataset.manifest, gpus)
     seconds, peak = _measure(config, dataset, cost)
     table = Table("", "", title=f"{config.steps} steps on {gpus} GPU(s)", show_header=False)

@@ -1,0 +1,1 @@
+from vidfill.sampling.pipeline import VideoInpaintPipeline  # noqa: F401
