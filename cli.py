@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import sys
 from collections.abc import Sequence
 
@@ -25,9 +24,6 @@ VERBS = {
     "demo": ("demo", "all of it, on synthetic videos, in minutes"),
 }
 
-# What launchers set; empty is not set.
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 USAGE = "usage: vidfill VERB …\n\n{verbs}\n\n`vidfill VERB --help` shows a verb's options.\n"
 
 
@@ -36,9 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters: "?" is shown
             stream.reconfigure(errors="replace")
-    for name in LAUNCHERS:  # as a batch script's template leaves them
-        if os.environ.get(name) == "":
-            del os.environ[name]
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[0:1] == ["help"] and len(arguments) > 1:
         arguments = [arguments[1], "--help"]

@@ -184,7 +184,7 @@ def aside(path: Path, new: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = partial.with_name(f"{partial.name}.lock")
     with _locked(lock, path) if new else contextlib.nullcontext():
-        _remove(partial)
+        remove(partial)
         try:
             if new:
                 refuse_existing(path)
@@ -195,13 +195,18 @@ def aside(path: Path, new: bool = False) -> Iterator[Path]:
             (_put_new if new else os.replace)(partial, path)
             _flush(path.parent)
         except BaseException:
-            _remove(partial)
+            remove(partial)
             raise
 
 
 def partial_of(path: Path) -> Path:
     """Where a file or folder is written that will be at `path`."""
     return path.with_name(PARTIAL + path.name)
+
+
+def fresh_partial_of(path: Path) -> Path:
+    """A place beside `path` that no other job writes."""
+    return path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
 
 
 def refuse_existing(path: Path) -> None:
@@ -232,7 +237,7 @@ def write_new(path: Path, content: bytes) -> bool:
 
     Of several processes that do so at once, one does, on file systems without locks too.
     """
-    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}-{path.name}")
+    partial = fresh_partial_of(path)
     try:
         partial.write_bytes(content)
         _flush(partial)
@@ -245,7 +250,8 @@ def write_new(path: Path, content: bytes) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all in it, if it is there; of a link, the link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

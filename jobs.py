@@ -10,9 +10,7 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -21,12 +19,23 @@ from pydantic import BaseModel
 
 from . import __version__
 from .errors import BadInput, BadInputEverywhere, say, say_error
-from .files import LOCK, PARTIAL, Fingerprint, hold, is_same, write_atomically, write_new
+from .files import (
+    LOCK,
+    PARTIAL,
+    Fingerprint,
+    fresh_partial_of,
+    hold,
+    is_same,
+    remove,
+    write_atomically,
+    write_new,
+)
 
 Config = TypeVar("Config")
 
 MARK = "job.json"
 OLDEST = "0.1"  # the version that did not record itself
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set these
 NAMED = 5  # of what differs, at most
 
 
@@ -52,6 +61,9 @@ def main(
     0 is success; 2 is bad input, or a file that the system refuses, said in one line; 130 is an
     interrupt.
     """
+    for name in LAUNCHERS:  # a batch script's template leaves them empty, which is not set
+        if os.environ.get(name) == "":
+            del os.environ[name]
     config = parse(config_class, argv, verb=verb, examples=examples)
     try:
         job(config)
@@ -234,9 +246,9 @@ def claim(
 
 def _remove_work(folder: Path) -> None:
     """Remove a folder at once, so that no part of it is taken for work to go on with."""
-    gone = folder.with_name(f"{PARTIAL}{uuid.uuid4().hex}")
+    gone = fresh_partial_of(folder)
     folder.rename(gone)
-    shutil.rmtree(gone)
+    remove(gone)
 
 
 def _write_record(out: Path, job: JobRecord, before: JobRecord | None) -> None:

@@ -164,23 +164,28 @@ def _find_shape(rgba: UInt8[np.ndarray, "height width 4"], name: str) -> Mask:
 
 
 def _find_white(brightest: UInt[np.ndarray, "height width"], is_lossless: bool, name: str) -> Mask:
-    # A codec may leave grey around edges; in a lossless file, what is dark but not black and of
-    # one value is the number of an object.
-    dark = np.unique(brightest[brightest < WHITE])
-    numbers = dark[(dark > 0) & (dark < SHADE)]
-    if is_lossless and numbers.size and brightest.max() < SHADE:
+    if is_lossless:  # a codec may leave grey around edges
+        _refuse_numbers(brightest, name)
+    return (brightest >= WHITE).astype(np.uint8)
+
+
+def _refuse_numbers(brightest: UInt[np.ndarray, "height width"], name: str) -> None:
+    """Refuse an image in which something is dark but not black, and all of one value."""
+    count = np.bincount(brightest.ravel(), minlength=WHITE)
+    numbers = np.flatnonzero(count[:SHADE])
+    numbers = numbers[numbers > 0]
+    if numbers.size and not count[SHADE:].any():
         raise UnreadableVideo(
-            f"{name} holds nothing brighter than {numbers.max()}: white is the hole, so write 255 "
+            f"{name} holds nothing brighter than {numbers[-1]}: white is the hole, so write 255 "
             f"where it says {numbers[0]}"
         )
-    if is_lossless and numbers.size and len(dark) + 1 <= MOST_OBJECTS:
-        flat = [number for number in numbers if _is_flat(brightest == number)]
-        if flat:
-            raise UnreadableVideo(
-                f"{name} has areas of {flat[0]}, which is neither black nor white: write 255 "
-                "where the hole is, and 0 elsewhere"
-            )
-    return (brightest >= WHITE).astype(np.uint8)
+    if np.count_nonzero(count[:WHITE]) < MOST_OBJECTS:
+        for number in numbers:
+            if _is_flat(brightest == number):
+                raise UnreadableVideo(
+                    f"{name} has areas of {number}, which is neither black nor white: write 255 "
+                    "where the hole is, and 0 elsewhere"
+                )
 
 
 def _is_flat(area: Bool[np.ndarray, "height width"]) -> bool:

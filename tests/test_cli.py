@@ -32,7 +32,7 @@ def test_a_terminal_that_lacks_letters_shows_something_else(
     assert b"usage: vidfill VERB ?" in shown.getvalue()
 
 
-@pytest.mark.parametrize("name", cli.LAUNCHERS)
+@pytest.mark.parametrize("name", jobs.LAUNCHERS)
 def test_an_empty_variable_of_a_launcher_is_not_set(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .. import jobs, options
-from ..data.encode.sources import find_sources
+from ..data.encode.sources import Source, find_sources
 from ..data.fingerprints import fingerprint_videos
 from ..data.masks import draw_mask, fill_hole
 from ..data.videos import FrameSize, UnreadableVideo, read_video
@@ -113,17 +113,23 @@ def train_autoencoder(config: AutoencoderTraining) -> dict[int, float]:
     options.check(config)
     device = choose_device(config.device)
     jobs.refuse_launcher(VERB)
-    paths = [source.path for source in find_sources(config.videos)]
+    sources = find_sources(config.videos)
+    split = _split(sources, config.videos)
+    paths = [source.path for source in sources]
 
     def identify(before: Mapping[str, Any]) -> dict[str, Any]:
         return {"videos": fingerprint_videos(*paths, known=before.get("videos", ()), whole=False)}
 
     with jobs.claim(config.out, VERB, config, stands_on=identify):
-        return _train_claimed(config, device)
+        return _train_claimed(config, device, *split)
 
 
-def _train_claimed(config: AutoencoderTraining, device: torch.device) -> dict[int, float]:
-    train_videos, held_out_videos = _split(config.videos)
+def _train_claimed(
+    config: AutoencoderTraining,
+    device: torch.device,
+    train_videos: Sequence[Path],
+    held_out_videos: Sequence[Path],
+) -> dict[int, float]:
     held_out = _read(held_out_videos, config, "reading held-out videos")
     if (config.out / CARD).is_file():
         return _say(evaluate(config.out, held_out, config.frames_per_video))
@@ -137,8 +143,7 @@ def _train_claimed(config: AutoencoderTraining, device: torch.device) -> dict[in
     return _say(figures)
 
 
-def _split(videos: Path) -> tuple[list[Path], list[Path]]:
-    sources = find_sources(videos)
+def _split(sources: Sequence[Source], videos: Path) -> tuple[list[Path], list[Path]]:
     training = [source.path for source in sources if source.split == "train"]
     validation = [source.path for source in sources if source.split == "validation"]
     if training and validation:

@@ -197,10 +197,18 @@ def _search(top: Path, mask_files: Path | None) -> list[Path]:
     `top` itself is a folder of frames only where there is nothing else in it: a picture beside
     videos is no video. A link to what is found anyway, as to a folder around it, is left out.
     """
-    found, visited = [], {top.resolve()}
+    found, root = [], top.resolve()
+    visited = {root}
 
     def leads_back(path: Path) -> bool:
-        return path.is_symlink() and path.resolve().is_relative_to(top.resolve())
+        return path.is_symlink() and path.resolve().is_relative_to(root)
+
+    def is_new(folder: Path) -> bool:
+        """Whether a folder is not found anyway; from now on it is."""
+        if leads_back(folder) or (place := folder.resolve()) in visited:
+            return False
+        visited.add(place)
+        return True
 
     for parent, folders, names in os.walk(top, onerror=_raise, followlinks=True):
         here = Path(parent)
@@ -208,13 +216,11 @@ def _search(top: Path, mask_files: Path | None) -> list[Path]:
             folders.remove(ANNOTATIONS)
         folders[:] = [
             name
-            for name in folders
+            for name in sorted(folders)
             if not name.startswith(".")
             and not (mask_files is not None and mask_files.samefile(here / name))
-            and not leads_back(here / name)
-            and (here / name).resolve() not in visited
+            and is_new(here / name)
         ]
-        visited |= {(here / name).resolve() for name in folders}
         files = [here / name for name in names if not name.startswith(".")]
         files = [path for path in files if not leads_back(path)]
         videos = [path for path in files if path.suffix.lower() in SUFFIXES]

@@ -24,12 +24,12 @@ from ..videos import (
     Fit,
     Frames,
     FrameSize,
+    Header,
     Masks,
     Pixels,
     UnreadableVideo,
     clips_of,
     read_frames,
-    read_header,
 )
 from .plan import ClipRange, SurveyedVideo
 from .settings import EncodeConfig
@@ -129,7 +129,8 @@ def decode_clips(
         own = OWN in config.mix(part.source.split).weights
         reason = videos[part.source.label].reason
         try:
-            clips = read_clips(part, config.frames, config.clip_stride, size, config.fit, own)
+            header = videos[part.source.label].header if own else None
+            clips = read_clips(part, config.frames, config.clip_stride, size, config.fit, header)
             for clip in () if reason else clips:
                 if needs_visible and clip.mask is not None and clip.mask.all():
                     raise UnreadableVideo(
@@ -148,15 +149,15 @@ def read_clips(
     stride: int,
     size: FrameSize | None = None,
     fit: Fit = "crop",
-    own_masks: bool = False,
+    own_masks: Header | None = None,
 ) -> Generator[Clip, None, None]:
     """A range of a video's clips, in memory one at a time; nothing after the last is decoded.
 
     What comes before the range is decoded and dropped, so that its frames are those that reading
     the video from its start gives, to the bit.
 
-    Frames get `size` as `videos.read_frames` gives it, and the video's own masks, if they are asked
-    for, get it alike.
+    Frames get `size` as `videos.read_frames` gives it, and the video's own masks get it alike; they
+    are read where `own_masks` is the video's header, counted exactly.
 
     Raises:
         UnreadableVideo: the video, or its own masks, cannot be read, are damaged, or end before
@@ -169,7 +170,7 @@ def read_clips(
         )
         mask_clips: Iterator[tuple[int, Masks]] = iter(())
         if own_masks:
-            masks = source.own_masks(read_header(source.path, exact=True)).read(size, fit, start)
+            masks = source.own_masks(own_masks).read(size, fit, start)
             opened.enter_context(contextlib.closing(masks))
             mask_clips = clips_of(masks, length, stride, part.clips)
         made = 0

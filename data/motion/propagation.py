@@ -7,7 +7,6 @@ fetched from there, once. Nothing is learned, and what is hidden has no influenc
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -46,16 +45,15 @@ def propagate(pairs: Iterable[tuple[Pixels, Mask]], reach: int = REACH) -> Itera
     Masks are 1 in the hole; the pixels there are not looked at.
     """
     frames: dict[int, TrackedFrame] = {}
-    waiting: collections.deque[int] = collections.deque()
+    count = 0
     for t, (pixels, mask) in enumerate(pairs):
-        frames[t] = TrackedFrame.of(pixels, mask)
+        frames[t], count = TrackedFrame.of(pixels, mask), t + 1
         if t:
             join(frames[t - 1], frames[t])
-        waiting.append(t)
-        if waiting[0] + reach == t:
-            yield _fill(frames, waiting.popleft(), reach)
+        if t >= reach:
+            yield _fill(frames, t - reach, reach)
             frames.pop(t - 2 * reach, None)
-    for t in waiting:
+    for t in range(max(0, count - reach), count):
         yield _fill(frames, t, reach)
 
 

@@ -42,11 +42,9 @@ def common_format(formats: Collection[str]) -> str:
     """
     if len(formats) < 2:
         return ""
-    parts = [part for name in formats for part in av.VideoFormat(name).components]
-    alpha = any(part.is_alpha for part in parts) or any(
-        av.VideoFormat(name).has_palette for name in formats
-    )
-    deep = max(part.bits for part in parts) > 8
+    kinds = [av.VideoFormat(name) for name in formats]
+    alpha = any(has_alpha(kind) or kind.has_palette for kind in kinds)
+    deep = max(part.bits for kind in kinds for part in kind.components) > 8
     return ("rgba64le" if deep else "rgba") if alpha else ("rgb48le" if deep else "rgb24")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,7 +15,7 @@ import numpy as np
 
 from ...data import videos
 from ...errors import BadInput
-from ...files import PARTIAL
+from ...files import fresh_partial_of, remove
 from .output import CODECS, KEPT_TAGS, Codec, add_tracks, open_output, written_tags
 from .pixel_formats import chroma_block, has_alpha
 from .video import Footage, open_footage, read_pictures, saying
@@ -149,13 +147,11 @@ def _refuse_sound(footage: Footage, out: Path) -> list[str]:
 @contextlib.contextmanager
 def _trial_place(out: Path) -> Iterator[Path]:
     """A name beside `out` that no other job has; what is written there is removed again."""
-    trial = out.with_name(f"{PARTIAL}{uuid.uuid4().hex}{out.suffix}")
+    trial = fresh_partial_of(out)
     try:
         yield trial
     finally:
-        if trial.is_dir():
-            shutil.rmtree(trial)
-        trial.unlink(missing_ok=True)
+        remove(trial)
 
 
 def _compare_times(short: Footage, result: Footage, out: Path) -> None:

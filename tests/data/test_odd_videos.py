@@ -300,6 +300,7 @@ def links(folder: Path) -> Iterator[Path]:
         ("again", "sub"),
         ("same.mp4", "a.mp4"),
         ("above", ".."),
+        ("far again", "../elsewhere"),
     ]:
         (folder / place).symlink_to(target)
         yield folder / place

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from vidfill import jobs
+from vidfill.data.encode.sources import find_sources
 from vidfill.data.videos import write_video
 from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import WEIGHTS, load_autoencoder, to_pixels
@@ -142,7 +143,7 @@ def test_a_part_of_each_batch_has_a_hole(videos, tmp_path):
 def test_without_a_validation_split_every_tenth_video_is_held_out(tmp_path):
     for number in range(11):
         write_video(tmp_path / f"{number:02}.mp4", a_moving_square(0), fps=10.0)
-    train, held_out = recipe._split(tmp_path)
+    train, held_out = recipe._split(find_sources(tmp_path), tmp_path)
     assert [video.stem for video in held_out] == ["00", "10"]
     assert [video.stem for video in train] == [f"{number:02}" for number in range(1, 10)]
 

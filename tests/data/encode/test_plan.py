@@ -20,7 +20,14 @@ from vidfill.data.encode.plan import (
 )
 from vidfill.data.encode.sources import Source, find_sources
 from vidfill.data.encode.stages import read_clips
-from vidfill.data.videos import FrameSize, Header, UnreadableVideo, cut_clips, write_video
+from vidfill.data.videos import (
+    FrameSize,
+    Header,
+    UnreadableVideo,
+    cut_clips,
+    read_header,
+    write_video,
+)
 from vidfill.files import Fingerprint
 
 COLLISIONS = Path(__file__).parents[4] / "shared" / "videos" / "collisions"
@@ -240,7 +247,7 @@ def test_the_ranges_of_a_plan_are_slices_of_the_video(
     plan = plan_shards(survey(found, length), length, stride, {"train": 1}, most)
     firsts = []
     for (part,) in plan.shards.values():
-        for clip in read_clips(part, length, stride, own_masks=True):
+        for clip in read_clips(part, length, stride, own_masks=read_header(part.source.path)):
             firsts.append(clip.first)
             np.testing.assert_array_equal(clip.frames, frames[clip.first : clip.first + length])
             np.testing.assert_array_equal(clip.mask, masks[clip.first : clip.first + length])
@@ -258,7 +265,8 @@ def test_a_mask_is_cropped_and_resized_as_its_frame_is(
     write_images(tmp_path / "masks" / "a", masks * 255)
     (source,) = find_sources(tmp_path / "videos", tmp_path / "masks")
     given_size = FrameSize.parse(size)
-    (clip,) = read_clips(ClipRange(source), 4, 4, given_size, fit, own_masks=True)
+    header = read_header(source.path)
+    (clip,) = read_clips(ClipRange(source), 4, 4, given_size, fit, own_masks=header)
     assert given_size and clip.mask is not None
     assert clip.mask.shape == (4, given_size.height, given_size.width)
     assert set(np.unique(clip.mask)) == {0, 1}
