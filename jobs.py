@@ -30,6 +30,7 @@ from .files import (
     write_atomically,
     write_new,
 )
+from .records import parse_json, read_small
 
 Config = TypeVar("Config")
 
@@ -315,15 +316,14 @@ def read_job(folder: Path) -> JobRecord | None:
     """
     mark = folder / MARK
     with _reading(mark):
-        # pydantic's own reader refuses paths that are no UTF-8.
-        return JobRecord.model_validate(json.loads(mark.read_bytes())) if mark.is_file() else None
+        return parse_json(JobRecord, read_small(mark)) if mark.is_file() else None
 
 
 @contextlib.contextmanager
 def _reading(mark: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, RecursionError):  # pydantic's is a ValueError
+    except (ValueError, KeyError, TypeError):
         raise BadInput(
             f"{mark} was not written by vidfill: choose another folder or remove it"
         ) from None

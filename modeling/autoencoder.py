@@ -27,6 +27,7 @@ from ..errors import BadInput, describe
 from ..files import PLAIN
 from ..options import FiniteFloat, PositiveFloat, PositiveInt
 from ..progress import say_once
+from ..records import parse_strictly, read_small
 from .precision import Precision, autocast
 
 SHIPPED = "shipped"  # the name of the package's own small autoencoder, and of its own model
@@ -214,7 +215,7 @@ def load_autoencoder(
     """
     folder = _find_folder(name)
     try:
-        kind = AutoencoderConfig.model_validate_json((folder / CONFIG).read_bytes()).kind
+        kind = parse_strictly(AutoencoderConfig, read_small(folder / CONFIG)).kind
         network, loaded = load_weights(KINDS[kind], folder)
     except Exception as error:  # diffusers raises many kinds for damaged files
         raise BadInput(f"cannot load {name}: {describe(error)}") from error
@@ -233,9 +234,9 @@ def load_weights(kind: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
 
     From the folder alone, whose weights must be safetensors: no pickle is read and no hub is asked.
     """
-    NetworkConfig.model_validate_json((folder / CONFIG).read_bytes())
+    parse_strictly(NetworkConfig, read_small(folder / CONFIG))
     for index in folder.glob("*.index.json"):
-        WeightFiles.model_validate_json(index.read_bytes())
+        parse_strictly(WeightFiles, read_small(index))
     verbosity = diffusers_logging.get_verbosity()
     # It remarks on a field that its own AutoencoderTiny writes; what it raises is enough.
     diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)

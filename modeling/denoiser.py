@@ -12,12 +12,13 @@ import torch
 from annotated_types import Len
 from einops import rearrange
 from jaxtyping import Float, Int
-from pydantic import BaseModel, GetPydanticSchema, ValidationError
+from pydantic import BaseModel, GetPydanticSchema
 from torch import Tensor
 
 from ..errors import BadInput, describe
 from ..options import FiniteFloat, PositiveFloat, PositiveInt
 from ..progress import say_once
+from ..records import parse_strictly, read_small
 from .autoencoder import (
     SHIPPED,
     SHIPPED_WEIGHTS,
@@ -276,7 +277,7 @@ def model_folder(folder: Path) -> Path:
     checkpoints = folder / CHECKPOINTS
     if newest_first(checkpoints):
         pointer = checkpoints / LATEST
-        latest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+        latest = read_small(pointer).decode(errors="replace").strip() if pointer.is_file() else ""
         return newest_whole(checkpoints, MODEL, latest)[0] / MODEL
     if not any((folder / name).is_file() for name in (INDEX, RECORD)):
         raise BadInput(
@@ -295,7 +296,7 @@ def read_record(model: Path) -> ModelRecord:
     name, kind = (INDEX, ModelIndex) if (model / INDEX).is_file() else (RECORD, ModelRecord)
     file = model / name
     try:
-        return parse_record(file.read_bytes(), kind)
+        return parse_record(read_small(file), kind)
     except (BadInput, OSError) as error:
         raise BadInput(
             f"the model in {model} is damaged: {file.name}: {describe(error)}"
@@ -308,10 +309,7 @@ def parse_record(text: str | bytes, kind: type[ModelRecord] = ModelRecord) -> Mo
     Raises:
         BadInput: It names the field, its value and what it should be.
     """
-    try:
-        record = kind.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        raise BadInput(describe(error)) from error
+    record = parse_strictly(kind, text)
     check_diffusion(record.diffusion)
     channels = record.latents.shape[1]
     for name in ("mean", "std"):

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
 from ..errors import BadInput, describe, say
 from ..files import INSIDE, hash_file, in_threads
+from ..records import Malformed, parse_strictly, read_small
 
 MODEL = "model"  # the folder of the average that is evaluated, shown and loaded
 CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
@@ -107,8 +108,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / STATE
     try:
-        record = CheckpointRecord.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
+        record = parse_strictly(CheckpointRecord, read_small(file))
+    except (OSError, Malformed) as error:
         raise Damaged(f"{checkpoint} is damaged: {STATE}: {describe(error)}") from error
     facts = record.model_dump(exclude={"digest"}, exclude_unset=True)
     if record.digest != _digest(facts):

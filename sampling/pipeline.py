@@ -44,6 +44,7 @@ from ..modeling.autoencoder import (
 from ..modeling.denoiser import INDEX, Denoiser, model_folder, parse_record, read_record
 from ..modeling.precision import Precision
 from ..modeling.unet import VideoUNet
+from ..records import parse_strictly, read_small
 from .inpaint.blending import FEATHER
 from .inpaint.windows import SCHEDULE, FillSettings, fill_windows
 from .schedules.language import parse
@@ -145,7 +146,7 @@ class VideoInpaintPipeline(DiffusionPipeline):
         only = {"use_safetensors": True, "local_files_only": True}
         try:
             for config in folder.glob(f"*/{CONFIG}"):
-                NetworkConfig.model_validate_json(config.read_bytes())
+                parse_strictly(NetworkConfig, read_small(config))
             return super().from_pretrained(str(folder), **kwargs | only)
         except Exception as error:  # diffusers raises many kinds for damaged files
             raise BadInput(f"cannot load the model in {folder}: {describe(error)}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...errors import BadInput
 from ...files import write_atomically
 from ...modeling.autoencoder import Autoencoder
+from ...records import read_small
 from ..shards.format import Manifest, ShardTable
 from ..shards.order import choose_lanes
 from ..shards.writing import latent_moments, read_index
@@ -46,7 +47,7 @@ def bound_example(
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a split, where it is there and whole."""
     try:
-        return Manifest.from_json((folder / MANIFEST).read_bytes())
+        return Manifest.from_json(read_small(folder / MANIFEST))
     except (FileNotFoundError, ValueError):
         return None
 

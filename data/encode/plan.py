@@ -14,8 +14,9 @@ from pydantic import BaseModel, StrictBool, StrictStr, StringConstraints, model_
 
 from ...files import INSIDE, PLAIN, Fingerprint, in_threads, is_same
 from ...progress import show_progress
+from ...records import parse_json, read_small
 from ..fingerprints import fingerprint_videos
-from ..shards.format import Count, Key, Name, PositiveCount, parse_json
+from ..shards.format import Count, Key, Name, PositiveCount
 from ..videos import Header, UnreadableVideo, cut_clips, read_header
 from .sources import Source
 
@@ -217,7 +218,7 @@ class ShardPlan:
 
 def read_splits(plan: Path) -> list[str]:
     """The splits that a plan.json names, if it is there; ValueError where it is no plan."""
-    return list(parse_json(_PlanRecord, plan.read_bytes()).shards) if plan.is_file() else []
+    return list(parse_json(_PlanRecord, read_small(plan)).shards) if plan.is_file() else []
 
 
 def plan_shards(

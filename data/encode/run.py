@@ -28,6 +28,7 @@ from ...errors import BadInput, say
 from ...files import hash_file, locate, write_atomically
 from ...modeling.autoencoder import Autoencoder, load_autoencoder, refuse_another
 from ...processes import Crew, Tally, choose_device, wait_until_visible
+from ...records import read_small
 from ..masks import OWN, describe_families, draw_mask
 from ..shards.format import Example, Skipped
 from ..shards.writing import read_index, write_shard
@@ -182,9 +183,9 @@ def _join(config: EncodeConfig, digest: str) -> tuple[ShardPlan, Autoencoder]:
 
 
 def _read_plan(config: EncodeConfig) -> ShardPlan:
-    text = (config.out / PLAN).read_bytes()
     places = config.videos, config.mask_files
     try:
+        text = read_small(config.out / PLAN)
         return ShardPlan.from_json(text, *places, config.frames, config.clip_stride)
     except ValueError as error:
         raise BadInput(

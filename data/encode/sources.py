@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...errors import BadInput
 from ...files import be_plain
+from ...records import read_small
 from ..own_masks import OwnMasks
 from ..videos import IMAGE_SUFFIXES, SUFFIXES, Header, UnreadableVideo, list_frames, list_images
 
@@ -165,7 +166,7 @@ def _find_davis(root: Path) -> list[tuple[str, Path, Path | None]]:
 
 def _read_names(listed: Path) -> list[str]:
     try:
-        return sorted({be_plain(name) for name in listed.read_text().split()})
+        return sorted({be_plain(name) for name in read_small(listed).decode().split()})
     except ValueError as error:
         raise BadInput(f"{listed} names no video of its folder: {error}") from None
 

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import Gt, Interval
@@ -23,8 +23,6 @@ from pydantic import (
     StrictInt,
     StrictStr,
     StringConstraints,
-    TypeAdapter,
-    ValidationError,
     WrapValidator,
     model_validator,
     with_config,
@@ -32,8 +30,9 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as record
 from typing_extensions import TypedDict
 
-from ...errors import BadInput, describe
+from ...errors import BadInput
 from ...files import PLAIN
+from ...records import Text, parse_json
 
 FORMAT = 2
 TRAINING = ("latents", "masked_latents", "latent_mask", "log_variance")  # arrays, in their order
@@ -48,9 +47,7 @@ Count = Annotated[StrictInt, Interval(ge=0, le=2**53)]
 Finite = Annotated[StrictFloat, AllowInfNan(False)]
 PositiveCount = Annotated[StrictInt, Interval(ge=1, le=2**53)]
 EXACT, OPEN = ConfigDict(extra="forbid"), ConfigDict(extra="allow")
-Record = TypeVar("Record")
 
-Text = str | bytes
 StoredLatents = Float16[np.ndarray, "frames channels h w"]
 
 
@@ -167,7 +164,7 @@ class _Autoencoder(TypedDict):
     kind: StrictStr
     sha256: StrictStr
     scaling_factor: Annotated[Finite, Gt(0)]
-    downsampling: PositiveCount
+    downsampling: Annotated[StrictInt, Interval(ge=1, le=64)]  # so that a mask is no bomb
     channels: PositiveCount
 
 
@@ -224,7 +221,11 @@ class Manifest:
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
-        channels = self.latent_shape[1]
+        frames, channels, h, w = self.latent_shape
+        factor = self.autoencoder["downsampling"]
+        clip = {"frames": frames, "height": h * factor, "width": w * factor}
+        if channels != self.autoencoder["channels"] or clip.items() - self.clip.items():
+            raise ValueError(f"latent_shape {list(self.latent_shape)} is not that of its clips")
         for name in ("latents_mean", "latents_std"):
             if len(values := getattr(self, name)) != channels:
                 raise ValueError(f"{name} has {len(values)} values for {channels} channels")
@@ -239,16 +240,6 @@ class Manifest:
     def from_json(cls, text: Text) -> Manifest:
         """Read a manifest; ValueError names the field that is missing or wrong, in one line."""
         return parse_json(cls, text)
-
-
-def parse_json(kind: type[Record], text: Text) -> Record:
-    """A record from JSON; ValueError names the field that is missing or wrong, in one line."""
-    try:
-        return TypeAdapter(kind).validate_python(json.loads(text))
-    except ValidationError as error:
-        raise ValueError(describe(error)) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON ({error})") from None
 
 
 def family_of(key: str) -> str:

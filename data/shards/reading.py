@@ -11,16 +11,15 @@ import contextlib
 import functools
 import hashlib
 import io
-import json
 import math
 import os
 import tarfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,15 +29,13 @@ from torch import Tensor
 
 from ...errors import BadInput
 from ...files import hide_secrets
+from ...records import LARGEST, Malformed, parse_json, read_archived, read_array, read_small
 from ..storage.names import MANIFEST, index_name, shard_name
 from ..storage.store import CacheConfig, Store, open_store
 from ..storage.transfer import WrongFile
 from .format import TRAINING, DamagedShard, Example, Manifest, ShardIndex, in_blocks
 
 OPEN_SHARDS = 512  # that a dataset holds open at a time; each takes a file descriptor
-
-# NumPy parses headers as Python, which Python 3.11 cannot do in two threads at once: SystemError.
-_HEADERS = threading.Lock()
 
 
 class ArrayPlace(NamedTuple):
@@ -102,7 +99,7 @@ class Shard:
         self.path, self.number = path, number
         self._manifest, self._layout = manifest, ExampleLayout.of(manifest)
         try:
-            index = ShardIndex.from_json(path.with_name(index_name(number)).read_bytes())
+            index = ShardIndex.from_json(read_small(path.with_name(index_name(number))))
             self._check_index(index)
         except FileNotFoundError:
             raise DamagedShard(path, "its index is missing", number) from None
@@ -141,13 +138,9 @@ class Shard:
     def read(self, row: int) -> Example:
         """Example `row` with all its members; DamagedShard where it is not what was written."""
         try:
-            example = self._parse(row)
-            _check_example(example, self._manifest)
-        except DamagedShard:
-            raise
-        except Exception as error:  # of damaged bytes numpy and zipfile raise a dozen kinds
+            return self._parse(row)
+        except Malformed as error:
             raise self._damage(row, str(error)) from error
-        return example
 
     def _open(self) -> int:
         try:
@@ -172,6 +165,8 @@ class Shard:
         wanted = {f"{name}.npy" for name in self._layout.arrays} | {"mask.npz", "json"}
         if lacking := wanted - index.members.keys():
             raise ValueError(f"it lacks {min(lacking)}")
+        if max(index.members["json"].sizes) > LARGEST:
+            raise ValueError(f"json has more than {LARGEST >> 20} MiB")
         starts = np.array(index.members["latents.npy"].offsets, dtype=np.int64)
         for name, place in self._layout.arrays.items():
             column = index.members[f"{name}.npy"]
@@ -186,44 +181,46 @@ class Shard:
 
     def _parse(self, row: int) -> Example:
         contents = {name: self._read_member(row, name) for name in self.index.members}
+        clip = tuple(self._manifest.clip[name] for name in ("frames", "height", "width"))
+        latents = self._manifest.latent_shape
 
-        def array(name: str) -> np.ndarray:
-            return np.load(io.BytesIO(contents[name]), allow_pickle=False)
+        def array(name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+            with _about(name):
+                return read_array(contents[f"{name}.npy"], dtype, shape)
 
-        with _HEADERS, np.load(io.BytesIO(contents["mask.npz"]), allow_pickle=False) as arrays:
-            return Example(
-                key=self.keys[row],
-                latents=array("latents.npy"),
-                masked_latents=array("masked_latents.npy"),
-                mask=arrays["mask"],
-                record=json.loads(contents["json"]),
-                pixels=array("pixels.npy") if "pixels.npy" in contents else None,
-                log_variance=array("log_variance.npy") if "log_variance.npy" in contents else None,
-            )
+        with _about("mask"):
+            mask = read_archived(contents["mask.npz"], "mask", np.uint8, clip)
+        with _about("json"):
+            record = parse_json(dict[str, Any], contents["json"])
+        has_pixels, has_variance = (f"{name}.npy" in contents for name in ("pixels", TRAINING[-1]))
+        return Example(
+            key=self.keys[row],
+            latents=array("latents", np.float16, latents),
+            masked_latents=array("masked_latents", np.float16, latents),
+            mask=mask,
+            record=record,
+            pixels=array("pixels", np.uint8, (*clip, 3)) if has_pixels else None,
+            log_variance=array(TRAINING[-1], np.float16, latents) if has_variance else None,
+        )
 
     def _read_member(self, row: int, name: str) -> bytes:
         column = self.index.members[name]
-        content = os.pread(self._descriptor, column.sizes[row], column.offsets[row])
+        try:
+            content = os.pread(self._descriptor, column.sizes[row], column.offsets[row])
+        except OSError as error:
+            raise self._damage(row, f"it cannot be read: {error.strerror}") from error
         if xxhash.xxh3_64_hexdigest(content) != column.checksums[row]:
             raise self._damage(row, f"{name} has another checksum than its index says")
         return content
 
 
-def _check_example(example: Example, manifest: Manifest) -> None:
-    clip = (manifest.clip["frames"], manifest.clip["height"], manifest.clip["width"])
-    latents = (manifest.latent_shape, np.float16)
-    expected: dict[str, tuple[tuple[int, ...], type]] = {
-        **dict.fromkeys(("latents", "masked_latents", "log_variance"), latents),
-        "mask": (clip, np.uint8),
-        "pixels": ((*clip, 3), np.uint8),
-    }
-    for name, (shape, dtype) in expected.items():
-        array = getattr(example, name)
-        if array is not None and (array.shape != shape or array.dtype != dtype):
-            raise ValueError(
-                f"{name} is {array.dtype} {list(array.shape)}, "
-                f"the manifest says {np.dtype(dtype)} {list(shape)}"
-            )
+@contextlib.contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Names the member in what is wrong with it."""
+    try:
+        yield
+    except Malformed as error:
+        raise Malformed(f"{name}: {error}") from error
 
 
 class ShardedDataset:

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from ...files import aside, hash_file, write_atomically
+from ...records import read_small
 from ..masks import latent_mask
 from ..storage.names import index_name, shard_name
 from .format import KEY_PATTERN, TRAINING, Example, MemberPlaces, ShardIndex, Skipped, in_blocks
@@ -65,7 +66,7 @@ def read_index(folder: Path, number: int) -> ShardIndex | None:
     """The index of a shard, where both were written whole and neither is damaged, else None."""
     shard = folder / shard_name(number)
     try:
-        index = ShardIndex.from_json((folder / index_name(number)).read_bytes())
+        index = ShardIndex.from_json(read_small(folder / index_name(number)))
         return index if shard.stat().st_size == index.bytes else None
     except (FileNotFoundError, ValueError):
         return None

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -26,9 +25,11 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 
 from ...errors import BadInput
 from ...files import PARTIAL
+from ...records import parse_json
 from .names import index_name, shard_name
 from .transfer import GaveUp, Remote, Stopped, WrongFile
 
@@ -51,6 +52,12 @@ class ShardFiles(Protocol):
 
     @property
     def sha256(self) -> tuple[str, ...]: ...
+
+
+class _Index(BaseModel):
+    """What is looked at of a shard's index before it is opened."""
+
+    sha256: str
 
 
 class Contents(NamedTuple):
@@ -181,7 +188,7 @@ class CacheFolder:
         for _ in range(2):
             try:
                 content = self._remote.read(name, stop)
-                if json.loads(content)["sha256"] == self.shards.sha256[number]:
+                if parse_json(_Index, content).sha256 == self.shards.sha256[number]:
                     return content
             except FileNotFoundError:
                 raise WrongFile(self._remote.describe(name), "is not there") from None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...options import NonNegativeFloat
+from ...records import read_small
 from .cache import NodeCache
 from .folder import ShardFiles
 from .follower import ShardUse
@@ -37,7 +38,7 @@ class LocalStore:
 
     def read(self, name: str) -> bytes:
         """The content of a small file; FileNotFoundError where there is none."""
-        return (self.folder / name).read_bytes()
+        return read_small(self.folder / name)
 
     def describe(self, name: str) -> str:
         """A file as messages name it."""

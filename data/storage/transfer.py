@@ -19,6 +19,7 @@ from typing import Any
 
 from ...errors import BadInput, say
 from ...files import PARTIAL, hash_file, hide_secrets
+from ...records import LARGEST
 from ...seeding import derive_seed
 
 LEAST_CHUNK = 256 << 10  # bytes
@@ -80,16 +81,16 @@ class Remote:
         return hide_secrets(f"{self._root}/{name}")
 
     def read(self, name: str, stop: threading.Event | None = None) -> bytes:
-        """The content of a file.
+        """The content of a record's file.
 
         Raises:
             FileNotFoundError: there is none.
-            BadInput: it cannot be had; one line says why.
+            BadInput: it cannot be had, or has more than `LARGEST` bytes; one line says why.
             Stopped: `stop` was set.
         """
         content = bytearray()
         try:
-            for offset, piece in self._pieces(name, 0, None, stop):
+            for offset, piece in self._pieces(name, 0, LARGEST + 1, stop):
                 # A server that knows no ranges sends a file of just a chunk's length twice.
                 if offset == len(piece) and piece == content:
                     break
@@ -98,6 +99,9 @@ class Remote:
             raise FileNotFoundError(
                 errno.ENOENT, os.strerror(errno.ENOENT), self.describe(name)
             ) from None
+        if len(content) > LARGEST:
+            where = self.describe(name)
+            raise BadInput(f"{where} has more than {LARGEST >> 20} MiB: see that the URL is right")
         return bytes(content)
 
     def fetch(
@@ -144,19 +148,20 @@ class Remote:
                 file.flush()
 
     def _pieces(
-        self, name: str, start: int, size: int | None, stop: threading.Event | None
+        self, name: str, start: int, size: int, stop: threading.Event | None
     ) -> Iterator[tuple[int, bytes]]:
-        """Offset and content of what lies from `start` on: to `size`, or None for the file's end.
+        """Offset and content of what lies from `start` to `size`, or to the file's end.
 
-        Offset 0 comes again where a server that knows no ranges sends the whole file.
+        Offset 0 comes again where a server that knows no ranges sends the whole file, of which
+        one byte more than `size` is read.
         """
         chunk, failures = self.chunk, 0
-        while size is None or start < size:
-            asked = chunk if size is None else min(chunk, size - start)
+        while start < size:
+            asked = min(chunk, size - start)
             if stop and stop.is_set():
                 raise Stopped
             try:
-                piece = self._request(name, start, asked)
+                piece = self._request(name, start, asked, size + 1)
             except Exception as error:
                 failures += 1
                 self._judge(error, name, failures)
@@ -174,10 +179,19 @@ class Remote:
                 return
             start += len(piece)
 
-    def _request(self, name: str, start: int, length: int) -> bytes:
-        """Bytes of a file from `start` on; fewer, or none, where it ends before."""
+    def _request(self, name: str, start: int, length: int, most: int) -> bytes:
+        """Bytes of a file from `start` on; fewer, or none, where it ends before.
+
+        A server that knows no ranges sends the file from its begin on, of which `most` are read.
+        """
+        from fsspec.asyn import sync
+
+        files, _ = self._open(os.getpid())
+        where, end = self._locate(name), start + length
         try:
-            return self._call("cat_file", self._locate(name), start=start, end=start + length)
+            if "https" in files.protocol:
+                return sync(files.loop, _get, files, where, start, end, most, timeout=self.stall)
+            return self._call("cat_file", where, start=start, end=end)
         except Exception as error:
             if _status(error) == 416:
                 return b""
@@ -205,7 +219,7 @@ class Remote:
         if named or isinstance(error, PermissionError) or status in (401, 403):
             raise BadInput(f"{said}: give credentials that may read it") from None
         wrong = status is not None and 400 <= status < 500 and status not in _PASSING
-        if wrong or isinstance(error, ValueError):
+        if wrong or isinstance(error, ValueError) or _is_astray(error):
             raise BadInput(f"{said}: see that the URL is right") from None
         if failures >= self.attempts:
             raise GaveUp(
@@ -253,11 +267,34 @@ def _open_protocol(root: str, process: int) -> tuple[Any, str]:
     raise BadInput(f"{hide_secrets(root)}: {protocol}:// {problem}")
 
 
+async def _get(files: Any, url: str, start: int, end: int, most: int) -> bytes:
+    """Bytes `start` to `end` of a file over HTTP; `most` of what a server sends without ranges."""
+    session = await files.set_session()
+    options = dict(files.kwargs)
+    options["headers"] = {**options.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+    content = bytearray()
+    async with session.get(files.encode_url(url), **options) as answer:
+        answer.raise_for_status()
+        async for piece in answer.content.iter_any():
+            content += piece
+            if len(content) >= most:
+                break
+    return bytes(content[:most])
+
+
+def _is_astray(error: Exception) -> bool:
+    """Whether a server sends to places where no file can be had: file://, or round in circles."""
+    import aiohttp
+
+    astray = (aiohttp.RedirectClientError, aiohttp.NonHttpUrlClientError, aiohttp.TooManyRedirects)
+    return isinstance(error, astray)
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status that an error stands for."""
     for name in ("status", "code"):  # aiohttp's, gcsfs's
-        if isinstance(value := getattr(error, name, None), int) and 400 <= value < 600:
-            return value
+        if isinstance(value := getattr(error, name, None), int):
+            return value if 400 <= value < 600 else None
     cause = error.__cause__ or error
     response = getattr(cause, "response", None)  # botocore's
     if isinstance(response, dict):

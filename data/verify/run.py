@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Collection, Sequence
@@ -27,6 +26,7 @@ from ...modeling.autoencoder import Autoencoder, load_autoencoder, refuse_anothe
 from ...options import NonNegativeInt
 from ...processes import choose_device
 from ...progress import show_progress
+from ...records import load_json, parse_json, read_small
 from ..encode.plan import PLAN, ShardId, read_splits
 from ..encode.run import encode
 from ..encode.settings import EncodeConfig
@@ -159,8 +159,8 @@ def _find_splits(config: VerifyConfig, root: Path | None) -> list[str]:
 def _read_json(path: Path, field: str) -> dict[str, Any]:
     """An object in the object in a file; empty where there is none."""
     try:
-        found = json.loads(path.read_bytes())[field]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        found = parse_json(dict[str, Any], read_small(path)).get(field)
+    except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -243,7 +243,7 @@ def _check_skipped(split: _Split) -> None:
     skipped = {skip.source: skip.reason for index in split.indexes for skip in index.skipped}
     expected = [dataclasses.asdict(Skipped(*item)) for item in skipped.items()]
     try:
-        listed = [json.loads(line) for line in split.store.read(SKIPPED).splitlines()]
+        listed = [load_json(line) for line in split.store.read(SKIPPED).splitlines()]
     except FileNotFoundError:
         inspection.add("manifest", SKIPPED, "it is missing")
         return

@@ -130,7 +130,7 @@ def inpaint(config: InpaintConfig) -> list[Path]:
         return []
     if config.out is None:
         raise BadInput("out is missing: name the file to write with -o")
-    work = UnfinishedWork(_work_folder(config.out))
+    work = UnfinishedWork(_work_folder(config.out), config.samples)
     _refuse_outs(config.out, config, work)  # before the work, and again once nobody else may write
     footage, settings = open_inputs(config)
     lacks = [] if work.made(config.out) else check_output(footage, config.out, config.codec)
@@ -337,7 +337,7 @@ def _resume(
     filled = collections.deque(work.restore(pairs, latest), window_length)
     frames = zip(*(versions for _, _, versions in filled), strict=True)
     masks = [mask for _, mask, _ in filled]
-    box = work.read(latest[-1]).box
+    box = work.read_box(latest[-1])
     return pairs, FilledWindow(
         end - len(masks), [list(sample) for sample in frames], masks, [], box
     )
@@ -348,7 +348,7 @@ def choose(config: InpaintConfig, footage: Footage, work: UnfinishedWork) -> Seq
     if not config.choose:
         return range(config.samples)
     files = work.list_whole(footage.frames)
-    totals, counts = np.sum([work.read(file).border_steps for file in files], axis=0).T
+    totals, counts = np.sum([work.read_steps(file) for file in files], axis=0).T
     means = totals / np.maximum(counts, 1)
     best = int(means.argmin())
     listed = ", ".join(f"{mean:.2f}" for mean in means)

@@ -7,19 +7,18 @@ import io
 import itertools
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from ...data.videos import Mask, Pixels
 from ...errors import BadInput, say
 from ...files import partial_of, write_atomically
+from ...records import Malformed, parse_json, read_archived, read_small
 from .boxes import Box
 from .video import Picture
 from .windows import FilledWindow
@@ -35,22 +34,16 @@ class WindowFile(NamedTuple):
     path: Path
 
 
-class StoredWindow(NamedTuple):
-    """What such a file holds."""
-
-    pixels: UInt8[np.ndarray, "samples pixels 3"]
-    """Those in the window's holes, frame by frame, row by row."""
-    border_steps: Float[np.ndarray, "samples 2"]
-    """The `BorderSteps` of each sample."""
-    box: Box | None
-    """What the network saw last."""
-
-
 @dataclass(frozen=True)
 class UnfinishedWork:
-    """A folder with what is filled: a file for each window, named after its frames."""
+    """A folder with what is filled: a file for each window, named after its frames.
+
+    It holds `pixels`, for each sample those in the window's holes, frame by frame, row by row;
+    `seams`, the `BorderSteps` of each sample; and `box`, what the network saw last.
+    """
 
     folder: Path
+    samples: int
 
     def files(self) -> list[WindowFile]:
         """Those that follow one another from the first frame on."""
@@ -99,7 +92,7 @@ class UnfinishedWork:
         record = self.folder / PROMISED
         promised: dict[str, int] = {}
         with contextlib.suppress(FileNotFoundError, ValueError):
-            promised = json.loads(record.read_bytes())
+            promised = parse_json(dict[str, int], read_small(record))
         return out.exists() and promised.get(out.name) == out.stat().st_ino
 
     def add(self, window: FilledWindow) -> None:
@@ -111,23 +104,26 @@ class UnfinishedWork:
         ]
         content = io.BytesIO()
         np.savez_compressed(
-            content, pixels=pixels, seams=np.array(window.border_steps), box=window.box or ()
+            content,
+            pixels=pixels,
+            seams=np.array(window.border_steps, dtype=np.float64),
+            box=np.array(window.box or (), dtype=np.int64),
         )
         name = f"{window.first:09}-{window.end:09}.npz"
         write_atomically(self.folder / name, content.getvalue())
 
-    def read(self, file: WindowFile) -> StoredWindow:
-        """What a window filled.
+    def read_steps(self, file: WindowFile) -> Float[np.ndarray, "samples 2"]:
+        """The `BorderSteps` of each sample of a window.
 
         Raises:
             BadInput: The file is damaged.
         """
-        try:
-            with np.load(io.BytesIO(file.path.read_bytes()), allow_pickle=False) as stored:
-                box = Box(*stored["box"].tolist()) if stored["box"].size else None
-                return StoredWindow(stored["pixels"], stored["seams"], box)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise self._damaged(file) from error
+        return self._read(file, "seams", np.float64, (self.samples, 2))
+
+    def read_box(self, file: WindowFile) -> Box | None:
+        """What the network saw last; raises as `read_steps` does."""
+        box = self._read(file, "box", np.int64, (None,), len(Box._fields))
+        return Box(*box.tolist()) if box.size else None
 
     def restore(
         self, pairs: Iterable[tuple[Picture, Mask]], files: Iterable[WindowFile]
@@ -135,23 +131,34 @@ class UnfinishedWork:
         """Each picture with its mask and, for each sample, its filled frame.
 
         Raises:
-            BadInput: The masks are not those of what was filled.
+            BadInput: A file is damaged, or the masks are not those of what was filled.
         """
         source = iter(pairs)
         for file in files:
-            pixels, used = self.read(file).pixels, 0
-            for picture, mask in itertools.islice(source, file.end - file.first):
-                inside = mask == 1
-                until = used + int(inside.sum())
-                if until > pixels.shape[1]:
-                    break
+            window = list(itertools.islice(source, file.end - file.first))
+            holes = [mask == 1 for _, mask in window]
+            ends = np.cumsum([0, *(int(hole.sum()) for hole in holes)])
+            pixels = self._read(file, "pixels", np.uint8, (self.samples, int(ends[-1]), 3))
+            for (picture, mask), hole, (begin, end) in zip(
+                window, holes, itertools.pairwise(ends), strict=True
+            ):
                 filled = [picture.rgb.copy() for _ in pixels]
                 for frame, values in zip(filled, pixels, strict=True):
-                    frame[inside] = values[used:until]
-                used = until
+                    frame[hole] = values[begin:end]
                 yield picture, mask, filled
-            if used != pixels.shape[1]:
-                raise self._damaged(file)
+
+    def _read(
+        self,
+        file: WindowFile,
+        name: str,
+        dtype: type[np.generic],
+        shape: tuple[int | None, ...],
+        most: int | None = None,
+    ) -> np.ndarray:
+        try:
+            return read_archived(file.path.read_bytes(), name, dtype, shape, most)
+        except Malformed as error:
+            raise self._damaged(file) from error
 
     def _damaged(self, file: WindowFile) -> BadInput:
         return BadInput(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from jaxtyping import Float, UInt8
 from ...data.videos import Frames, Masks
 from ...errors import BadInput
 from ...files import write_atomically
+from ...records import Malformed, read_array, read_small
 from ..metrics.frechet import FeatureSet
 from ..metrics.networks import Features
 
@@ -66,9 +69,20 @@ class SweepFolder:
             write_atomically(self.features(column, name, example), content.getvalue())
 
     def read_features(self, column: str, name: str, examples: Sequence[str]) -> FeatureSet:
-        """A row for each example."""
-        paths = [self.features(column, name, example) for example in examples]
-        return np.stack([np.load(path, allow_pickle=False) for path in paths])
+        """A row for each example.
+
+        Raises:
+            BadInput: A file is damaged.
+        """
+        rows: list[np.ndarray] = []
+        for example in examples:
+            path = self.features(column, name, example)
+            shape = rows[0].shape if rows else (None,)
+            try:
+                rows.append(read_array(read_small(path), np.float32, shape))
+            except Malformed as error:
+                raise BadInput(f"{path}: {error}: run the sweep again into a new folder") from None
+        return np.stack(rows)
 
 
 def write_strip(path: Path, frames: Frames) -> None:
@@ -118,8 +132,12 @@ def _write_png(path: Path, picture: np.ndarray) -> None:
 
 
 def _read_png(path: Path, shape: tuple[int, ...], kind: str, how: str) -> np.ndarray:
-    picture = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     wanted = np.uint8 if len(shape) == 3 else np.uint16
+    picture = None
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        # What is larger is not decoded.
+        if file.read(24)[12:] == b"IHDR" + struct.pack(">II", shape[1], shape[0]):
+            picture = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     if picture is None or picture.shape != shape or picture.dtype != wanted:
         raise BadInput(
             f"{path} is no {kind} of {shape[1]}x{shape[0]} pixels: run the sweep again {how}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +9,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from ...errors import BadInput, describe
 from ...files import write_atomically
+from ...options import PositiveInt
+from ...records import Malformed, parse_strictly, parse_table, read_small
 from .kept import CompletionKey
 from .results import CompletionRow, as_csv, write_table
 
@@ -32,11 +34,13 @@ class Ledger:
         """Read the rows of all processes; a row that a kill cut short does not count."""
         table = self._out / "clips.csv"
         for path in [table] * table.is_file() + self._parts():
-            content = path.read_text()
-            lines = content[: content.rfind("\n") + 1].splitlines()
-            for line in csv.DictReader(lines[path == table :], self._columns):
-                row = CompletionRow.model_validate(line)
-                self.rows[row.key] = row
+            try:
+                content = path.read_text()
+                lines = content[: content.rfind("\n") + 1].splitlines()[path == table :]
+                for _, row in parse_table(lines, self._columns, CompletionRow):
+                    self.rows[row.key] = row
+            except ValueError as error:
+                raise _damaged(path, error) from None
 
     def gather(self) -> None:
         """Write what was read as one table and remove the parts, while no other process works."""
@@ -57,6 +61,10 @@ class Ledger:
         return sorted(self._out.glob("clips-*.csv"))
 
 
+def _damaged(path: Path, error: Exception) -> BadInput:
+    return BadInput(f"{path} is damaged: {describe(error)}: sweep into a new folder")
+
+
 class RunRecord(BaseModel):
     """run.json."""
 
@@ -64,7 +72,7 @@ class RunRecord(BaseModel):
 
     inputs: dict[str, str] = {}
     """Version 0.1's hashes of what must not change; now job.json has them."""
-    capacity: int
+    capacity: PositiveInt
     """Trajectories that a process's network evaluates at once, at most."""
     seconds: float
     """Wall time of all runs of the command."""
@@ -77,7 +85,10 @@ class RunLog:
         """Go on with the record of earlier runs, or begin one."""
         self._path = out / "run.json"
         if self._path.is_file():
-            self._record = RunRecord.model_validate_json(self._path.read_bytes())
+            try:
+                self._record = parse_strictly(RunRecord, read_small(self._path))
+            except Malformed as error:
+                raise _damaged(self._path, error) from None
         else:
             self._record = RunRecord(capacity=find_capacity(), seconds=0.0)
         self.capacity = self._record.capacity

@@ -14,11 +14,12 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from pyarrow import csv as arrow_csv
 from pyarrow import float64, int64, parquet, string
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from ...data.videos import Frames, Masks
 from ...errors import BadInput, describe
 from ...files import PLAIN, aside, write_atomically
+from ...records import parse_strictly, parse_table, read_small
 from ..metrics.comparison import Verdict
 from .kept import CompletionKey, Spread, SweepFolder, read_spread, read_strip
 from .measures import (
@@ -98,6 +99,7 @@ class ComparisonRow(BaseModel):
         return {column: format_value(value) for column, value in self.model_dump().items()}
 
 
+LINE = 2**16  # characters of a table's line, at most
 COMPARISON_COLUMNS = list(ComparisonRow.model_fields)
 
 
@@ -221,13 +223,13 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise BadInput(f"{name} is missing") from error
-    except ValidationError as error:
+    except ValueError as error:
         raise BadInput(f"{name}: {describe(error)}") from error
 
 
 def _read(folder: Path) -> Sweep:
     with _reading("sweep.json"):
-        about = SweepRecord.model_validate_json((folder / "sweep.json").read_bytes())
+        about = parse_strictly(SweepRecord, read_small(folder / "sweep.json"))
     schedules = [own.schedule for own in about.schedules]
     if about.reference not in schedules:
         raise BadInput(f"sweep.json: reference is {about.reference!r}, which is no schedule of it")
@@ -266,11 +268,11 @@ def _read_csv(
 ) -> tuple[list[dict[str, str]], list[Line]]:
     """The lines of a table, as texts and as records."""
     with _reading(path.name), path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        lines = list(reader)
-        if reader.fieldnames != list(columns):
+        if file.readline(LINE).rstrip("\r\n") != ",".join(columns):
             raise BadInput(f"the columns of {path.name} are not {','.join(columns)}")
-        return lines, [model.model_validate(line) for line in lines]
+        rows = iter(lambda: file.readline(LINE), "")
+        read = list(parse_table(rows, columns, model))
+        return [texts for texts, _ in read], [record for _, record in read]
 
 
 def write_table(

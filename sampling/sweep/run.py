@@ -21,6 +21,7 @@ from ...data.videos import Frames
 from ...errors import BadInput, say
 from ...files import hide_secrets, locate, write_atomically
 from ...processes import Crew, wait_until_visible
+from ...records import parse_strictly, read_small
 from ..capacity import find_capacity, share_capacity
 from ..examples import decode_result, pixels_of
 from ..metrics.clip import describe_clip, score_clip
@@ -183,7 +184,7 @@ def _renew(out: Path, before: jobs.JobRecord) -> jobs.JobRecord:
     """Version 0.1 called examples clips, and had its hashes in run.json."""
     config = {"examples" if k == "clips" else k: value for k, value in before.config.items()}
     run = out / "run.json"
-    recorded = RunRecord.model_validate_json(run.read_bytes()).inputs if run.is_file() else {}
+    recorded = parse_strictly(RunRecord, read_small(run)).inputs if run.is_file() else {}
     renamed = {
         "model": "model.weights",
         "autoencoder": "autoencoder.weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import hashlib
 import http.server
 import itertools
@@ -25,6 +26,7 @@ import pytest
 from vidfill.data.storage.transfer import GaveUp, Remote, Stopped, WrongFile
 from vidfill.errors import BadInput
 from vidfill.files import PARTIAL, hide_secrets
+from vidfill.records import LARGEST
 
 SIZE = 1_000_000
 NAME = "shard-000000.tar"
@@ -449,3 +451,57 @@ def test_no_message_repeats_credentials(port: int, tmp_path: Path) -> None:
 def test_the_query_of_a_signed_url_goes_to_every_file(port: int, tmp_path: Path) -> None:
     fetch(url_of(port) + "/?signature=abc", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == CONTENT
+
+
+class Hostile(http.server.BaseHTTPRequestHandler):
+    """Answers each path with another malice."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        kind = self.path.split("/")[1]
+        self.send_response(302 if kind in ("file", "circle") else 206 if kind == "ranged" else 200)
+        if kind == "file":
+            self.send_header("Location", "file:///etc/passwd")
+        if kind == "circle":
+            self.send_header("Location", self.path)
+        if kind == "gzip":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        piece = gzip.compress(bytes(2**24)) if kind == "gzip" else bytes(2**20)
+        with contextlib.suppress(OSError):  # the client has heard enough
+            while kind in ("endless", "gzip", "ranged"):
+                self.wfile.write(piece)
+
+
+@pytest.fixture
+def hostile() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever).start()
+        yield url_of(server.server_address[1])
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("endless", "has more than 32 MiB"),
+        ("ranged", "has more than 32 MiB"),
+        ("gzip", "has more than 32 MiB"),
+        ("file", "see that the URL is right"),
+        ("circle", "see that the URL is right"),
+    ],
+)
+def test_a_hostile_server_takes_no_memory_and_no_patience(
+    hostile: str, path: str, message: str
+) -> None:
+    began = time.monotonic()
+    tracemalloc.start()
+    with pytest.raises(BadInput, match=message):
+        connect(f"{hostile}/{path}", chunk=Remote.chunk, stall=30.0).read(NAME)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * LARGEST
+    assert time.monotonic() - began < 20

@@ -179,7 +179,7 @@ def test_killed_and_continued_equals_uninterrupted(
     inpaint(alone)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vidfill.sampling.inpaint.run"])
-    work = UnfinishedWork(tmp_path / f"filled{WORK_SUFFIX}")
+    work = UnfinishedWork(tmp_path / f"filled{WORK_SUFFIX}", 1)
     for windows, later in ((0, 0.01), (1, 0.0), (3, 0.03)):
         process = context.Process(target=main, args=(arguments(config),))
         process.start()
@@ -242,7 +242,7 @@ def unfinished(configure: InpaintConfig, monkeypatch: pytest.MonkeyPatch) -> Unf
         with pytest.raises(TypeError):
             inpaint(configure)
     assert configure.out
-    return UnfinishedWork(configure.out.with_name(f"{configure.out.name}{WORK_SUFFIX}"))
+    return UnfinishedWork(configure.out.with_name(f"{configure.out.name}{WORK_SUFFIX}"), 1)
 
 
 @pytest.mark.slow

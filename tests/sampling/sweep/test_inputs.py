@@ -16,11 +16,10 @@ from vidfill.sampling.sweep.run import main, sweep
 SHA = "f" * 64
 
 
-def widen(example: Example) -> Example:
-    latents, masked = (
-        np.concatenate([own] * 2, axis=1) for own in (example.latents, example.masked_latents)
-    )
-    return dataclasses.replace(example, latents=latents, masked_latents=masked)
+def lengthen(example: Example) -> Example:
+    fields = ("latents", "masked_latents", "mask", "pixels")
+    twice = {name: np.concatenate([getattr(example, name)] * 2) for name in fields}
+    return dataclasses.replace(example, **twice)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ def widen(example: Example) -> Example:
             {"name": "theirs", "sha256": SHA},
             "holds latents of theirs .*the model in .* was trained on ",
         ),
-        (widen, {}, r"latents of the shape \[.*, 8, .*the model in .* was trained on \[.*, 4, "),
+        (lengthen, {}, r"latents of the shape \[6, .*the model in .* was trained on \[3, "),
         (
             lambda example: dataclasses.replace(example, pixels=None),
             {},

@@ -132,10 +132,10 @@ def test_a_record_with_a_field_that_is_missing_or_wrong_is_refused(
 @pytest.mark.parametrize(
     ("name", "before", "after", "message"),
     [
-        ("clips.csv", ",0,", ",none,", "clips.csv: completion is 'none'"),
+        ("clips.csv", ",0,", ",none,", "clips.csv: line 2: completion is 'none'"),
         ("clips.csv", "psnr_hole", "psnr", "the columns of clips.csv are not schedule,clip"),
-        ("results.csv", "mean,1,", "mean,much,", "results.csv: nfe is 'much'"),
-        ("comparison.csv", "undecided", "unsure", "comparison.csv: verdict is 'unsure'"),
+        ("results.csv", "mean,1,", "mean,much,", "results.csv: line 4: nfe is 'much'"),
+        ("comparison.csv", "undecided", "unsure", "comparison.csv: line 2: verdict is 'unsure'"),
         ("sweep.json", "{", "", "sweep.json: Invalid JSON"),
     ],
 )
