@@ -118,9 +118,7 @@ class Fingerprint(NamedTuple):
     """A hash of what they hold; "" likewise."""
 
 
-def fingerprint(
-    files: Mapping[str, Path], known: Sequence[Any] = (), whole: bool = True
-) -> Fingerprint:
+def fingerprint(files: Mapping[str, Path], known: Any = None, whole: bool = True) -> Fingerprint:
     """The fingerprint of files, by the names under which they are used.
 
     Files of the size and times of a `known` fingerprint are not read. Otherwise all of them is read
@@ -128,8 +126,9 @@ def fingerprint(
     """
     stats = {name: path.stat() for name, path in sorted(files.items())}
     now = seen_as((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
-    if tuple(known[:2]) == now[:2] and known[2]:
-        return Fingerprint(*known)
+    match known:  # a record may hold anything
+        case [int(size), str(times), str(content)] if (size, times) == now[:2] and content:
+            return Fingerprint(size, times, content)
     read = hash_file if whole else _hash_pieces
     return now._replace(content=_hash_json([[name, read(files[name])] for name in stats]))
 

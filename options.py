@@ -13,8 +13,8 @@ from .errors import BadInputEverywhere
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-PositiveInt = Annotated[int, Interval(ge=1)]
-NonNegativeInt = Annotated[int, Interval(ge=0)]
+PositiveInt = Annotated[int, Interval(ge=1, le=2**53)]
+NonNegativeInt = Annotated[int, Interval(ge=0, le=2**53)]
 PositiveFloat = Annotated[float, Interval(gt=0, lt=math.inf)]
 NonNegativeFloat = Annotated[float, Interval(ge=0, lt=math.inf)]
 FiniteFloat = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from ..files import Fingerprint, fingerprint
 from .videos import list_images
 
 
-def fingerprint_videos(*paths: Path, known: Sequence[Any] = (), whole: bool = True) -> Fingerprint:
+def fingerprint_videos(*paths: Path, known: Any = None, whole: bool = True) -> Fingerprint:
     """The fingerprint of files and of folders of images, which may be moved together.
 
     `known` and `whole` are as in `files.fingerprint`; what is no file is left out.

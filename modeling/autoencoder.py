@@ -12,20 +12,20 @@ from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import torch
-from annotated_types import Len
+from annotated_types import Interval, Len
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.utils import logging as diffusers_logging
 from einops import rearrange
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 from jaxtyping import Float, UInt8
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from ..errors import BadInput, describe
 from ..files import PLAIN
-from ..options import FiniteFloat, PositiveFloat, PositiveInt
+from ..options import FiniteFloat, PositiveFloat
 from ..progress import say_once
 from ..records import parse_strictly, read_small
 from .precision import Precision, autocast
@@ -38,6 +38,8 @@ KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": Auto
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 PIXELS_PER_CALL = 2**19  # 32 frames of 128x128; bounds the memory of one call of the network
+WIDEST, DEEPEST, MOST_LAYERS = 2**16, 64, 256  # what a network's configuration may say
+_COUNTS_LAYERS = re.compile("(^|_)(layers|blocks)(_|$)")
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
 HUB_TIMEOUT = 5.0  # seconds; the hub's own client retries for 20 if there is no network
 
@@ -62,10 +64,21 @@ SHARED = ("kind", "channels", "downsampling", "scaling_factor", "shift_factor", 
 class NetworkConfig(BaseModel):
     """What any network's config.json must say; diffusers reads the rest."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     quantization_config: None = None
     """Quantised weights would be loaded by another library's code."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NetworkConfig:
+        """Refuse a size that no network has: to build one may take for ever."""
+        for name, value in (self.__pydantic_extra__ or {}).items():
+            sizes = value if isinstance(value, list) else [value]
+            most = MOST_LAYERS if _COUNTS_LAYERS.search(name) else WIDEST
+            largest = max((size for size in sizes if isinstance(size, int)), default=0)
+            if largest > most or len(sizes) > DEEPEST:
+                raise ValueError(f"{name} is {value!r:.80}: no network is of this size")
+        return self
 
 
 class WeightFiles(BaseModel):
@@ -80,8 +93,10 @@ class AutoencoderConfig(NetworkConfig):
     kind: Literal["AutoencoderKL", "AutoencoderTiny"] = Field(alias="_class_name")
     scaling_factor: PositiveFloat = 1.0
     shift_factor: FiniteFloat | None = None
-    latent_channels: PositiveInt = 4
-    block_out_channels: Annotated[list[PositiveInt], Len(1)] = [64]
+    latent_channels: Annotated[int, Interval(ge=1, le=WIDEST)] = 4
+    block_out_channels: Annotated[
+        list[Annotated[int, Interval(ge=1, le=WIDEST)]], Len(1, DEEPEST)
+    ] = [64]
 
 
 class Autoencoder:

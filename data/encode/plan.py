@@ -87,7 +87,7 @@ def survey(
     return surveyed
 
 
-def _fingerprint(source: Source, known: Sequence[Any] = ()) -> Fingerprint:
+def _fingerprint(source: Source, known: Any = None) -> Fingerprint:
     """Of a video and its masks; of a large file some pieces are read, as there may be millions."""
     paths = [path for path in (source.path, source.masks) if path]
     return fingerprint_videos(*paths, known=known, whole=False)

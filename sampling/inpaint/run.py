@@ -213,7 +213,7 @@ def _identify(
 
 def _fingerprint_sources(config: InpaintConfig, known: Mapping[str, Any]) -> dict[str, Fingerprint]:
     paths = {"video": config.video, "mask": Path(config.mask)}  # a rectangle is no file
-    return {name: fingerprint_videos(p, known=known.get(name, ())) for name, p in paths.items()}
+    return {name: fingerprint_videos(p, known=known.get(name)) for name, p in paths.items()}
 
 
 def _refuse_rewritten(config: InpaintConfig, work: UnfinishedWork) -> None:

@@ -6,15 +6,17 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from annotated_types import Interval
 from pyarrow import csv as arrow_csv
 from pyarrow import float64, int64, parquet, string
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from ...data.videos import Frames, Masks
 from ...errors import BadInput, describe
@@ -35,6 +37,8 @@ from .measures import (
 _TEXTS = ("schedule", "clip", "masks", "reference", "measure", "verdict")
 _COUNTS = ("completion", "nfe", "clips")
 
+FARTHEST = 1e12  # from zero that anything measured lies
+
 Line = TypeVar("Line", bound=BaseModel)
 
 
@@ -43,11 +47,20 @@ def format_value(value: str | int | float | None) -> str:
     return f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
+def _refuse_absurd(value: float) -> float:
+    if abs(value) > FARTHEST:
+        raise ValueError("no measure gives such a number")
+    return value
+
+
+_Measured = Annotated[float, AfterValidator(_refuse_absurd)]
+
+
 class _MeasuredRow(BaseModel):
     """A line of a table with a column for each measure: these are the extra fields."""
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
-    __pydantic_extra__: dict[str, float] = Field(init=False)
+    __pydantic_extra__: dict[str, _Measured] = Field(init=False)
 
     schedule: str
     """Or a baseline."""
@@ -110,12 +123,15 @@ class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
+Side = Annotated[int, Interval(ge=1, le=2**16)]
+
+
 class ClipSize(_Record):
     """Of each example."""
 
-    frames: int
-    height: int
-    width: int
+    frames: Side
+    height: Side
+    width: Side
 
 
 class ScheduleRecord(_Record):
@@ -244,6 +260,7 @@ def _read(folder: Path) -> Sweep:
         raise BadInput(f"results.csv has a row {min(more)}, of which sweep.json knows nothing")
     _, clips = _read_csv(folder / "clips.csv", clip_columns(measures), CompletionRow)
     comparison, _ = _read_csv(folder / "comparison.csv", COMPARISON_COLUMNS, ComparisonRow)
+    _check_comparison(comparison, about, measures)
     sweep = Sweep(
         folder,
         about,
@@ -261,6 +278,23 @@ def _read(folder: Path) -> Sweep:
             if not SweepFolder(folder).strip(slug, example).is_file():
                 raise BadInput(f"frames/{slug}/{example}.png is missing")
     return sweep
+
+
+def _check_comparison(
+    lines: Sequence[Mapping[str, str]], about: SweepRecord, measures: Sequence[Measure]
+) -> None:
+    """Refuse a table that lacks a row, or has one of which sweep.json knows nothing."""
+    pairs = {(line["schedule"], line["reference"]) for line in lines}
+    known = {own.schedule for own in about.schedules}
+    columns = {line["measure"] for line in lines}
+    wanted = set(itertools.product(about.masks, pairs, columns))
+    found = {
+        (line["masks"], (line["schedule"], line["reference"]), line["measure"]) for line in lines
+    }
+    there = {measure.column for measure in measures}
+    lacks = lines and there.intersection(LEADING) - columns
+    if found != wanted or lacks or columns - there or not known.issuperset(itertools.chain(*pairs)):
+        raise BadInput("comparison.csv has other rows than sweep.json's schedules and masks")
 
 
 def _read_csv(

@@ -1,20 +1,35 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from PIL import Image
+from vidfill.data.encode.run import encode
+from vidfill.data.encode.settings import EncodeConfig
 from vidfill.data.shards.format import Example
+from vidfill.data.storage.names import shard_name
+from vidfill.data.verify.run import VerifyConfig, verify
 from vidfill.modeling.autoencoder import Autoencoder
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.noise import DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
+from vidfill.sampling.inpaint.run import InpaintConfig, inpaint
 from vidfill.sampling.pipeline import VideoInpaintPipeline
+from vidfill.sampling.sweep.inputs import SweepConfig
+from vidfill.sampling.sweep.run import sweep
+from vidfill.train.autoencoder import AutoencoderTraining, train_autoencoder
 
 FRAMES, SIZE, CHANNELS = 3, 16, 4  # of the smallest clips; their latents are 4x4
+JOB_FRAMES = 6  # of the videos of `jobs`
 
 
 def make_autoencoder() -> Autoencoder:
@@ -112,3 +127,119 @@ def mask() -> np.ndarray:
     for frame in range(4):
         hole[frame, 4:12, 3 + frame : 11 + frame] = True
     return hole
+
+
+def write_images(folder: Path, seed: int, mode: str) -> None:
+    folder.mkdir(parents=True)
+    shape = (JOB_FRAMES, SIZE, SIZE, 3) if mode == "RGB" else (JOB_FRAMES, SIZE, SIZE)
+    values = np.random.default_rng(seed).integers(0, 2, shape, dtype=np.uint8) * np.uint8(255)
+    for index, frame in enumerate(values):
+        Image.fromarray(frame).save(folder / f"{index}.bmp")
+
+
+def write_raw(path: Path, seed: int) -> None:
+    """A video whose last byte is a sample."""
+    header = f"YUV4MPEG2 W{SIZE} H{SIZE} F25:1 Ip A1:1 C444\n".encode()
+    values = np.random.default_rng(seed).integers(16, 236, (JOB_FRAMES, 3 * SIZE * SIZE), np.uint8)
+    path.write_bytes(header + b"".join(b"FRAME\n" + frame.tobytes() for frame in values))
+
+
+class Jobs:
+    """Each of the jobs as it was begun, in one folder with what it stands on."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root = root
+        shutil.copytree(model.parent, root / "kept")
+        self.model, vae = root / "kept" / model.name, str(root / "kept" / "autoencoder")
+        record = self.model / "denoiser.json"
+        fields = json.loads(record.read_text())
+        fields["latents"]["autoencoder"]["name"] = vae
+        record.write_text(json.dumps(fields))
+        videos, masks = root / "videos", root / "masks"
+        for number, name in enumerate(("b", "c")):
+            write_images(videos / name, number, "RGB")
+            write_images(masks / name, number + 5, "L")
+        write_raw(videos / "a.y4m", 9)
+        shutil.copy(masks / "b" / "0.bmp", masks / "a.bmp")
+        encoding = EncodeConfig(
+            *(videos, root / "shards", vae),
+            frames=3,
+            masks="own",
+            mask_files=masks,
+            pixels="all",
+            device="cpu",
+        )
+        sweeping = SweepConfig(
+            *(self.model, str(encoding.out), root / "sweep", "ddim:1 ddim:2"),
+            examples=2,
+            split="train",
+            batch_size=1,
+            keep=1,
+            device="cpu",
+        )
+        filling = InpaintConfig(
+            *(videos / "b", str(masks / "b"), root / "frames", self.model, "ddim:1"),
+            device="cpu",
+        )
+        raw = dataclasses.replace(
+            filling, video=videos / "a.y4m", mask=str(masks / "a.bmp"), out=root / "filled.mkv"
+        )
+        recipe = AutoencoderTraining(
+            *(videos, root / "trained", (16,), 2, 4, 8, (0, 1, 1, 1), (1, 1, 1, 0)),
+            steps=1,
+            batch=2,
+            device="cpu",
+        )
+        checked = dataclasses.replace(encoding, out=root / "checked")
+        encode(checked)
+        self.sweeping = sweeping
+        self.encoding = dataclasses.replace(encoding, out=root / "anew")
+        self.filling = dataclasses.replace(raw, out=root / "anew.mkv")
+        self.run: dict[str, Callable[[], Any]] = {
+            "encode": lambda: encode(encoding),
+            "encode without a manifest": lambda: self.encode_again(encoding),
+            "encode in checked": lambda: encode(checked),
+            "verify": lambda: self.repair(checked.out),
+            "sweep": lambda: sweep(sweeping),
+            "inpaint": lambda: inpaint(filling),
+            "inpaint a file": lambda: inpaint(raw),
+            "train.autoencoder": lambda: train_autoencoder(recipe),
+        }
+
+    def encode_again(self, config: EncodeConfig) -> None:
+        """The manifest would tell another autoencoder by itself."""
+        manifest = config.out / "train" / "manifest.json"
+        content = manifest.read_bytes()
+        manifest.unlink()
+        try:
+            encode(config)
+        finally:
+            manifest.write_bytes(content)
+
+    def repair(self, shards: Path) -> None:
+        (shards / "train" / shard_name(0)).unlink(missing_ok=True)
+        verify(VerifyConfig(str(shards), repair=True, samples=0, device="cpu"))
+
+    def again(self, name: str) -> None:
+        """Begin a job, if it was not yet, or go on with it; inpainting stops before its end."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vidfill.sampling.inpaint.run.write_all", stop)
+            with contextlib.suppress(Stopped):
+                self.run[name]()
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop(*_: object) -> None:
+    raise Stopped
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory: pytest.TempPathFactory, model_on_disk: Path) -> Jobs:
+    """All of them, begun."""
+    made = Jobs(tmp_path_factory.mktemp("changed"), model_on_disk)
+    for name in made.run:
+        made.again(name)
+    return made
