@@ -6,8 +6,10 @@ import importlib
 import io
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from .errors import suggest
+from . import interrupts
+from .errors import mute, suggest
 
 VERBS = {
     "synth": ("data.synth.run", "make collision videos to try everything on"),
@@ -25,6 +27,17 @@ VERBS = {
 }
 
 USAGE = "usage: vidfill VERB …\n\n{verbs}\n\n`vidfill VERB --help` shows a verb's options.\n"
+
+
+def run(*words: str) -> NoReturn:
+    """What a process does that is vidfill: run a verb of the command line behind `words`."""
+    interrupts.leave_at_once()
+    status = main([*words, *sys.argv[1:]])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `vidfill … | head`
+        mute(sys.stdout)
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,4 +69,4 @@ def _run(verb: str, rest: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -17,9 +17,20 @@ def printable(text: str) -> str:
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines, each of them `printable`, on stderr or `file`."""
+    """Print lines, each of them `printable`, on stderr or `file`; the work goes on unheard."""
+    stream = file or sys.stderr
     for line in lines:
-        print(printable(line), file=file or sys.stderr, flush=True)
+        try:
+            print(printable(line), file=stream, flush=True)
+        except BrokenPipeError:  # as of `vidfill … | head`
+            mute(stream)
+
+
+def mute(stream: TextIO) -> None:
+    """Let a stream that nobody reads any more lead nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class BadInput(Exception):
@@ -49,6 +60,13 @@ def describe(error: Exception) -> str:
     known = [error.filename, error.strerror] if isinstance(error, OSError) else []
     said = ": ".join(str(part) for part in known if part)
     return said or str(error).partition("\n")[0] or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python's or of a library's says that memory could not be had."""
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or named or "DefaultCPUAllocator" in said
 
 
 def suggest(unknown: str, known: Collection[str]) -> str:

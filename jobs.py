@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import BaseModel
 
 from . import __version__
-from .errors import BadInput, BadInputEverywhere, say, say_error
+from .errors import BadInput, BadInputEverywhere, describe, is_out_of_memory, say, say_error
 from .files import (
     LOCK,
     PARTIAL,
@@ -30,7 +30,8 @@ from .files import (
     write_atomically,
     write_new,
 )
-from .records import parse_json, read_small
+from .interrupts import STATUS, interruptible
+from .records import Malformed, parse_json, read_small
 
 Config = TypeVar("Config")
 
@@ -66,15 +67,26 @@ def main(
         if os.environ.get(name) == "":
             del os.environ[name]
     config = parse(config_class, argv, verb=verb, examples=examples)
-    try:
-        job(config)
-    except (BadInput, OSError) as error:
-        _say_error(verb, error)
-        return 2
-    except KeyboardInterrupt:
-        say(f"vidfill {verb}: interrupted; the same command continues")
-        return 130
+    with interruptible() as interrupt:
+        try:
+            job(config)
+        except (Exception, KeyboardInterrupt) as error:
+            return _end(verb, error, interrupt.came)
     return 0
+
+
+def _end(verb: str, error: Exception | KeyboardInterrupt, interrupted: bool) -> int:
+    """Say why a job ended, and return the exit status; what nobody foresaw is raised again."""
+    if interrupted or isinstance(error, KeyboardInterrupt):
+        say(f"vidfill {verb}: interrupted; the same command continues")
+        return STATUS
+    if is_out_of_memory(error):
+        said = f"there is not enough memory ({describe(error):.200}): ask for less at once"
+        error = BadInput(said)
+    if not isinstance(error, BadInput | OSError):
+        raise error
+    _say_error(verb, error)
+    return 2
 
 
 def _say_error(verb: str, error: BadInput | OSError) -> None:
@@ -116,9 +128,11 @@ def parse(
             action.option_strings = [option]
             parser._option_string_actions[option] = action
     words = sys.argv[1:] if argv is None else argv
+    groups = _find_fields(config_class, is_group=True)
     try:
-        namespace = parser.parse_args(_complete_switches(words, _find_switches(config_class)))
-    except argparse.ArgumentError as error:
+        _refuse_hidden_files(words, groups)
+        namespace = parser.parse_args(_complete_switches(words, _find_fields(config_class)))
+    except (argparse.ArgumentError, Malformed) as error:
         options = [option.lstrip("-") for option in parser._option_string_actions]
         said = _explain(str(error), options)
         _say_error(verb, BadInputEverywhere(f"{said} (`vidfill {verb} --help` lists all)"))
@@ -162,15 +176,59 @@ def _explain(message: str, options: Sequence[str]) -> str:
     return " ".join(said.split())
 
 
-def _find_switches(config_class: type, prefix: str = "--") -> set[str]:
-    """The options that are true or false."""
+def _find_fields(config_class: type, prefix: str = "--", is_group: bool = False) -> set[str]:
+    """The options that are true or false, or those that are groups of options."""
     found: set[str] = set()
     for name, kind in get_type_hints(config_class).items():
-        if kind is bool:
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            found |= {prefix + name} if is_group else set()
+            found |= _find_fields(kind, f"{prefix}{name}.", is_group)
+        elif kind is bool and not is_group:
             found.add(prefix + name)
-        elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            found |= _find_switches(kind, f"{prefix}{name}.")
     return found
+
+
+def _refuse_hidden_files(words: Sequence[str], groups: Collection[str]) -> None:
+    """Refuse what would make the parser read a file that is no configuration, and show of it.
+
+    That is a text where a group of options stands, and a configuration that names another.
+
+    Raises:
+        Malformed: Naming the option.
+    """
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        option, is_joined, value = word.partition("=")
+        value = value if is_joined else following
+        if option == "--config":
+            _check_tree(_read_yaml(Path(value)), {group.removeprefix("--") for group in groups})
+        elif option in groups and not value.startswith("{"):
+            raise Malformed(f"{option} is a group of options: give them, as in {option}.NAME VALUE")
+
+
+def _check_tree(tree: object, groups: Collection[str], prefix: str = "") -> None:
+    if not isinstance(tree, dict):
+        raise Malformed(f"{prefix.rstrip('.') or 'the file'} is no group of options: name each")
+    for name, value in tree.items():
+        if name == "config":
+            raise Malformed("a configuration file cannot name another: give its options")
+        if f"{prefix}{name}" in groups:
+            _check_tree(value, groups, f"{prefix}{name}.")
+
+
+def _read_yaml(path: Path) -> object:
+    """A configuration file, in which nothing stands for something else."""
+    import yaml
+
+    try:
+        text = read_small(path).decode()
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise Malformed("it has an alias (*NAME): write out what it stands for")
+        return yaml.safe_load(text) or {}
+    except OSError as error:
+        raise Malformed(f"--config {path}: {error.strerror}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        said = getattr(error, "problem", None) or describe(error)
+        raise Malformed(f"--config {path}: {said}") from None
 
 
 def _complete_switches(words: Sequence[str], switches: Collection[str]) -> list[str]:

@@ -31,7 +31,7 @@ setup(
         "vidfill.launch": ["*.yaml", "*.sbatch", "*.json"],
         "vidfill.train": ["recipes/*.yaml"],
     },
-    entry_points={"console_scripts": ["vidfill=vidfill.cli:main"]},
+    entry_points={"console_scripts": ["vidfill=vidfill.cli:run"]},
     install_requires=[
         "accelerate>=1.10",
         "annotated-types>=0.7",

@@ -263,6 +263,54 @@ def test_a_switch_needs_no_value(words: list[str], plan: bool, deep: bool) -> No
     assert config == Switches(Path("a"), plan, Inner(deep))
 
 
+SECRET = "password: hunter2\n[broken: {"
+ALIASES = "inner: &a {deep: false}\n" + "".join(f"x{n}: [*a, *a]\n" for n in range(3))
+
+
+@pytest.mark.parametrize(
+    ("words", "content", "said"),
+    [
+        (["--config", "c.yaml"], "config: secret", "cannot name another"),
+        (["--config=c.yaml"], "config: secret", "cannot name another"),
+        (["--config", "c.yaml"], "inner: secret", "inner is no group of options"),
+        (["--config", "c.yaml"], "secret", "the file is no group of options"),
+        (["--config", "c.yaml"], "[1]", "the file is no group of options"),
+        (["--inner", "secret"], "", "--inner is a group of options"),
+        (["--inner=secret"], "", "--inner is a group of options"),
+        (["--config", "c.yaml"], ALIASES, "has an alias"),
+        (["--config", "c.yaml"], "inner: &a {deep: *a}", "has an alias"),
+        (["--config", "c.yaml"], "a: b: c", "mapping values are not allowed"),
+        (["--config", "c.yaml"], "[" * 10_000, "c.yaml: "),
+        (["--config", "c.yaml"], "\udcff", "c.yaml: "),
+        (["--config", "none.yaml"], "", "No such file"),
+        (["--config", "."], "", "is no file"),
+    ],
+)
+def test_a_configuration_file_leads_to_no_other_and_repeats_nothing(
+    words: list[str],
+    content: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("secret").write_text(SECRET)
+    Path("c.yaml").write_bytes(os.fsencode(content))
+    with pytest.raises(SystemExit, match="2"):
+        jobs.parse(Switches, ["a", *words], verb="test")
+    _, line = capsys.readouterr()
+    assert said in line
+    assert line.count("\n") == 1
+    assert "hunter2" not in line
+
+
+def test_a_configuration_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("plan: true\ninner: {deep: true}\n")
+    config = jobs.parse(Switches, ["a", "--config", str(tmp_path / "c.yaml")], verb="test")
+    assert config == Switches(Path("a"), True, Inner(True))
+
+
 def test_a_file_is_known_again_by_size_and_time_or_else_by_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

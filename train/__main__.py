@@ -1,7 +1,5 @@
 """`python -m vidfill.train`, and what `accelerate launch -m vidfill.train` starts."""
 
-import sys
+from ..cli import run
 
-from .loop import main
-
-sys.exit(main())
+run("train")

@@ -1,7 +1,5 @@
 """`python -m vidfill.data.encode`."""
 
-import sys
+from ...cli import run
 
-from .run import main
-
-sys.exit(main())
+run("encode")

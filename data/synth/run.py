@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from fractions import Fraction
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Interval, MultipleOf
@@ -86,17 +87,27 @@ def _render_all(config: SynthConfig, numbers: Sequence[int], progress: Progress)
         return
     # Forking a process that has threads (torch's, OpenCV's) can hang it.
     workers = min(os.cpu_count() or 1, len(numbers))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_interrupts)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
     try:
-        for future in as_completed([pool.submit(render_video, config, n) for n in numbers]):
+        # The workers begin with the first video, and inherit what is blocked: only the parent
+        # answers Ctrl-C. It finishes the videos in work and starts no more.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        rendered = [pool.submit(render_video, config, number) for number in numbers]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        for future in as_completed(rendered):
             progress.advance(note=future.result())
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts() -> None:
-    """Only the parent answers Ctrl-C: it finishes the videos in work and starts no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _end_with_parent() -> None:
+    """A worker whose parent was killed ends too."""
+
+    def wait(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, args=[parent_process()], daemon=True).start()
 
 
 def render_video(config: SynthConfig, number: int) -> str:

@@ -1,7 +1,5 @@
 """`python -m vidfill.sampling.sweep`."""
 
-import sys
+from ...cli import run
 
-from .run import main
-
-sys.exit(main())
+run("sweep")

@@ -1,7 +1,5 @@
 """`python -m vidfill.train.preflight`: the doctor."""
 
-import sys
+from ...cli import run
 
-from .doctor import main
-
-sys.exit(main())
+run("doctor")
