@@ -1,4 +1,4 @@
-"""How a process answers Ctrl-C: at once until its job begins, then by an end of the job."""
+"""How signals that end a process are answered: at once, and once its job runs as the job's end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-STATUS = 128 + signal.SIGINT
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came that ends the job."""
 
 
 def leave_at_once() -> None:
@@ -24,32 +28,49 @@ def leave_at_once() -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     os.write(2, b"vidfill: interrupted\n")
-    os._exit(STATUS)
+    os._exit(status_of(signal.SIGINT))
+
+
+def status_of(number: int) -> int:
+    """The exit status of a process that a signal ends, as shells have it."""
+    return 128 + number
 
 
 class Interrupt:
-    """Whether there was one."""
+    """The signal that came, if any."""
 
-    came = False
+    number: signal.Signals | None = None
+
+    def describe(self) -> str:
+        return (
+            "interrupted"
+            if self.number in (None, signal.SIGINT)
+            else f"ended by {self.number.name}"
+        )
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Let Ctrl-C raise KeyboardInterrupt, and remember that it did: libraries may raise another."""
+    """Let a signal raise Interrupted, so that what is to be cleaned up is.
+
+    It is remembered: a library may raise something else in its place. A signal that the process was
+    told to ignore stays ignored.
+    """
     interrupt = Interrupt()
 
-    def raise_it(number: int, frame: FrameType | None) -> None:
-        interrupt.came = True
-        raise KeyboardInterrupt
+    def end(number: int, frame: FrameType | None) -> None:
+        interrupt.number = signal.Signals(number)
+        raise Interrupted
 
-    before = signal.getsignal(signal.SIGINT)
-    answers = threading.current_thread() is threading.main_thread() and before in (
-        *(_leave, signal.default_int_handler),
-    )
-    if answers:
-        signal.signal(signal.SIGINT, raise_it)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ending = (_leave, signal.default_int_handler, signal.SIG_DFL)
+    answered = [number for number, handler in before.items() if handler in ending]
+    if threading.current_thread() is not threading.main_thread():
+        answered = []
+    for number in answered:
+        signal.signal(number, end)
     try:
         yield interrupt
     finally:
-        if answers:
-            signal.signal(signal.SIGINT, before)
+        for number in answered:
+            signal.signal(number, before[number])

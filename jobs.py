@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from .files import (
     write_atomically,
     write_new,
 )
-from .interrupts import STATUS, interruptible
+from .interrupts import Interrupt, interruptible, status_of
 from .records import Malformed, parse_json, read_small
 
 Config = TypeVar("Config")
@@ -61,7 +62,7 @@ def main(
     """Parse `argv` into `config_class`, run `job`, and return the exit status.
 
     0 is success; 2 is bad input, or a file that the system refuses, said in one line; 130 is an
-    interrupt.
+    interrupt, as other signals that end the job are 128 and their number.
     """
     for name in LAUNCHERS:  # a batch script's template leaves them empty, which is not set
         if os.environ.get(name) == "":
@@ -71,15 +72,15 @@ def main(
         try:
             job(config)
         except (Exception, KeyboardInterrupt) as error:
-            return _end(verb, error, interrupt.came)
+            return _end(verb, error, interrupt)
     return 0
 
 
-def _end(verb: str, error: Exception | KeyboardInterrupt, interrupted: bool) -> int:
+def _end(verb: str, error: Exception | KeyboardInterrupt, interrupt: Interrupt) -> int:
     """Say why a job ended, and return the exit status; what nobody foresaw is raised again."""
-    if interrupted or isinstance(error, KeyboardInterrupt):
-        say(f"vidfill {verb}: interrupted; the same command continues")
-        return STATUS
+    if interrupt.number or isinstance(error, KeyboardInterrupt):
+        say(f"vidfill {verb}: {interrupt.describe()}; the same command continues")
+        return status_of(interrupt.number or signal.SIGINT)
     if is_out_of_memory(error):
         said = f"there is not enough memory ({describe(error):.200}): ask for less at once"
         error = BadInput(said)

@@ -5,13 +5,17 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import vidfill
 from vidfill import jobs
 from vidfill.errors import BadInput, BadInputEverywhere
@@ -29,6 +33,7 @@ from vidfill.files import (
     write_atomically,
     write_new,
 )
+from vidfill.interrupts import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -261,6 +266,41 @@ class Switches:
 def test_a_switch_needs_no_value(words: list[str], plan: bool, deep: bool) -> None:
     config = jobs.parse(Switches, words, verb="test")
     assert config == Switches(Path("a"), plan, Inner(deep))
+
+
+@pytest.mark.parametrize("allocate", [np.empty, torch.empty], ids=["numpy", "torch"])
+def test_the_end_of_memory_is_one_line(
+    allocate: Callable[[int], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(_: Switches) -> None:
+        allocate(2**48)
+
+    assert jobs.main(Switches, job, ["a"], verb="test", examples="") == 2
+    said = capsys.readouterr().err
+    assert "there is not enough memory" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("instead", [None, ValueError, ImportError])
+def test_a_signal_ends_a_job_and_what_it_left_open(
+    number: signal.Signals, instead: type[Exception] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = []
+
+    def job(_: Switches) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt as interrupt:
+            raise (instead or KeyboardInterrupt) from interrupt  # as libraries do
+        finally:
+            closed.append(True)
+
+    before = signal.getsignal(number)
+    assert jobs.main(Switches, job, ["a"], verb="test", examples="") == 128 + number
+    assert signal.getsignal(number) == before
+    assert closed
+    assert "; the same command continues" in capsys.readouterr().err
 
 
 SECRET = "password: hunter2\n[broken: {"

@@ -37,6 +37,7 @@ from .measures import (
 _TEXTS = ("schedule", "clip", "masks", "reference", "measure", "verdict")
 _COUNTS = ("completion", "nfe", "clips")
 
+COSTS = ("nfe", "seconds_per_clip")
 FARTHEST = 1e12  # from zero that anything measured lies
 
 Line = TypeVar("Line", bound=BaseModel)
@@ -70,8 +71,8 @@ class CompletionRow(_MeasuredRow):
     """A line of clips.csv."""
 
     example: str = Field(alias="clip")
-    completion: int
-    nfe: int
+    completion: Annotated[int, Interval(ge=0, le=2**31)]
+    nfe: Annotated[int, Interval(ge=0, le=2**31)]
 
     @property
     def key(self) -> CompletionKey:
@@ -256,6 +257,9 @@ def _read(folder: Path) -> Sweep:
     for name in (*about.baselines, *schedules):
         if name not in results:
             raise BadInput(f"results.csv has no row {name}")
+    for name in schedules:
+        if not all(results[name][column] > 0 for column in COSTS):
+            raise BadInput(f"results.csv: {name} costs nothing")
     if more := results.keys() - {*about.baselines, *schedules}:
         raise BadInput(f"results.csv has a row {min(more)}, of which sweep.json knows nothing")
     _, clips = _read_csv(folder / "clips.csv", clip_columns(measures), CompletionRow)

@@ -243,3 +243,36 @@ def jobs(tmp_path_factory: pytest.TempPathFactory, model_on_disk: Path) -> Jobs:
     for name in made.run:
         made.again(name)
     return made
+
+
+@pytest.fixture(scope="session")
+def words_of(
+    tmp_path_factory: pytest.TempPathFactory, model_on_disk: Path
+) -> Callable[[str, int, Path], list[str]]:
+    """What follows the verb of a small job of a kind, by its seed and output."""
+    root = tmp_path_factory.mktemp("small")
+    videos, shards, vae = root / "videos", root / "shards", model_on_disk.parent / "autoencoder"
+    for name in "ab":
+        write_images(videos / name, ord(name), "RGB")
+    encode(EncodeConfig(videos, shards, str(vae), frames=3, pixels="all", device="cpu"))
+
+    def words(kind: str, seed: int, out: Path) -> list[str]:
+        every = {
+            "synth": f"{out} --clips 2 --validation 1 --size 16 --frames 3",
+            "encode": f"{videos} {out} --autoencoder {vae} --frames 3 --pixels all "
+            "--shard_megabytes 0.03 --device cpu",
+            "inpaint": f"{videos}/a --mask 4,4,8,8 --out {out} --model {model_on_disk} "
+            "--schedule ddim:2 --device cpu",
+            "sweep": f"{model_on_disk} {shards} {out} --schedules ddim:1 --examples 2 "
+            "--split train --batch_size 1 --device cpu",
+            "train": f"{shards} {out} --steps 4 --batch_size 2 --checkpoint_every 2 "
+            "--model.block_out_channels [8,16] --model.head_channels 8 --model.norm_groups 4 "
+            "--evaluation.every 0 --preview.every 0",
+            "verify": f"{shards} --samples 1 --device cpu",
+            "recipe": f"{videos} {out} --sizes [16] --frames_per_video 2 --width 8 --steps 3 "
+            "--encoder_blocks [0,1,1,1] --decoder_blocks [1,1,1,0] --batch 2 --device cpu",
+        }
+        seeded = [] if kind == "verify" else ["--seed", str(seed)]
+        return [*every[kind].split(), *seeded]
+
+    return words

@@ -8,6 +8,7 @@ tries so many of each format, and prints how many were refused and how many were
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -58,12 +59,12 @@ def alter_tree(source: random.Random, tree: Any) -> Any:
     elif way == 1 and isinstance(inner, dict):
         inner[source.choice(["x", "", "__class__", f"{key} "])] = inner.pop(key)
     elif way == 2 and isinstance(inner, list):
-        inner.extend([inner[key]] * source.choice([1, 50]))
+        inner.extend(copy.deepcopy([inner[key]]) * source.choice([1, 50]))
     elif way == 3:
         other, place = source.choice(list(places(tree)))
         inner[key] = json.loads(json.dumps(other[place]))
     else:
-        inner[key] = source.choice(VALUES)
+        inner[key] = copy.deepcopy(source.choice(VALUES))
     return tree
 
 

@@ -8,14 +8,14 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 PAIRS = int(os.environ.get("VIDFILL_PAIRS", "5"))
+
+Words = Callable[[str, int, Path], list[str]]  # of the fixture `words_of`
 
 KINDS = {
     "synth": "data.synth.run",
@@ -51,32 +51,9 @@ for line in sys.stdin:
 class Place:
     """Where pairs of jobs run, and what each job makes alone."""
 
-    def __init__(self, root: Path, model: Path, process: subprocess.Popen[str]) -> None:
-        self.root, self.model, self._process = root, model, process
-        for name in "ab":
-            (root / "videos" / name).mkdir(parents=True)
-            values = np.random.default_rng(ord(name)).integers(0, 256, (6, 16, 16, 3), np.uint8)
-            for index, frame in enumerate(values):
-                Image.fromarray(frame).save(root / "videos" / name / f"{index}.png")
+    def __init__(self, root: Path, words: Words, process: subprocess.Popen[str]) -> None:
+        self.root, self.words, self._process = root, words, process
         self._alone: dict[tuple[str, int], dict[str, bytes]] = {}
-        assert self.run(["encode"], [0], root / "shards") == [0]
-
-    def words(self, kind: str, seed: int, out: Path) -> list[str]:
-        """What follows the verb."""
-        videos, shards = str(self.root / "videos"), str(self.root / "shards")
-        vae, model = str(self.model.parent / "autoencoder"), str(self.model)
-        words = {
-            "synth": f"{out} --clips 2 --validation 1 --size 16 --frames 3",
-            "encode": f"{videos} {out} --autoencoder {vae} --frames 3 --pixels all "
-            "--shard_megabytes 0.03 --device cpu",
-            "inpaint": f"{videos}/a --mask 4,4,8,8 --out {out} --model {model} --schedule ddim:2 "
-            "--device cpu",
-            "sweep": f"{model} {shards} {out} --schedules ddim:1 --examples 2 --split train "
-            "--batch_size 1 --device cpu",
-            "recipe": f"{videos} {out} --sizes [16] --frames_per_video 2 --width 8 --steps 3 "
-            "--encoder_blocks [0,1,1,1] --decoder_blocks [1,1,1,0] --batch 2 --device cpu",
-        }
-        return [*words[kind].split(), "--seed", str(seed)]
 
     def run(
         self, kinds: list[str], seeds: list[int], out: Path, delays: tuple[float, ...] = (0.0, 0.0)
@@ -116,11 +93,11 @@ def read(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, model_on_disk: Path) -> Iterator[Place]:
+def place(tmp_path_factory: pytest.TempPathFactory, words_of: Words) -> Iterator[Place]:
     command = [sys.executable, "-c", FORK]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as process:  # type: ignore[call-overload]
-        yield Place(tmp_path_factory.mktemp("pairs"), model_on_disk, process)
+        yield Place(tmp_path_factory.mktemp("pairs"), words_of, process)
         process.stdin.close()
 
 
