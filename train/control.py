@@ -23,7 +23,7 @@ from ..errors import BadInputEverywhere, describe
 from ..files import write_atomically
 from .config import MARKER
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _KEY = "vidfill/stop"
 
 
@@ -54,7 +54,11 @@ class Control:
     def __enter__(self) -> Control:
         if self._rank == 0:
             self._marker.unlink(missing_ok=True)
-        self._handlers = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        for number in SIGNALS:
+            # What the process was told to ignore stays ignored, as SIGHUP is under nohup.
+            if (before := signal.getsignal(number)) != signal.SIG_IGN or number != signal.SIGHUP:
+                self._handlers[number] = before
+                signal.signal(number, self._catch)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from vidfill.errors import BadInputEverywhere
 from vidfill.train.config import MARKER
-from vidfill.train.control import Control, StoppedBySignal
+from vidfill.train.control import SIGNALS, Control, StoppedBySignal
 
 # Steps of 10 ms in which no process finishes before all have come to it, as in training; process 1
 # is told to end when it has begun its fourth step, in the way that the first argument names.
@@ -80,7 +80,7 @@ def test_a_failure_of_one_process_is_raised_by_both_before_the_same_step(tmp_pat
     assert not (tmp_path / MARKER).exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_alone_a_signal_ends_the_run_before_the_next_step(
     number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -92,6 +92,14 @@ def test_alone_a_signal_ends_the_run_before_the_next_step(
         control.leave_marker(8, number)
     assert signal.getsignal(number) == before
     assert json.loads((tmp_path / MARKER).read_text())["step"] == 8
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with Control(tmp_path, rank=0, size=1) as control:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert control.stop(1) is None
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path: Path) -> None:

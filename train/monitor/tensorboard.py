@@ -119,7 +119,8 @@ class Monitor:
         stream: Knows how long it was waited for, and which examples it left out.
         preview: What to show of the model, if anything; None but on the first process.
         accelerator: The run's.
-        clock: Seconds since 1970.
+        clock: Seconds since any moment; they only ever grow.
+        now: Seconds since 1970, by a clock that may be set.
     """
 
     def __init__(
@@ -130,7 +131,8 @@ class Monitor:
         stream: Stream,
         preview: PreviewClips | None,
         accelerator: Accelerator,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._accelerator, self._clock = config, accelerator, clock
         self._stream, self._preview = stream, preview
@@ -148,7 +150,10 @@ class Monitor:
             self._operations = cost.training_operations  # a clip
         self._note = ""
         self._step = state.step
-        self._lost = clock() - state.began - state.productive
+        # Of earlier lives there is only what the clocks of their machines said.
+        before = max(now() - state.began, state.productive)
+        self._lost = before - state.productive
+        self._began = clock() - before
         self._since_log = StepsSinceLog()
         self._waited = stream.waited
         self._damaged = 0  # examples that are listed
@@ -246,7 +251,7 @@ class Monitor:
             return
         since, config, processes = self._since_log, self._config, len(rows)
         speed = since.steps * config.batch_size / since.seconds
-        since_first = max(self._clock() - state.began, 1e-9)
+        since_first = max(self._clock() - self._began, 1e-9)
         slowest, mean = max(of_all["own"]), statistics.fmean(of_all["own"])
         # Under ZeRO each process has a part of the weights, otherwise all of them.
         squares = of_all["squares"] if config.zero_stage else of_all["squares"][:1]
@@ -264,7 +269,7 @@ class Monitor:
             "speed/share_of_peak": self._operations * speed / processes / self._peak,
             "time/data_wait": max(of_all["waited"]) / since.seconds,
             "time/goodput": state.productive / since_first,
-            "time/lost_to_restarts": max(0.0, self._lost) / since_first,
+            "time/lost_to_restarts": self._lost / since_first,
             "memory/gigabytes": max(of_all["memory"]) / 1e9,
         }
         if config.precision == "float16":

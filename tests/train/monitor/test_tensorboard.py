@@ -68,11 +68,16 @@ class Run:
     state: TrainState
     stream: Stream
 
-    def monitor(self, clock: Callable[[], float] = time.time, previews: bool = False) -> Monitor:
+    def monitor(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        previews: bool = False,
+        now: Callable[[], float] = time.time,
+    ) -> Monitor:
         preview = open_preview(self.config, self.denoiser, self.accelerator.device)
         shown = preview if previews else None
         parts = self.state, self.denoiser, self.stream, shown, self.accelerator
-        return Monitor(self.config, *parts, clock)
+        return Monitor(self.config, *parts, clock, now)
 
 
 def begin(config: TrainConfig) -> Run:
@@ -249,7 +254,7 @@ def test_rates_and_shares_of_time_follow_from_the_clock(config: TrainConfig) -> 
     run = begin(config)
     now = 1000.0
     run.state.began, run.state.productive = now - 100, 40.0
-    with run.monitor(lambda: now) as monitor:
+    with run.monitor(lambda: now, now=lambda: now) as monitor:
         for step in range(1, 5):
             now += 2
             run.stream.waited += 0.5
@@ -267,6 +272,26 @@ def test_rates_and_shares_of_time_follow_from_the_clock(config: TrainConfig) -> 
     assert values["time/evaluation_seconds"] == {2: 10}
     assert values["time/goodput"] == pytest.approx({2: 43 / 104, 4: 46 / 118})
     assert values["time/lost_to_restarts"] == pytest.approx({2: 60 / 104, 4: 60 / 118})
+
+
+@pytest.mark.parametrize("hours", [-2, 2])
+def test_a_clock_that_is_set_makes_no_share_of_time_absurd(config: TrainConfig, hours: int) -> None:
+    """Set once while the run works, and once between two of its lives."""
+    run, clocks = begin(config), {"passed": 0.0, "wall": time.time()}
+    for life in range(2):
+        with run.monitor(lambda: clocks["passed"], now=lambda: clocks["wall"]) as monitor:
+            clocks["wall"] += 3600 * hours
+            for step in range(2 * life + 1, 2 * life + 3):
+                clocks.update({name: clock + 2 for name, clock in clocks.items()})
+                run.state.step = step
+                monitor.step(run.state, a_step(0.25))
+    values = scalars_of(config)
+    assert run.state.productive == 8
+    for step in (2, 4):
+        goodput, lost = (values[f"time/{name}"][step] for name in ("goodput", "lost_to_restarts"))
+        assert 0 < goodput <= 1
+        assert 0 <= lost < 1
+    assert values["speed/seconds_per_step"] == {2: 2, 4: 2}
 
 
 @pytest.mark.slow
