@@ -178,6 +178,9 @@ class TrainConfig:
     """Measure a few steps here, print what the run needs and how long it takes; start nothing."""
     plan_gpus: NonNegativeInt = 0
     """GPUs that --plan assumes; 0 is one."""
+    plan_tflops: str = ""
+    """What --plan takes a GPU to do, rather than measure: TFLOP/s, or a GPU's name as in H100,
+    which stands for 30% of its data sheet's; empty is 100 where there is no GPU."""
     data: DataConfig = field(default_factory=DataConfig)
     """The stream."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -209,6 +212,7 @@ RUN_MAY_CHANGE = (  # options, and whole groups of them, that a run may continue
     "profile",
     "plan",
     "plan_gpus",
+    "plan_tflops",
     "evaluation",
     *RATE_OPTIONS,
     "model.attention_backend",

@@ -39,7 +39,8 @@ from .config import RATE_OPTIONS, TrainConfig
 from .deepspeed import deepspeed_config
 
 FIRST_SCALE = 65536.0  # of float16's loss
-NOT_OF_THE_RUN = ("out", "plan", "plan_gpus", "profile")  # options whose changes leave no trace
+# Options whose changes leave no trace.
+NOT_OF_THE_RUN = ("out", "plan", "plan_gpus", "plan_tflops", "profile")
 COUNTERS = ("step", "skipped", "scale", "scale_age", "began", "productive")
 
 

@@ -28,7 +28,7 @@ from rich.table import Table
 from ... import jobs
 from ...data.shards.reading import ShardedDataset, has_split
 from ...data.shards.stream import Batch, Stream
-from ...errors import BadInput, BadInputEverywhere, describe, printable
+from ...errors import BadInput, BadInputEverywhere, describe, printable, say
 from ...files import PARTIAL
 from ...modeling.attention import attention_backend
 from ...modeling.denoiser import Denoiser
@@ -36,6 +36,7 @@ from ...modeling.precision import Precision
 from ..config import ModelConfig, TrainConfig, check, find_recipe
 from ..state import load_start, make_accelerator, make_denoiser, make_state
 from ..step import train_step
+from .plan import in_words
 
 EXAMPLES = """\
 examples:
@@ -48,6 +49,7 @@ examples:
 
 WAIT = 10.0  # seconds until a shared folder must show a file to another node
 DOCTOR_WIDTH = 110  # columns where there is no terminal
+STEP_LIMIT = 120.0  # seconds that the step may take where there is no GPU
 OPEN_FILES = 4096  # that a process should be allowed
 GPUS = "GPUs"  # the check that has to be good before the others
 
@@ -79,7 +81,8 @@ def doctor(config: TrainConfig) -> None:
         *check_gpus(os.environ, torch.cuda.device_count()),
         _check_open_files(),
     ]
-    if any(one.check == GPUS for one in found):  # NCCL cannot share one: no process could go on
+    # NCCL cannot share one: no process could go on.
+    if any((one.check, one.level) == (GPUS, "bad") for one in found):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             _show(found, int(os.environ.get("WORLD_SIZE", "1")))
         raise BadInputEverywhere("processes share GPUs (see above): correct that first")
@@ -151,8 +154,11 @@ def check_launcher(environment: Mapping[str, str]) -> Iterator[Diagnosis]:
 def check_gpus(environment: Mapping[str, str], gpus: int) -> list[Diagnosis]:
     """Does each process of this node have a GPU of its own, if there are any?"""
     local = int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    if not local > gpus > 0:
-        return []
+    if not gpus:
+        said, remedy = "there is none here", "run it where the training will run, to check that too"
+        return [Diagnosis(GPUS, "warning", said, remedy)]
+    if local <= gpus:
+        return [Diagnosis(GPUS, "good", f"one for each of {local} process(es)")]
     said = f"{local} processes on this node share {gpus} GPU(s)"
     return [Diagnosis(GPUS, "bad", said, "set --num_processes to nodes times GPUs of a node")]
 
@@ -235,9 +241,36 @@ def _try_step(config: TrainConfig, folder: Path, accelerator: Accelerator) -> It
         yield Diagnosis("shards and network", "bad", describe(error))
     if all(gather_object([ready is not None])):
         assert ready
+        seconds = _estimate_step(*ready, accelerator)
+        if seconds > STEP_LIMIT:
+            said = f"not tried: it takes about {in_words(seconds)} here"
+            yield Diagnosis("one step", "warning", said, "run it on a GPU, or with --batch_size 1")
+            return
         yield _take_step(config, *ready, accelerator)
     elif ready:
         yield Diagnosis("one step", "warning", "not tried: another process cannot take it")
+
+
+def _estimate_step(denoiser: Denoiser, batch: Batch, accelerator: Accelerator) -> float:
+    """Seconds that the slowest process's step takes, from a clip's forward pass; 0 on GPUs.
+
+    A backward pass takes about two forward passes.
+    """
+    seconds = 0.0
+    if accelerator.device.type == "cpu":
+        if accelerator.is_main_process:
+            say("vidfill doctor: timing the network on one clip …")
+        shape = denoiser.space.shape
+        channels = denoiser.network.config["condition_channels"]
+        latents = torch.zeros(1, *shape)
+        condition = torch.zeros(1, shape[0], channels, *shape[2:])
+        with torch.no_grad():
+            began = time.perf_counter()
+            denoiser.network(latents, torch.zeros(1), condition)
+            seconds = 3 * len(batch.latents) * (time.perf_counter() - began)
+        if accelerator.is_main_process:
+            say(f"vidfill doctor: a step of this process takes about {in_words(seconds)}")
+    return max(gather_object([seconds]))
 
 
 def _check_held_out(shards: str) -> Diagnosis:

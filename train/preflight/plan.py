@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -28,7 +29,7 @@ from ...modeling.cost import cost_of
 from ...modeling.precision import Precision, autocast
 from ...modeling.unet import VideoUNet
 from ..config import TrainConfig
-from ..monitor.rates import measure_rate
+from ..monitor.rates import PEAKS, measure_rate
 from ..state import load_start, make_accelerator, make_denoiser, make_state
 from ..step import train_step
 
@@ -41,6 +42,10 @@ DEEPSPEED_BUCKETS = 2 * 4 * 50_000_000  # bytes that it reduces and gathers in
 SMALL = 4 * 100_000  # bytes of a parameter
 SOON = 4 * 1_000_000_000  # bytes of weights in between
 ASSUMED = 100e12  # operations a second of a GPU, where there is none to measure
+# What training reaches of a data sheet's peak: 21 to 46 % for the large language models that
+# Chowdhery et al. 2022, "PaLM", section 4.1, compare.
+UTILISATION = 0.3
+MOST_EPOCHS = 1000  # beyond which a plan says that clips are few
 PLAN_WIDTH = 100  # columns where there is no terminal
 
 
@@ -223,7 +228,7 @@ def why_not_measured(config: TrainConfig, cost: TrainingCost, memory: int, rate:
 
     The machine has `memory` bytes, and does `rate` operations a second at most.
     """
-    if config.plan_gpus:
+    if config.plan_gpus or config.plan_tflops:
         return "a CPU is not a GPU"
     if config.compile:
         return "compiling the network takes a CPU minutes (--compile false)"
@@ -232,7 +237,7 @@ def why_not_measured(config: TrainConfig, cost: TrainingCost, memory: int, rate:
         return f"a step takes {in_bytes(wanted)} of memory, and the machine has {in_bytes(memory)}"
     seconds = (WARM_UP + MEASURED) * cost.operations / rate
     if seconds > CPU_SECONDS:
-        return f"{WARM_UP + MEASURED} steps take this CPU {_days(seconds / 86400)} at best"
+        return f"{WARM_UP + MEASURED} steps take this CPU {in_words(seconds)} at best"
     return ""
 
 
@@ -250,7 +255,14 @@ def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
         )
     if config.from_:
         load_start(config, make_denoiser(config, dataset.manifest))
+    assumed_rate(config)  # which may refuse it
     cost = training_cost(config, dataset.manifest, gpus)
+    if cost.epochs > MOST_EPOCHS:
+        say(
+            f"vidfill train: {config.steps} steps take each of the {cost.examples} examples "
+            f"{cost.epochs:,.0f} times: the network learns them by heart; give more clips, or "
+            "fewer --steps"
+        )
     seconds, peak = _measure(config, dataset, cost)
     table = Table("", "", title=f"{config.steps} steps on {gpus} GPU(s)", show_header=False)
     for section in (_size(config, cost), _memory(cost, peak), _time(config, cost, seconds)):
@@ -260,11 +272,33 @@ def plan(config: TrainConfig, dataset: ShardedDataset) -> None:
     Console(width=None if sys.stdout.isatty() else PLAN_WIDTH).print(table)
 
 
+def assumed_rate(config: TrainConfig) -> tuple[float, str]:
+    """Operations a second that a GPU is taken to do, and why so many.
+
+    Raises:
+        BadInput: `plan_tflops` is no number, and no GPU whose data sheet is known.
+    """
+    given = config.plan_tflops
+    if not given:
+        return ASSUMED, "assumed, for a GPU"
+    with contextlib.suppress(ValueError):
+        if 0 < (rate := float(given)) < math.inf:
+            return rate * 1e12, "as given"
+    names = {name.removeprefix("NVIDIA "): name for name in PEAKS}
+    if given.removeprefix("NVIDIA ") not in names:
+        raise BadInput(
+            f"plan_tflops is {given!r}: give a number, or one of {', '.join(sorted(names))}"
+        )
+    in_16_bits, in_32_bits = PEAKS[names[given.removeprefix("NVIDIA ")]]
+    peak = in_32_bits if config.precision == "float32" else in_16_bits
+    return UTILISATION * peak, f"{UTILISATION:.0%} of the {given}'s {peak / 1e12:g}"
+
+
 def _measure(
     config: TrainConfig, dataset: ShardedDataset, cost: TrainingCost
 ) -> tuple[float | None, int]:
     """`measure_step` if that makes sense; otherwise None and 0, with the reason on stderr."""
-    if not torch.cuda.is_available():
+    if config.plan_tflops or not torch.cuda.is_available():
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         rate = measure_rate(torch.device("cpu"), config.precision)
         reason = why_not_measured(config, cost, memory, rate)
@@ -303,18 +337,20 @@ def _memory(cost: TrainingCost, peak: int) -> dict[str, str]:
 
 
 def _time(config: TrainConfig, cost: TrainingCost, measured: float | None) -> dict[str, str]:
-    seconds = measured or cost.operations / ASSUMED
+    assumed, source = assumed_rate(config)
+    seconds = measured or cost.operations / assumed
     rate = cost.operations / seconds / 1e12
-    days = config.steps * seconds / 86400
-    source = "measured here" if measured else "assumed, for a GPU"
+    total = config.steps * seconds
+    source = "measured here" if measured else source
     fetched = in_bytes(round(cost.fetched / seconds))
+    hours = total / 3600 * cost.gpus
     return {
         "operations of a step": f"{cost.operations / 1e12:.3g} TFLOP on a GPU",
         "a step": f"{seconds:.3g} s, {rate:.3g} TFLOP/s on a GPU ({source})",
         "clips a second": f"{config.batch_size / seconds:.3g} in all",
         "reading": f"{fetched}/s in all, if the shards are behind a URL",
         "traffic": f"{in_bytes(cost.traffic)} a step out of each GPU, and as much in",
-        "time, without communication": f"{_days(days)}, {days * 24 * cost.gpus:.3g} GPU hours",
+        "time, without communication": f"{in_words(total)}, {hours:.3g} GPU hours",
     }
 
 
@@ -325,7 +361,9 @@ def in_bytes(count: int) -> str:
     return f"{count / 1e3:.3g} kB"
 
 
-def _days(days: float) -> str:
-    if days >= 1:
-        return f"{days:.1f} days"
-    return f"{days * 24:.1f} hours" if days * 24 >= 1 else f"{days * 1440:.1f} minutes"
+def in_words(seconds: float) -> str:
+    """A duration with its unit, from seconds to days."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -52,7 +52,7 @@ def test_a_network_that_cannot_be_made_is_bad(
     tiny_config: TrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     odd = dataclasses.replace(tiny_config.model, head_channels=24)
-    with pytest.raises(BadInput, match="1 of 9 checks are bad"):
+    with pytest.raises(BadInput, match="1 of 10 checks are bad"):
         doctor(dataclasses.replace(tiny_config, model=odd))
     assert "no multiple of" in capsys.readouterr().out
 
@@ -78,6 +78,18 @@ def test_the_command_line_is_that_of_train(
     assert "checks are bad" in capsys.readouterr().err
 
 
+def test_a_step_that_would_take_a_processor_long_is_not_taken(
+    tiny_config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vidfill.train.preflight.doctor.STEP_LIMIT", 1e-9)
+    monkeypatch.setattr("vidfill.train.preflight.doctor._take_step", None)
+    doctor(tiny_config)
+    said, progress = capsys.readouterr()
+    assert re.search(r"one step +look +not tried: it takes about .* here", said)
+    assert re.search(r"GPUs +look +there is none here", said)
+    assert "timing the network on one clip" in progress
+
+
 def test_tasks_of_srun_without_a_launcher_are_bad() -> None:
     (finding,) = check_launcher({"SLURM_STEP_NUM_TASKS": "8"})
     assert finding.level == "bad"
@@ -94,7 +106,9 @@ def test_deepspeeds_launcher_of_several_nodes_is_bad_unless_it_is_the_standard_o
 @pytest.mark.parametrize(("processes", "gpus", "bad"), [(8, 8, 0), (8, 2, 1), (2, 0, 0)])
 def test_processes_that_share_gpus_are_bad(processes: int, gpus: int, bad: int) -> None:
     """Without GPUs they may be as many as one likes."""
-    assert len(list(check_gpus({"LOCAL_WORLD_SIZE": str(processes)}, gpus))) == bad
+    (finding,) = check_gpus({"LOCAL_WORLD_SIZE": str(processes)}, gpus)
+    assert finding.level == ("bad" if bad else "good" if gpus else "warning")
+    assert gpus or "there is none here" in finding.said
 
 
 def test_a_launcher_that_dies_of_slurms_warning_is_warned_of() -> None:
@@ -186,5 +200,5 @@ def test_folders_that_one_of_two_nodes_does_not_see_are_bad(shards: Path, tmp_pa
         r"one step +look +process 0: not tried",
     ):
         assert re.search(row, done.stdout), done.stdout
-    assert "error: 2 of 12 checks are bad: see above" in done.stderr
+    assert "error: 2 of 13 checks are bad: see above" in done.stderr
     assert not list(tmp_path.glob("node-*/.partial-*"))

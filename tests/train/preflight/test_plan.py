@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 from vidfill.data.shards.reading import ShardedDataset
 from vidfill.errors import BadInput
+from vidfill.modeling.precision import Precision
 from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from vidfill.train.loop import train
 from vidfill.train.preflight.plan import (
     TrainingCost,
+    assumed_rate,
     measure_step,
     state_memory,
     traffic,
@@ -97,7 +99,7 @@ def test_a_processor_measures_only_what_it_can(
     assert not why_not_measured(tiny_config, plan, enough, rate=float(plan.operations))
     assert "memory" in why_not_measured(tiny_config, plan, enough // 3, rate=float(plan.operations))
     assert "8.3 minutes" in why_not_measured(tiny_config, plan, enough, rate=plan.operations / 100)
-    for change in ({"plan_gpus": 2}, {"compile": True}):
+    for change in ({"plan_gpus": 2}, {"plan_tflops": "1"}, {"compile": True}):
         config = dataclasses.replace(tiny_config, **change)
         assert why_not_measured(config, plan, enough, rate=float(plan.operations))
 
@@ -132,6 +134,35 @@ def test_a_plan_is_printed_and_nothing_is_started(
     for word in ("parameters", "memory of a GPU: in all", "epochs", "GPU hours", "on 3 GPU(s)"):
         assert word in said
     assert not tiny_config.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "precision", "rate", "source"),
+    [
+        ("", "float32", 100, "assumed, for a GPU"),
+        ("41.5", "bfloat16", 41.5, "as given"),
+        ("H100", "bfloat16", 0.3 * 989, "30% of the H100's 989"),
+        ("NVIDIA A100", "float32", 0.3 * 156, "30% of the NVIDIA A100's 156"),
+    ],
+)
+def test_a_gpu_that_is_not_here_is_taken_at_its_word(
+    tiny_config: TrainConfig, given: str, precision: Precision, rate: float, source: str
+) -> None:
+    config = dataclasses.replace(tiny_config, plan_tflops=given, precision=precision)
+    assert assumed_rate(config) == (pytest.approx(rate * 1e12), source)
+
+
+@pytest.mark.parametrize("given", ["fast", "-1", "0", "nan", "inf", "H"])
+def test_a_gpu_that_nobody_knows_is_refused(tiny_config: TrainConfig, given: str) -> None:
+    with pytest.raises(BadInput, match=r"plan_tflops is .*: give a number, or one of A100, B200"):
+        assumed_rate(dataclasses.replace(tiny_config, plan_tflops=given))
+
+
+def test_epochs_without_number_are_warned_of(
+    tiny_config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dataclasses.replace(tiny_config, plan=True, plan_tflops="H100", steps=10**6))
+    assert "4 examples 750,000 times" in capsys.readouterr().err
 
 
 def test_more_gpus_than_clips_are_refused(tiny_config: TrainConfig) -> None:
