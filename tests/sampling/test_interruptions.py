@@ -87,6 +87,8 @@ def interrupt(process: subprocess.Popen[str], number: signal.Signals) -> tuple[i
 def test_an_interrupted_job_says_so_in_a_line_and_goes_on_to_what_it_makes_alone(
     words_of: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for sent in SIGNALS[:-1]:  # else what is ignored here, as in the background, is ignored there
+        signal.signal(sent, signal.SIG_DFL if sent != signal.SIGINT else signal.default_int_handler)
     alone: dict[str, tuple[float, dict[str, bytes]]] = {}
     ended: Counter[str] = Counter()
     scratch = tmp_path / "tmp"
@@ -118,9 +120,11 @@ def test_an_interrupted_job_says_so_in_a_line_and_goes_on_to_what_it_makes_alone
             assert trace not in said, about
         if sent != signal.SIGKILL and status != -sent:
             assert not list(scratch.iterdir()), about
-        again = start(command(kind, out), scratch)
-        said, _ = again.communicate()
-        assert again.returncode == 0, f"{about}\nand again:\n{said}"
+        if read(out) != made or status != 0:
+            again = start(command(kind, out), scratch)
+            said, _ = again.communicate()
+            is_finished = kind == "inpaint" and "exists" in said  # the signal came too late
+            assert again.returncode == 0 or is_finished, f"{about}\nand again:\n{said}"
         assert read(out) == made, about
         ended[f"{kind}, {'finished' if status == 0 else sent.name}"] += 1
         shutil.rmtree(out, ignore_errors=True)
