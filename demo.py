@@ -13,7 +13,7 @@ from .data.encode.run import encode
 from .data.encode.settings import EncodeConfig
 from .data.synth.run import SynthConfig, synth
 from .errors import say
-from .modeling.autoencoder import SHIPPED
+from .modeling.settings import SHIPPED
 from .options import PositiveInt, Seed
 from .sampling.report.run import ReportConfig, report
 from .sampling.sweep.inputs import SweepConfig

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from vidfill.errors import BadInput
 from vidfill.modeling.attention import Backend, attend, attention_backend
-from vidfill.modeling.precision import Precision
+from vidfill.modeling.settings import Precision
 from vidfill.processes import choose_device
 
 from .machine import describe, in_new_process, peak_bytes

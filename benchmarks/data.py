@@ -26,7 +26,7 @@ from vidfill.data.shards.order import Order, choose_lanes
 from vidfill.data.storage.names import index_name, shard_name
 from vidfill.data.storage.store import CacheConfig
 from vidfill.data.synth.run import SynthConfig, synth
-from vidfill.modeling.precision import Precision
+from vidfill.modeling.settings import Precision
 from webdataset import shuffle
 
 from . import readers, throttled

@@ -17,9 +17,9 @@ import av
 import numpy as np
 import torch
 from vidfill.errors import BadInput
-from vidfill.modeling.autoencoder import SHIPPED, load_autoencoder
+from vidfill.modeling.autoencoder import load_autoencoder
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
-from vidfill.modeling.noise import DiffusionConfig
+from vidfill.modeling.settings import SHIPPED, DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
 from vidfill.sampling.inpaint.run import InpaintConfig, inpaint
 

@@ -40,9 +40,9 @@ from vidfill.data.shards.stream import Batch, Stream
 from vidfill.errors import BadInput
 from vidfill.files import aside, write_atomically
 from vidfill.modeling.denoiser import Denoiser
-from vidfill.modeling.noise import DiffusionConfig, LossConfig, draw_timesteps, timesteps_at
-from vidfill.modeling.precision import Precision, autocast
-from vidfill.modeling.presets import build
+from vidfill.modeling.noise import draw_timesteps, timesteps_at
+from vidfill.modeling.precision import autocast
+from vidfill.modeling.settings import DiffusionConfig, LossConfig, Precision, build
 from vidfill.processes import choose_device
 from vidfill.progress import show_progress
 from vidfill.sampling.figure_style import DPI, FAINT, REFERENCE, SMALL, STYLE

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from vidfill.errors import BadInput
-from vidfill.modeling.precision import Precision, autocast
-from vidfill.modeling.presets import PRESETS, build
+from vidfill.modeling.precision import autocast
+from vidfill.modeling.settings import PRESETS, Precision, build
 from vidfill.modeling.unet import VideoUNet
 from vidfill.processes import choose_device
 

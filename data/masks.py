@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int64, UInt8
-from torch import Tensor
+from jaxtyping import Int64, UInt8
 
 from ..errors import BadInput
 from ..seeding import derive_seed
@@ -332,17 +330,6 @@ class Mix:
         ends = [math.ceil(count * end / sums[-1] - offset) for end in sums]
         numbers = [end - begin for begin, end in itertools.pairwise([0, *ends])]
         return [name for name, number in zip(names, numbers, strict=True) for _ in range(number)]
-
-
-def latent_mask(
-    mask: Masks, latent_height: int, latent_width: int
-) -> Float[Tensor, "frames 1 latent_height latent_width"]:
-    """The hidden share of each latent's pixels, 0 to 1: the mask averaged over areas.
-
-    The latents' sides divide the frame's.
-    """
-    hidden = torch.from_numpy(np.ascontiguousarray(mask)).float().unsqueeze(1)
-    return torch.nn.functional.interpolate(hidden, (latent_height, latent_width), mode="area")
 
 
 def visible_median(frames: Frames, mask: Masks) -> Colour:

@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import BadInput, say
+from .settings import AttentionBackend
 
 Tokens = Float[Tensor, "batch tokens heads channels"]
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 Backend = Literal["xformers", "sdpa", "reference"]
-Choice = Literal["auto", "xformers", "sdpa", "reference"]
 
 HEADS_PER_CALL = 65_535  # the most blocks along a CUDA grid's second and third axis
 # What "auto" tries, in this order; on other devices sdpa.
@@ -33,7 +33,7 @@ def attend(
     query: Tokens,
     key: Float[Tensor, "batch keys heads channels"],
     value: Float[Tensor, "batch keys heads channels"],
-    choice: Choice = "auto",
+    choice: AttentionBackend = "auto",
 ) -> Tokens:
     """softmax(q · k / √channels) · v of each head (Vaswani et al. 2017, Eq. 1).
 
@@ -89,7 +89,9 @@ _KERNELS: dict[Backend, Kernel] = {
 
 
 @torch.compiler.assume_constant_result  # so that a compiled network never traces the probe
-def attention_backend(device: str, dtype: torch.dtype, choice: Choice = "auto") -> Backend:
+def attention_backend(
+    device: str, dtype: torch.dtype, choice: AttentionBackend = "auto"
+) -> Backend:
     """The backend that attention uses, found by a real forward and backward pass; printed once.
 
     Raises:
@@ -99,7 +101,7 @@ def attention_backend(device: str, dtype: torch.dtype, choice: Choice = "auto") 
 
 
 @functools.cache
-def _find_backend(device: str, dtype: torch.dtype, choice: Choice) -> Backend:
+def _find_backend(device: str, dtype: torch.dtype, choice: AttentionBackend) -> Backend:
     candidates = AUTOMATIC.get(device, ("sdpa",)) if choice == "auto" else (choice,)
     faults: list[str] = []
     for backend in candidates:
@@ -230,7 +232,7 @@ class SelfAttention(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.backend: Choice = "auto"
+        self.backend: AttentionBackend = "auto"
         self.heads, self.over, self.positions = heads, over, positions
         self.norm = norm
         self.to_qkv = Projections(channels, channels, 3, bias)
@@ -261,7 +263,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, channels: int, norm: nn.Module, heads: int, condition: int) -> None:
         super().__init__()
-        self.backend: Choice = "auto"
+        self.backend: AttentionBackend = "auto"
         self.heads = heads
         self.norm = norm
         self.to_q = nn.Linear(channels, channels, bias=False)
@@ -283,7 +285,7 @@ def attend_over(
     query: Heads,
     key: Float[Tensor, "batch key_frames rows columns heads head_channels"],
     value: Float[Tensor, "batch key_frames rows columns heads head_channels"],
-    choice: Choice,
+    choice: AttentionBackend,
 ) -> Activations:
     """Attention of a clip's places over some of its axes; the tokens are views."""
     tokens = _TOKENS[over]

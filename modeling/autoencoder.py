@@ -28,11 +28,10 @@ from ..files import PLAIN
 from ..options import FiniteFloat, PositiveFloat
 from ..progress import say_once
 from ..records import parse_strictly, read_small
-from .precision import Precision, autocast
+from .precision import autocast
+from .settings import PAPERS, SHIPPED, Precision
 
-SHIPPED = "shipped"  # the name of the package's own small autoencoder, and of its own model
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights"
-PAPERS = "stabilityai/sd-vae-ft-mse"  # the one that the paper uses, on the hub
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -356,6 +355,17 @@ def to_frames(
     """Pixels to 8-bit frames, rounded; values outside [-1, 1] are clamped."""
     levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return rearrange(levels, "... c h w -> ... h w c").cpu().numpy()
+
+
+def latent_mask(
+    mask: UInt8[np.ndarray, "frames height width"], latent_height: int, latent_width: int
+) -> Float[Tensor, "frames 1 latent_height latent_width"]:
+    """The hidden share of each latent's pixels, 0 to 1: the mask averaged over areas.
+
+    The latents' sides divide the frame's.
+    """
+    hidden = torch.from_numpy(np.ascontiguousarray(mask)).float().unsqueeze(1)
+    return torch.nn.functional.interpolate(hidden, (latent_height, latent_width), mode="area")
 
 
 def fingerprint(network: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..options import PositiveInt
 from .attention import Activations, CrossAttention, Over, Positions, SelfAttention, zero
+from .settings import Conditioning
 
 ChannelsLast = Float[Tensor, "batch rows columns channels"]
 Widened = Float[Tensor, "batch frames height width channels_out"]
@@ -28,7 +29,6 @@ Convolved = Float[Tensor, "batch frames height_out width_out channels_out"]
 Embedding = Float[Tensor, "batch frames_or_1 embedding"]
 
 Attention = Literal["none", "time", "space", "both", "joint"]
-Conditioning = Literal["concatenation", "cross_attention", "adaptive"]
 Convolution = Literal["split", "joint"]
 Normalisation = Literal["frame", "clip"]
 

@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import attention_backend
-from .precision import Precision, autocast
-from .presets import PRESETS, build
+from .precision import autocast
+from .settings import PRESETS, Precision, build
 from .unet import VideoUNet
 
 

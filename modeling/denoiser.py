@@ -19,13 +19,7 @@ from ..errors import BadInput, describe
 from ..options import FiniteFloat, PositiveFloat, PositiveInt
 from ..progress import say_once
 from ..records import parse_strictly, read_small
-from .autoencoder import (
-    SHIPPED,
-    SHIPPED_WEIGHTS,
-    AutoencoderRecord,
-    fingerprint,
-    load_weights,
-)
+from .autoencoder import SHIPPED_WEIGHTS, AutoencoderRecord, fingerprint, load_weights
 from .diffusion import (
     AlphaBar,
     LatentMask,
@@ -36,17 +30,10 @@ from .diffusion import (
     target_of,
     to_flow,
 )
-from .noise import (
-    NO_OTHERS,
-    DiffusionConfig,
-    LossConfig,
-    alpha_bars,
-    check_diffusion,
-    level_weight,
-    place_weight,
-)
-from .precision import Precision, autocast
+from .noise import alpha_bars, level_weight, place_weight
+from .precision import autocast
 from .run_folder import CHECKPOINTS, LATEST, MODEL, newest_first, newest_whole
+from .settings import NO_OTHERS, SHIPPED, DiffusionConfig, LossConfig, Precision, check_diffusion
 from .unet import VideoUNet
 
 INDEX = "model_index.json"  # the record of an exported model, a diffusers pipeline

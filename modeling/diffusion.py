@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .noise import Target
+from .settings import Target
 
 Latents = Float[Tensor, "batch frames channels height width"]
 LatentMask = Float[Tensor, "batch frames 1 height width"]

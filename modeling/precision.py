@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-Precision = Literal["float32", "bfloat16", "float16"]
+from .settings import Precision
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -15,17 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import BadInput
 from ..options import check
-from .attention import (
-    Activations,
-    Choice,
-    CrossAttention,
-    Positions,
-    SelfAttention,
-    zero,
-)
+from .attention import Activations, CrossAttention, Positions, SelfAttention, zero
 from .blocks import (
     Attention,
-    Conditioning,
     ConditionMaps,
     ConditionTokens,
     Convolution,
@@ -39,6 +31,7 @@ from .blocks import (
     timestep_embedding,
     upsample_to,
 )
+from .settings import Conditioning
 
 
 class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mixins disagree

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..data.masks import latent_mask
 from ..data.shards.format import Example
 from ..data.shards.reading import ShardedDataset
 from ..data.videos import Frames
 from ..errors import BadInput
-from ..modeling.autoencoder import Autoencoder, refuse_another, to_frames
+from ..modeling.autoencoder import Autoencoder, latent_mask, refuse_another, to_frames
 from ..modeling.denoiser import Denoiser
 from ..modeling.diffusion import LatentMask, Latents
 from .metrics.pixels import composite

@@ -35,14 +35,13 @@ from ..errors import BadInput, describe
 from ..modeling.autoencoder import (
     CONFIG,
     SHARED,
-    SHIPPED,
     Autoencoder,
     NetworkConfig,
     load_autoencoder,
     refuse_another,
 )
 from ..modeling.denoiser import INDEX, Denoiser, model_folder, parse_record, read_record
-from ..modeling.precision import Precision
+from ..modeling.settings import SHIPPED, Precision
 from ..modeling.unet import VideoUNet
 from ..records import parse_strictly, read_small
 from .inpaint.blending import FEATHER

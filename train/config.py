@@ -12,11 +12,15 @@ from annotated_types import Interval, Len
 from .. import options
 from ..data.storage.store import CacheConfig
 from ..errors import BadInputEverywhere
-from ..modeling.attention import Choice as AttentionBackend
-from ..modeling.blocks import Conditioning
-from ..modeling.noise import DiffusionConfig, LossConfig, check_diffusion
-from ..modeling.precision import Precision
-from ..modeling.presets import PRESETS
+from ..modeling.settings import (
+    PRESETS,
+    AttentionBackend,
+    Conditioning,
+    DiffusionConfig,
+    LossConfig,
+    Precision,
+    check_diffusion,
+)
 from ..options import (
     Minutes,
     NonNegativeFloat,

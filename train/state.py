@@ -29,11 +29,11 @@ from .. import jobs
 from ..data.shards.format import Manifest
 from ..errors import BadInput
 from ..files import locate
-from ..modeling.autoencoder import SHIPPED, refuse_another
+from ..modeling.autoencoder import refuse_another
 from ..modeling.denoiser import Denoiser, LatentSpace
 from ..modeling.precision import autocast
-from ..modeling.presets import build
 from ..modeling.run_folder import CHECKPOINTS, newest_first
+from ..modeling.settings import SHIPPED, build
 from ..modeling.unet import VideoUNet
 from .config import RATE_OPTIONS, TrainConfig
 from .deepspeed import deepspeed_config

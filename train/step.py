@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.shards.stream import Batch
 from ..errors import BadInputEverywhere, say
 from ..modeling.denoiser import Denoiser
-from ..modeling.noise import LossConfig, draw_timesteps
+from ..modeling.noise import draw_timesteps
+from ..modeling.settings import LossConfig
 from ..seeding import generator
 from .config import OptimizerConfig, TrainConfig
 from .state import TrainState, is_under_zero, update_averages

@@ -8,8 +8,7 @@ from typing import Literal
 
 from ... import options
 from ...errors import BadInput
-from ...modeling.autoencoder import PAPERS
-from ...modeling.precision import Precision
+from ...modeling.settings import PAPERS, Precision
 from ...options import NonNegativeInt, PositiveFloat, PositiveInt
 from ..masks import Colour, Mix
 from ..videos import Fit, FrameSize

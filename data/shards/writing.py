@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 
 from ...files import aside, hash_file, write_atomically
+from ...modeling.autoencoder import latent_mask
 from ...records import read_small
-from ..masks import latent_mask
 from ..storage.names import index_name, shard_name
 from .format import KEY_PATTERN, TRAINING, Example, MemberPlaces, ShardIndex, Skipped, in_blocks
 

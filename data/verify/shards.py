@@ -16,7 +16,8 @@ import xxhash
 from jaxtyping import Float16, UInt8, UInt64
 
 from ...files import hash_file
-from .. import masks
+from ...modeling.autoencoder import latent_mask
+from ..masks import OWN
 from ..shards.format import DamagedShard, Example, Manifest, ShardIndex, family_of
 from ..shards.reading import ExampleLayout, Shard, npy_header
 from ..shards.writing import Moments
@@ -93,7 +94,7 @@ def _inspect_examples(
     """Check every example, and that they add up to the index's sums; return those sampled."""
     span = ExampleLayout.of(manifest)
     raw = np.empty(span.bytes, np.uint8)
-    latent_mask = span.views(torch.from_numpy(raw)[None])["latent_mask"][0].numpy()
+    stored = span.views(torch.from_numpy(raw)[None])["latent_mask"][0].numpy()
     find = functools.partial(inspection.add_damage, shard.number)
     samples, moments, complete = [], Moments(), True
     for row, key in enumerate(shard.keys):
@@ -114,7 +115,7 @@ def _inspect_examples(
             complete = False
             continue
         inspection.checked["masks"] += 1
-        if reason := _find_wrong_mask(example, latent_mask):
+        if reason := _find_wrong_mask(example, stored):
             find("masks", reason, key)
         moments.add(example)
         if row in sampled:
@@ -157,16 +158,16 @@ def _find_not_finite(example: Example) -> str:
     return ""
 
 
-def _find_wrong_mask(example: Example, latent_mask: Float16[np.ndarray, "frames 1 h w"]) -> str:
+def _find_wrong_mask(example: Example, stored: Float16[np.ndarray, "frames 1 h w"]) -> str:
     mask = example.mask
     least, most = mask.min(), mask.max()
     if most > 1:
         return f"its mask has the value {most}: 1 is the hole, 0 is not"
     # A video's own masks may be so, where there was nothing to hide.
-    if least == most and family_of(example.key) != masks.OWN:
+    if least == most and family_of(example.key) != OWN:
         return "its mask hides the whole clip" if most else "its mask hides nothing"
-    shrunk = masks.latent_mask(mask, *latent_mask.shape[-2:]).numpy().astype(np.float16)
-    if not np.array_equal(shrunk, latent_mask):
+    shrunk = latent_mask(mask, *stored.shape[-2:]).numpy().astype(np.float16)
+    if not np.array_equal(shrunk, stored):
         return "its latent_mask is not its mask's"
     return ""
 

@@ -22,9 +22,9 @@ from ...data.fingerprints import fingerprint_videos
 from ...data.videos import FrameSize, Mask
 from ...errors import BadInput, say
 from ...files import Fingerprint, is_same, refuse_existing, seen_as
-from ...modeling.autoencoder import SHIPPED, load_trained_autoencoder
+from ...modeling.autoencoder import load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
-from ...modeling.precision import Precision
+from ...modeling.settings import SHIPPED, Precision
 from ...options import NonNegativeInt, PositiveInt, Seed
 from ...processes import choose_device
 from ...progress import show_progress

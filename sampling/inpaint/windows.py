@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from ...data.masks import fill_hole, latent_mask, visible_median
+from ...data.masks import fill_hole, visible_median
 from ...data.videos import Frames, FrameSize, Mask, Masks, Pixels, fit_frame
 from ...errors import BadInput
-from ...modeling.autoencoder import Autoencoder, to_frames, to_pixels
+from ...modeling.autoencoder import Autoencoder, latent_mask, to_frames, to_pixels
 from ...modeling.denoiser import INDEX, Denoiser, model_folder, read_record
 from ..capacity import largest_batch
 from ..metrics.pixels import composite

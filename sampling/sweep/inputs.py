@@ -17,7 +17,7 @@ from ...errors import BadInput
 from ...files import hide_secrets
 from ...modeling.autoencoder import Autoencoder, hash_weights, load_trained_autoencoder
 from ...modeling.denoiser import Denoiser
-from ...modeling.precision import Precision
+from ...modeling.settings import Precision
 from ...options import NonNegativeInt, PositiveInt
 from ...processes import choose_device
 from ..examples import check_shards, condition_of, known_of, pixels_of

@@ -19,13 +19,13 @@ from vidfill.errors import BadInput
 from vidfill.modeling import autoencoder as module
 from vidfill.modeling.autoencoder import (
     CONFIG,
-    SHIPPED,
     SHIPPED_WEIGHTS,
     WEIGHTS,
     load_autoencoder,
     to_frames,
     to_pixels,
 )
+from vidfill.modeling.settings import SHIPPED
 from vidfill.progress import say_once
 from vidfill.sampling.metrics.pixels import psnr
 

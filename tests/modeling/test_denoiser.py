@@ -17,13 +17,8 @@ from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import SHIPPED_WEIGHTS
 from vidfill.modeling.denoiser import Denoiser, LatentSpace, parse_record
 from vidfill.modeling.diffusion import add_noise, ddim_step, ddpm_step, expand, target_of, to_flow
-from vidfill.modeling.noise import (
-    DiffusionConfig,
-    LossConfig,
-    alpha_bars,
-    flow_times,
-    min_snr_weight,
-)
+from vidfill.modeling.noise import alpha_bars, flow_times, min_snr_weight
+from vidfill.modeling.settings import DiffusionConfig, LossConfig
 from vidfill.modeling.unet import VideoUNet
 
 EVERY = torch.arange(1000)

@@ -22,12 +22,8 @@ from vidfill.modeling.diffusion import (
     target_of,
     to_flow,
 )
-from vidfill.modeling.noise import (
-    DiffusionConfig,
-    Target,
-    alpha_bars,
-    flow_times,
-)
+from vidfill.modeling.noise import alpha_bars, flow_times
+from vidfill.modeling.settings import DiffusionConfig, Target
 
 CONFIG = DiffusionConfig()
 ZERO_SNR = DiffusionConfig(zero_terminal_snr=True, target="v")

@@ -15,12 +15,8 @@ from torch import Tensor
 from vidfill.errors import BadInput
 from vidfill.modeling.diffusion import add_noise, clean_of, target_of
 from vidfill.modeling.noise import (
-    DiffusionConfig,
-    LossConfig,
-    Target,
     alpha_bars,
     betas,
-    check_diffusion,
     cosine_betas,
     draw_timesteps,
     flow_times,
@@ -30,6 +26,7 @@ from vidfill.modeling.noise import (
     timesteps_at,
     zero_terminal_snr,
 )
+from vidfill.modeling.settings import DiffusionConfig, LossConfig, Target, check_diffusion
 from vidfill.options import check
 
 BY_DIFFUSERS_NAME = {

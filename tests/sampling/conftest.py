@@ -20,7 +20,7 @@ from vidfill.data.storage.names import shard_name
 from vidfill.data.verify.run import VerifyConfig, verify
 from vidfill.modeling.autoencoder import Autoencoder
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
-from vidfill.modeling.noise import DiffusionConfig
+from vidfill.modeling.settings import DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
 from vidfill.sampling.inpaint.run import InpaintConfig, inpaint
 from vidfill.sampling.pipeline import VideoInpaintPipeline

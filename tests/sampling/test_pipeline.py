@@ -11,13 +11,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from vidfill.errors import BadInput
-from vidfill.modeling.autoencoder import (
-    SHIPPED,
-    SHIPPED_WEIGHTS,
-    Autoencoder,
-    load_autoencoder,
-)
+from vidfill.modeling.autoencoder import SHIPPED_WEIGHTS, Autoencoder, load_autoencoder
 from vidfill.modeling.denoiser import Denoiser
+from vidfill.modeling.settings import SHIPPED
 from vidfill.progress import say_once
 from vidfill.sampling.inpaint import windows
 from vidfill.sampling.inpaint.windows import FillSettings, fill_windows, usual_schedule

@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from vidfill.errors import BadInput, BadInputEverywhere
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
-from vidfill.modeling.noise import DiffusionConfig
 from vidfill.modeling.run_folder import Damaged, newest_first, newest_whole, read_state, verify
+from vidfill.modeling.settings import DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
 from vidfill.seeding import derive_seed, generator
 from vidfill.train.checkpoints import Checkpoints

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from vidfill import jobs
-from vidfill.modeling.presets import PRESETS
+from vidfill.modeling.settings import PRESETS
 from vidfill.train.config import RECIPES, TrainConfig, check, find_recipe
 from vidfill.train.loop import main
 

@@ -20,7 +20,7 @@ from vidfill import jobs
 from vidfill.errors import BadInput
 from vidfill.launch.launch import LaunchConfig, read_tasks
 from vidfill.modeling.denoiser import Denoiser
-from vidfill.modeling.noise import DiffusionConfig
+from vidfill.modeling.settings import DiffusionConfig
 from vidfill.train.config import RUN_MAY_CHANGE, EvaluationConfig, TrainConfig
 from vidfill.train.export import ExportConfig, export
 from vidfill.train.loop import train

@@ -24,8 +24,7 @@ from vidfill.data.storage.names import shard_name
 from vidfill.data.synth.run import SynthConfig, synth
 from vidfill.errors import BadInput
 from vidfill.modeling.denoiser import Denoiser
-from vidfill.modeling.noise import DiffusionConfig, LossConfig
-from vidfill.modeling.presets import PRESETS
+from vidfill.modeling.settings import PRESETS, DiffusionConfig, LossConfig
 from vidfill.train.config import ModelConfig, PreviewConfig, TrainConfig
 from vidfill.train.loop import main, train
 from vidfill.train.step import draw_latents

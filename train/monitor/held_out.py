@@ -10,15 +10,16 @@ from accelerate import Accelerator
 from jaxtyping import Float64
 from torch import Tensor
 
-from ...data.masks import latent_mask
 from ...data.shards.format import DamagedShard, Example
 from ...data.shards.reading import ShardedDataset, has_split
 from ...data.shards.stream import Batch
 from ...errors import say
 from ...files import hide_secrets
+from ...modeling.autoencoder import latent_mask
 from ...modeling.denoiser import Denoiser
-from ...modeling.noise import LossConfig, timesteps_at
+from ...modeling.noise import timesteps_at
 from ...modeling.precision import autocast
+from ...modeling.settings import LossConfig
 from ...sampling.examples import check_shards
 from ...seeding import derive_seed, generator
 from ..config import TrainConfig

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from ...modeling.precision import Precision
+from ...modeling.settings import Precision
 
 # Operations a second of NVIDIA's data sheets (nvidia.com/data-center/ a100, h100, h200, l40s,
 # grace-hopper-superchip and hgx), which is half of what they give with sparsity: in 16 bits, and in

@@ -32,7 +32,7 @@ from ...errors import BadInput, BadInputEverywhere, describe, printable, say
 from ...files import PARTIAL
 from ...modeling.attention import attention_backend
 from ...modeling.denoiser import Denoiser
-from ...modeling.precision import Precision
+from ...modeling.settings import Precision
 from ..config import ModelConfig, TrainConfig, check, find_recipe
 from ..state import load_start, make_accelerator, make_denoiser, make_state
 from ..step import train_step

@@ -26,7 +26,8 @@ from ...data.shards.stream import Stream
 from ...errors import BadInput, say
 from ...modeling.attention import attention_backend
 from ...modeling.cost import cost_of
-from ...modeling.precision import Precision, autocast
+from ...modeling.precision import autocast
+from ...modeling.settings import Precision
 from ...modeling.unet import VideoUNet
 from ..config import TrainConfig
 from ..monitor.rates import PEAKS, measure_rate

@@ -15,7 +15,6 @@ import webdataset
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vidfill.data.masks import latent_mask
 from vidfill.data.shards import writing
 from vidfill.data.shards.format import (
     TRAINING,
@@ -29,6 +28,7 @@ from vidfill.data.shards.reading import ExampleLayout, ShardedDataset
 from vidfill.data.shards.writing import write_shard
 from vidfill.data.storage.names import MANIFEST, index_name, shard_name
 from vidfill.errors import BadInput
+from vidfill.modeling.autoencoder import latent_mask
 
 MakeExample = Callable[..., Example]
 TAR = "shard-000000.tar"

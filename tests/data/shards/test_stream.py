@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vidfill.data.masks import latent_mask
 from vidfill.data.shards.format import DamagedShard, Example
 from vidfill.data.shards.reading import Shard, ShardedDataset
 from vidfill.data.shards.stream import Batch, Node, SkippedExample, Stream
@@ -21,6 +20,7 @@ from vidfill.data.shards.writing import read_index
 from vidfill.data.storage.follower import ShardUse
 from vidfill.data.storage.names import index_name, shard_name
 from vidfill.errors import BadInput
+from vidfill.modeling.autoencoder import latent_mask
 
 Sizes = tuple[int, ...]
 OpenDataset = Callable[..., ShardedDataset]

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from vidfill.data.masks import fill_hole, latent_mask
+from vidfill.data.masks import fill_hole
 from vidfill.data.videos import Frames, FrameSize, Masks
 from vidfill.errors import BadInput
-from vidfill.modeling.autoencoder import Autoencoder, to_frames, to_pixels
+from vidfill.modeling.autoencoder import Autoencoder, latent_mask, to_frames, to_pixels
 from vidfill.modeling.denoiser import Denoiser
 from vidfill.sampling.inpaint.blending import feather, match_colour, measure_border
 from vidfill.sampling.inpaint.boxes import Box, choose_box, choose_size

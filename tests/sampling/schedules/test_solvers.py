@@ -24,7 +24,8 @@ from torch import Tensor
 from vidfill import seeding
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.diffusion import ddim_step, ddpm_step, expand
-from vidfill.modeling.noise import DiffusionConfig, alpha_bars
+from vidfill.modeling.noise import alpha_bars
+from vidfill.modeling.settings import DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
 from vidfill.sampling.sampler import Known, Request, sample
 from vidfill.sampling.schedules.language import parse

@@ -19,7 +19,7 @@ from vidfill.data.storage.names import shard_name
 from vidfill.data.synth.run import SynthConfig, synth
 from vidfill.errors import BadInput
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
-from vidfill.modeling.noise import DiffusionConfig, LossConfig
+from vidfill.modeling.settings import DiffusionConfig, LossConfig
 from vidfill.modeling.unet import VideoUNet
 from vidfill.train.config import DataConfig, EvaluationConfig, PreviewConfig, TrainConfig
 from vidfill.train.monitor.held_out import HeldOut, figures, open_held_out

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from vidfill.data.shards.reading import ShardedDataset
 from vidfill.errors import BadInput
-from vidfill.modeling.precision import Precision
+from vidfill.modeling.settings import Precision
 from vidfill.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from vidfill.train.loop import train
 from vidfill.train.preflight.plan import (

@@ -9,7 +9,7 @@ from torch import Tensor
 from vidfill.errors import BadInput
 from vidfill.modeling.blocks import timestep_embedding
 from vidfill.modeling.cost import cost_table, measure
-from vidfill.modeling.presets import PRESETS, build
+from vidfill.modeling.settings import PRESETS, build
 from vidfill.modeling.unet import VideoUNet
 
 
