@@ -6,25 +6,53 @@ import importlib
 import io
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from . import interrupts
 from .errors import mute, suggest
 
 VERBS = {
-    "synth": ("data.synth.run", "make collision videos to try everything on"),
-    "encode": ("data.encode.run", "videos -> shards of latents"),
-    "verify": ("data.verify.run", "are shards what was written? mends them too"),
-    "doctor": ("train.preflight.doctor", "what would go wrong with a training run"),
-    "train": ("train.loop", "shards -> a model"),
-    "launch": ("launch.launch", "writes and submits the scripts of a cluster's job"),
-    "export": ("train.export", "a run -> a model's folder to give away"),
-    "schedule": ("sampling.schedules.show", "what a schedule does and costs, before it runs"),
-    "sweep": ("sampling.sweep.run", "a model + held-out shards -> schedules compared"),
-    "inpaint": ("sampling.inpaint.run", "a video + a mask -> the video with its holes filled"),
-    "report": ("sampling.report.run", "a sweep -> a page and figures"),
-    "demo": ("demo", "all of it, on synthetic videos, in minutes"),
+    "synth": "make collision videos to try everything on",
+    "encode": "videos -> shards of latents",
+    "verify": "are shards what was written? mends them too",
+    "doctor": "what would go wrong with a training run",
+    "train": "shards -> a model",
+    "launch": "writes and submits the scripts of a cluster's job",
+    "export": "a run -> a model's folder to give away",
+    "schedule": "what a schedule does and costs, before it runs",
+    "sweep": "a model + held-out shards -> schedules compared",
+    "inpaint": "a video + a mask -> the video with its holes filled",
+    "report": "a sweep -> a page and figures",
+    "demo": "all of it, on synthetic videos, in minutes",
 }
+# The module of each verb's job.
+JOBS = {
+    "synth": "data.synth.run",
+    "encode": "data.encode.run",
+    "verify": "data.verify.run",
+    "doctor": "train.preflight.doctor",
+    "train": "train.loop",
+    "launch": "launch.launch",
+    "export": "train.export",
+    "schedule": "sampling.schedules.show",
+    "sweep": "sampling.sweep.run",
+    "inpaint": "sampling.inpaint.run",
+    "report": "sampling.report.run",
+    "demo": "demo",
+}
+# Where --help finds the options and examples of the verbs whose jobs take seconds to import.
+HELP = {
+    "encode": ("data.encode.settings", "EncodeConfig", "EXAMPLES"),
+    "verify": ("data.verify.settings", "VerifyConfig", "EXAMPLES"),
+    "doctor": ("train.config", "TrainConfig", "DOCTOR_EXAMPLES"),
+    "train": ("train.config", "TrainConfig", "EXAMPLES"),
+    "export": ("train.config", "ExportConfig", "EXPORT_EXAMPLES"),
+    "sweep": ("sampling.sweep.settings", "SweepConfig", "EXAMPLES"),
+    "inpaint": ("sampling.inpaint.settings", "InpaintConfig", "EXAMPLES"),
+    "report": ("sampling.report.settings", "ReportConfig", "EXAMPLES"),
+}
+ASKS = ("-h", "--help", "--help_all")
 
 USAGE = "usage: vidfill VERB …\n\n{verbs}\n\n`vidfill VERB --help` shows a verb's options.\n"
 
@@ -49,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0:1] == ["help"] and len(arguments) > 1:
         arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        lines = [f"  {verb:8} {summary}" for verb, (_, summary) in VERBS.items()]
+        lines = [f"  {verb:8} {summary}" for verb, summary in VERBS.items()]
         print(USAGE.format(verbs="\n".join(lines)))
         return 0
     if arguments[0] == "--version":
@@ -64,8 +92,18 @@ def _run(verb: str, rest: list[str]) -> int:
     if verb not in VERBS:
         print(f"vidfill: error: no verb {verb!r}; {suggest(verb, VERBS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f".{VERBS[verb][0]}", package=__package__)
-    return module.main(rest)
+    asks = [word for word in rest if word in ASKS]
+    if asks and verb in HELP:
+        name, config_class, examples = HELP[verb]
+        from . import jobs
+
+        found = vars(_import(name))
+        jobs.parse(found[config_class], asks[:1], verb=verb, examples=found[examples])
+    return _import(JOBS[verb]).main(rest)
+
+
+def _import(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", package=__package__)
 
 
 if __name__ == "__main__":

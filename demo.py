@@ -9,20 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import jobs, options
-from .data.encode.run import encode
 from .data.encode.settings import EncodeConfig
 from .data.synth.run import SynthConfig, synth
 from .errors import say
 from .modeling.settings import SHIPPED
 from .options import PositiveInt, Seed
-from .sampling.report.run import ReportConfig, report
-from .sampling.sweep.inputs import SweepConfig
-from .sampling.sweep.results import Sweep, read_sweep
-from .sampling.sweep.run import sweep
-from .sampling.sweep.show import show_results
+from .sampling.report.settings import ReportConfig
+from .sampling.sweep.settings import SweepConfig
 from .train.config import RECIPES, TrainConfig
-from .train.loop import train
-from .train.monitor.tensorboard import tensorboard_command
 
 EXAMPLES = """\
 examples:
@@ -56,6 +50,11 @@ class DemoConfig:
 
 def demo(config: DemoConfig) -> None:
     """Run the five stages, then say what came out and where it is."""
+    # Not above, where --help would wait for torch.
+    from .sampling.sweep.results import read_sweep
+    from .sampling.sweep.show import describe_gain, show_results
+    from .train.monitor.tensorboard import tensorboard_command
+
     options.check(config)
     began = time.monotonic()
     stages = stages_of(config)
@@ -65,7 +64,7 @@ def demo(config: DemoConfig) -> None:
     swept = read_sweep(config.out / "sweep")
     show_results([row.texts for row in (*swept.baselines, *swept.schedules)])
     say(
-        _describe_gain(swept),
+        describe_gain(swept),
         f"report:      {config.out / 'report' / 'index.html'}",
         f"tensorboard: {tensorboard_command(config.out / 'train')}",
         f"took:        {time.monotonic() - began:.0f} s",
@@ -75,6 +74,11 @@ def demo(config: DemoConfig) -> None:
 
 def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
     """Each stage's name and job."""
+    from .data.encode.run import encode
+    from .sampling.report.run import report
+    from .sampling.sweep.run import sweep
+    from .train.loop import train
+
     out, seed = config.out, config.seed
     videos = SynthConfig(
         out / "videos",
@@ -111,16 +115,6 @@ def stages_of(config: DemoConfig) -> list[tuple[str, Callable[[], object]]]:
         ("sweep", lambda: sweep(compared)),
         ("report", lambda: report(page)),
     ]
-
-
-def _describe_gain(swept: Sweep) -> str:
-    (fill,) = (row for row in swept.baselines if row.name == "fill")
-    best = swept.best
-    gain = best["psnr_hole"] - fill["psnr_hole"]
-    return (
-        f"best schedule: {best.name}, {best['psnr_hole']:.2f} dB in the hole, "
-        f"{gain:+.2f} dB against the masked input"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel
 
-from . import __version__
+from . import __version__, options
 from .errors import BadInput, BadInputEverywhere, describe, is_out_of_memory, say, say_error
 from .files import (
     LOCK,
@@ -109,33 +110,30 @@ def parse(
 
     import jsonargparse
 
+    words = list(sys.argv[1:] if argv is None else argv)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=f"vidfill {verb}",
-        description=config_class.__doc__,
+        description=inspect.cleandoc(config_class.__doc__ or ""),
         epilog=examples,
-        formatter_class=type(  # it keeps the line breaks of the description and the examples
-            "HelpFormatter",
-            (jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter),
-            {},
-        ),
+        formatter_class=options.make_formatter(),
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="A YAML file of the options below.")
+    parser.add_argument("--config", action="config", help="A YAML file of the options.")
     parser.add_class_arguments(config_class, as_group=False, as_positional=True)
     for action in parser._actions:
         if action.dest.endswith("_"):  # `from` cannot be a field's name
             option = f"--{action.dest.rstrip('_')}"
             action.option_strings = [option]
             parser._option_string_actions[option] = action
-    words = sys.argv[1:] if argv is None else argv
+    options.arrange_help(parser, config_class, words)
     groups = _find_fields(config_class, is_group=True)
     try:
-        _refuse_hidden_files(words, groups)
+        options.refuse_hidden_files(words, groups)
         namespace = parser.parse_args(_complete_switches(words, _find_fields(config_class)))
     except (argparse.ArgumentError, Malformed) as error:
-        options = [option.lstrip("-") for option in parser._option_string_actions]
-        said = _explain(str(error), options)
+        known = [option.lstrip("-") for option in parser._option_string_actions]
+        said = _explain(str(error), known)
         _say_error(verb, BadInputEverywhere(f"{said} (`vidfill {verb} --help` lists all)"))
         sys.exit(2)
     fields = parser.instantiate(namespace)
@@ -187,49 +185,6 @@ def _find_fields(config_class: type, prefix: str = "--", is_group: bool = False)
         elif kind is bool and not is_group:
             found.add(prefix + name)
     return found
-
-
-def _refuse_hidden_files(words: Sequence[str], groups: Collection[str]) -> None:
-    """Refuse what would make the parser read a file that is no configuration, and show of it.
-
-    That is a text where a group of options stands, and a configuration that names another.
-
-    Raises:
-        Malformed: Naming the option.
-    """
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-        option, is_joined, value = word.partition("=")
-        value = value if is_joined else following
-        if option == "--config":
-            _check_tree(_read_yaml(Path(value)), {group.removeprefix("--") for group in groups})
-        elif option in groups and not value.startswith("{"):
-            raise Malformed(f"{option} is a group of options: give them, as in {option}.NAME VALUE")
-
-
-def _check_tree(tree: object, groups: Collection[str], prefix: str = "") -> None:
-    if not isinstance(tree, dict):
-        raise Malformed(f"{prefix.rstrip('.') or 'the file'} is no group of options: name each")
-    for name, value in tree.items():
-        if name == "config":
-            raise Malformed("a configuration file cannot name another: give its options")
-        if f"{prefix}{name}" in groups:
-            _check_tree(value, groups, f"{prefix}{name}.")
-
-
-def _read_yaml(path: Path) -> object:
-    """A configuration file, in which nothing stands for something else."""
-    import yaml
-
-    try:
-        text = read_small(path).decode()
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise Malformed("it has an alias (*NAME): write out what it stands for")
-        return yaml.safe_load(text) or {}
-    except OSError as error:
-        raise Malformed(f"--config {path}: {error.strerror}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        said = getattr(error, "problem", None) or describe(error)
-        raise Malformed(f"--config {path}: {said}") from None
 
 
 def _complete_switches(words: Sequence[str], switches: Collection[str]) -> list[str]:

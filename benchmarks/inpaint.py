@@ -21,7 +21,8 @@ from vidfill.modeling.autoencoder import load_autoencoder
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.settings import SHIPPED, DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
-from vidfill.sampling.inpaint.run import InpaintConfig, inpaint
+from vidfill.sampling.inpaint.run import inpaint
+from vidfill.sampling.inpaint.settings import InpaintConfig
 
 from .machine import describe, in_new_process, peak_bytes
 

@@ -42,7 +42,8 @@ from vidfill.files import aside, write_atomically
 from vidfill.modeling.denoiser import Denoiser
 from vidfill.modeling.noise import draw_timesteps, timesteps_at
 from vidfill.modeling.precision import autocast
-from vidfill.modeling.settings import DiffusionConfig, LossConfig, Precision, build
+from vidfill.modeling.settings import DiffusionConfig, LossConfig, Precision
+from vidfill.modeling.unet import build
 from vidfill.processes import choose_device
 from vidfill.progress import show_progress
 from vidfill.sampling.figure_style import DPI, FAINT, REFERENCE, SMALL, STYLE

@@ -20,7 +20,8 @@ from vidfill import seeding
 from vidfill.errors import BadInput
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.noise import betas
-from vidfill.modeling.settings import PRESETS, DiffusionConfig, build
+from vidfill.modeling.settings import PRESETS, DiffusionConfig
+from vidfill.modeling.unet import build
 from vidfill.processes import choose_device
 from vidfill.sampling.capacity import find_capacity
 from vidfill.sampling.sampler import Request, sample

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from vidfill.errors import BadInput
 from vidfill.modeling.precision import autocast
-from vidfill.modeling.settings import PRESETS, Precision, build
-from vidfill.modeling.unet import VideoUNet
+from vidfill.modeling.settings import PRESETS, Precision
+from vidfill.modeling.unet import VideoUNet, build
 from vidfill.processes import choose_device
 
 from . import peers

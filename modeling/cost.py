@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attention import attention_backend
 from .precision import autocast
-from .settings import PRESETS, Precision, build
-from .unet import VideoUNet
+from .settings import PRESETS, Precision
+from .unet import VideoUNet, build
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 from pydantic import ConfigDict
 
 from .. import options
-from ..errors import BadInput, BadInputEverywhere
+from ..errors import BadInputEverywhere
 from ..options import FiniteFloat, PositiveFloat
-
-if TYPE_CHECKING:
-    from .unet import VideoUNet
 
 SHIPPED = "shipped"  # the name of the package's own small autoencoder, and of its own model
 PAPERS = "stabilityai/sd-vae-ft-mse"  # the autoencoder that the paper uses, on the hub
@@ -205,16 +202,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_RAMVID,
     },
 }
-
-
-def build(name: str, latent_channels: int, condition_channels: int, **changes: Any) -> VideoUNet:
-    """A new network with random weights; `changes` are options that differ from the preset's.
-
-    Raises:
-        BadInput: There is no such preset.
-    """
-    from .unet import VideoUNet
-
-    if name not in PRESETS:
-        raise BadInput(f"no preset {name!r}: give one of {', '.join(PRESETS)}")
-    return VideoUNet(latent_channels, condition_channels, **PRESETS[name] | changes)

@@ -31,7 +31,7 @@ from .blocks import (
     timestep_embedding,
     upsample_to,
 )
-from .settings import Conditioning
+from .settings import PRESETS, AttentionBackend, Conditioning
 
 
 class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mixins disagree
@@ -236,12 +236,12 @@ class VideoUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mi
         Raises:
             BadInput: There is no such backend.
         """
-        if backend not in get_args(Choice):
-            choices = ", ".join(get_args(Choice))
+        if backend not in get_args(AttentionBackend):
+            choices = ", ".join(get_args(AttentionBackend))
             raise BadInput(f"the attention backend is {backend!r}: give one of {choices}")
         for module in self.modules():
             if isinstance(module, SelfAttention | CrossAttention):
-                module.backend = cast(Choice, backend)
+                module.backend = cast(AttentionBackend, backend)
 
     def reset_attention_backend(self) -> None:
         """Use one that works."""
@@ -285,3 +285,14 @@ def _check_widths(design: Design) -> None:
                 f"heads of {channels} channels cannot tell three axes apart: "
                 "give an even head_channels of at least 6, or fewer heads"
             )
+
+
+def build(name: str, latent_channels: int, condition_channels: int, **changes: Any) -> VideoUNet:
+    """A new network with random weights; `changes` are options that differ from the preset's.
+
+    Raises:
+        BadInput: There is no such preset.
+    """
+    if name not in PRESETS:
+        raise BadInput(f"no preset {name!r}: give one of {', '.join(PRESETS)}")
+    return VideoUNet(latent_channels, condition_channels, **PRESETS[name] | changes)

@@ -44,8 +44,8 @@ from ..modeling.denoiser import INDEX, Denoiser, model_folder, parse_record, rea
 from ..modeling.settings import SHIPPED, Precision
 from ..modeling.unet import VideoUNet
 from ..records import parse_strictly, read_small
-from .inpaint.blending import FEATHER
-from .inpaint.windows import SCHEDULE, FillSettings, fill_windows
+from .inpaint.settings import FEATHER, SCHEDULE
+from .inpaint.windows import FillSettings, fill_windows
 from .schedules.language import parse
 from .schedules.program import compile_schedule
 

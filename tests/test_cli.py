@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from vidfill import cli, jobs
-from vidfill.sampling.inpaint.run import InpaintConfig
+from vidfill.sampling.inpaint.settings import InpaintConfig
 
 
 @pytest.mark.parametrize("words", [["help"], ["-h"], ["--help"], []])

@@ -14,7 +14,7 @@ from vidfill import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAYERS = ("data", "launch", "modeling", "sampling", "train")
-MODULES = [module for module, _ in cli.VERBS.values()] + ["train.autoencoder"]
+MODULES = [*cli.JOBS.values(), "train.autoencoder"]
 MODULE_VERBS = {
     "vidfill.data.encode": "data.encode.run",
     "vidfill.train": "train.loop",
@@ -34,7 +34,7 @@ def ours(words: list[str]) -> list[str]:
     """[module, argument…] of a command that runs one of our jobs, else nothing."""
     runs = words[:1] in (["vidfill"], [".venv/bin/vidfill"])
     if runs and len(words) > 1 and words[1] in cli.VERBS:
-        return [cli.VERBS[words[1]][0], *words[2:]]
+        return [cli.JOBS[words[1]], *words[2:]]
     for index, word in enumerate(words):
         if word in MODULE_VERBS and words[index - 1] == "-m":
             return [MODULE_VERBS[word], *words[index + 1 :]]

@@ -183,6 +183,25 @@ def test_import_and_help_load_nothing_heavy(command: list[str]) -> None:
     assert not loaded & set(HEAVY)
 
 
+def test_the_help_of_every_verb_takes_less_than_a_second_and_no_torch() -> None:
+    script = """
+import contextlib, io, sys, time
+from vidfill.cli import VERBS, main
+for verb in VERBS:
+    for option in ("--help", "--help_all"):
+        began = time.process_time()
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as said:
+            main([verb, option])
+        assert "torch" not in sys.modules, verb
+        if "--help_all" in said.getvalue() or option == "--help":
+            assert said.getvalue().startswith(f"usage: vidfill {verb}"), verb
+            assert "examples:" in said.getvalue(), verb
+            assert "type:" not in said.getvalue(), verb
+        assert time.process_time() - began < 1, verb
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.slow
 def test_importing_every_module_says_nothing_and_writes_nothing(tmp_path: Path) -> None:
     names = [f"vidfill.{name}" for name in sources() if not name.endswith("__main__")]

@@ -13,11 +13,13 @@ import torch
 import vidfill
 from vidfill import jobs
 from vidfill.data.verify.defects import is_sound
-from vidfill.data.verify.run import VerifyConfig, verify
+from vidfill.data.verify.run import verify
+from vidfill.data.verify.settings import VerifyConfig
 from vidfill.modeling.denoiser import Denoiser
-from vidfill.sampling.sweep.inputs import SweepConfig
 from vidfill.sampling.sweep.run import sweep
-from vidfill.train.export import ExportConfig, export
+from vidfill.sampling.sweep.settings import SweepConfig
+from vidfill.train.config import ExportConfig
+from vidfill.train.export import export
 from vidfill.train.loop import main
 
 KEPT = Path(__file__).parent / "of_0.1"

@@ -1,11 +1,11 @@
-"""The configuration of a training run: one frozen dataclass a part."""
+"""The configuration of a training run, one frozen dataclass a part, and of its export."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval, Len
 
@@ -29,7 +29,39 @@ from ..options import (
     PositiveInt,
     Seed,
 )
+from ..sampling.inpaint.settings import SCHEDULE
 from .monitor.profiling import profiled_steps
+
+EXAMPLES = """\
+examples:
+  vidfill train shards runs/first --steps 5000
+  vidfill train shards runs/first --steps 5000 --plan
+  vidfill train shards runs/base --config base --optimizer.learning_rate 5e-5
+  vidfill train shards runs/tuned --from models/first --optimizer.learning_rate 2e-5
+  vidfill launch "train shards runs/eight" --gpus_per_node 8 --out node
+  accelerate launch --config_file node.yaml -m vidfill.train shards runs/eight
+      on 8 GPUs, as the first command describes them to Accelerate
+  accelerate launch --config_file node.yaml -m vidfill.train shards runs/zero --zero_stage 2
+  tensorboard --logdir runs/first/tensorboard
+"""
+
+EXPORT_EXAMPLES = """\
+examples:
+  vidfill export runs/first models/first
+  vidfill export runs/first models/first-long --ema 0.9999
+  vidfill export runs/first models/first-20k --checkpoint step-00020000
+  vidfill export runs/first models/first --schedule ddim:50 --sweep sweeps/first
+      sets the default schedule, and puts the sweep's figures into the card
+"""
+
+DOCTOR_EXAMPLES = """\
+examples:
+  vidfill doctor shards run --config base
+  vidfill launch "train shards run --config base" --gpus_per_node 8 --out node
+  accelerate launch --config_file node.yaml -m vidfill.train.preflight \\
+      shards run --config base --zero_stage 2
+      on 8 GPUs, as the first command describes them to Accelerate
+"""
 
 Decay = Annotated[float, Interval(ge=0, lt=1)]  # of an average of the weights, a step
 
@@ -140,6 +172,18 @@ class TrainConfig:
     and checkpoints may change: what did, and from which step on, is said and recorded.
     """
 
+    ESSENTIAL: ClassVar = (
+        "from_",
+        "steps",
+        "batch_size",
+        "precision",
+        "zero_stage",
+        "plan",
+        "plan_gpus",
+        "model.preset",
+        "optimizer.learning_rate",
+    )
+
     shards: str
     """A folder that `vidfill encode` wrote, or its URL (s3://…, gs://…, https://…)."""
     out: Path
@@ -199,6 +243,34 @@ class TrainConfig:
     """The held-out loss."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """The preview."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's averaged weights as a model folder, with a model card.
+
+    OUT is a diffusers pipeline that includes the autoencoder. `vidfill inpaint`, `vidfill sweep`,
+    `VideoInpaintPipeline.from_pretrained` and `Denoiser.load` read it.
+    """
+
+    run: Path
+    """The run's folder, which `vidfill train` wrote; the run may still be going on."""
+    out: Path
+    """The folder to write; it must not exist."""
+    ema: float = 0.0
+    """The decay of the average to write, one of the run's optimizer.ema_decays; 0 takes the first,
+    which the run evaluates and shows."""
+    checkpoint: str = ""
+    """The checkpoint to take, such as step-00020000; empty takes the newest intact one."""
+    autoencoder: str = ""
+    """Where the autoencoder is, if it has moved since the shards were encoded: a folder, a name on
+    the Hugging Face hub, or shipped, the package's own, which is not written."""
+    schedule: str = SCHEDULE
+    """The default schedule, as in `vidfill schedule --help`."""
+    precision: Literal["float32", "float16"] = "float32"
+    """Precision of the weights in the file: float16 halves its size; they are used in float32."""
+    sweep: Path | None = None
+    """A folder that `vidfill sweep` wrote for this model: the card gets its figures."""
 
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .. import jobs
 from ..errors import BadInput
@@ -14,48 +13,12 @@ from ..files import aside, refuse_existing
 from ..modeling.autoencoder import load_trained_autoencoder, refuse_another
 from ..modeling.denoiser import Denoiser
 from ..modeling.run_folder import CHECKPOINTS, newest_first, newest_whole, verify
-from ..sampling.inpaint.windows import SCHEDULE
 from ..sampling.pipeline import CARD, VideoInpaintPipeline
 from ..sampling.sweep.results import Sweep, read_sweep
 from .card import public_name, write_card
 from .checkpoints import folder_of_average
-
-EXAMPLES = """\
-examples:
-  vidfill export runs/first models/first
-  vidfill export runs/first models/first-long --ema 0.9999
-  vidfill export runs/first models/first-20k --checkpoint step-00020000
-  vidfill export runs/first models/first --schedule ddim:50 --sweep sweeps/first
-      sets the default schedule, and puts the sweep's figures into the card
-"""
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Write a run's averaged weights as a model folder, with a model card.
-
-    OUT is a diffusers pipeline that includes the autoencoder. `vidfill inpaint`, `vidfill sweep`,
-    `VideoInpaintPipeline.from_pretrained` and `Denoiser.load` read it.
-    """
-
-    run: Path
-    """The run's folder, which `vidfill train` wrote; the run may still be going on."""
-    out: Path
-    """The folder to write; it must not exist."""
-    ema: float = 0.0
-    """The decay of the average to write, one of the run's optimizer.ema_decays; 0 takes the first,
-    which the run evaluates and shows."""
-    checkpoint: str = ""
-    """The checkpoint to take, such as step-00020000; empty takes the newest intact one."""
-    autoencoder: str = ""
-    """Where the autoencoder is, if it has moved since the shards were encoded: a folder, a name on
-    the Hugging Face hub, or shipped, the package's own, which is not written."""
-    schedule: str = SCHEDULE
-    """The default schedule, as in `vidfill schedule --help`."""
-    precision: Literal["float32", "float16"] = "float32"
-    """Precision of the weights in the file: float16 halves its size; they are used in float32."""
-    sweep: Path | None = None
-    """A folder that `vidfill sweep` wrote for this model: the card gets its figures."""
+from .config import EXPORT_EXAMPLES as EXAMPLES
+from .config import ExportConfig
 
 
 def export(config: ExportConfig) -> None:

@@ -19,7 +19,7 @@ from ..errors import BadInput, BadInputEverywhere, describe, say
 from ..modeling.denoiser import Denoiser
 from ..progress import Progress, show_progress
 from .checkpoints import Checkpoints
-from .config import RUN_MAY_CHANGE, TrainConfig, check, find_recipe
+from .config import EXAMPLES, RUN_MAY_CHANGE, TrainConfig, check, find_recipe
 from .control import Control, StoppedBySignal
 from .monitor.held_out import HeldOut, open_held_out
 from .monitor.previews import PreviewClips, open_preview
@@ -37,19 +37,6 @@ from .state import (
     note_start,
 )
 from .step import train_step
-
-EXAMPLES = """\
-examples:
-  vidfill train shards runs/first --steps 5000
-  vidfill train shards runs/first --steps 5000 --plan
-  vidfill train shards runs/base --config base --optimizer.learning_rate 5e-5
-  vidfill train shards runs/tuned --from models/first --optimizer.learning_rate 2e-5
-  vidfill launch "train shards runs/eight" --gpus_per_node 8 --out node
-  accelerate launch --config_file node.yaml -m vidfill.train shards runs/eight
-      on 8 GPUs, as the first command describes them to Accelerate
-  accelerate launch --config_file node.yaml -m vidfill.train shards runs/zero --zero_stage 2
-  tensorboard --logdir runs/first/tensorboard
-"""
 
 LOCK_WAIT = 120.0  # seconds to wait for a lock in the folder: a lost node leaves one behind
 

@@ -33,8 +33,8 @@ from ..modeling.autoencoder import refuse_another
 from ..modeling.denoiser import Denoiser, LatentSpace
 from ..modeling.precision import autocast
 from ..modeling.run_folder import CHECKPOINTS, newest_first
-from ..modeling.settings import SHIPPED, build
-from ..modeling.unet import VideoUNet
+from ..modeling.settings import SHIPPED
+from ..modeling.unet import VideoUNet, build
 from .config import RATE_OPTIONS, TrainConfig
 from .deepspeed import deepspeed_config
 

@@ -29,14 +29,14 @@ from ...files import hash_file, locate, write_atomically
 from ...modeling.autoencoder import Autoencoder, load_autoencoder, refuse_another
 from ...processes import Crew, Tally, choose_device, wait_until_visible
 from ...records import read_small
-from ..masks import OWN, describe_families, draw_mask
+from ..masks import OWN, draw_mask
 from ..shards.format import Example, Skipped
 from ..shards.writing import read_index, write_shard
 from ..storage.names import SKIPPED
 from ..videos import FrameSize
 from .manifest import bound_example, latent_shape, read_manifest, write_manifest
 from .plan import PLAN, ShardId, ShardPlan, SurveyedVideo, plan_shards, survey
-from .settings import EncodeConfig
+from .settings import EXAMPLES, EncodeConfig
 from .sources import Source, find_outside, find_sources
 from .stages import (
     STAGES,
@@ -49,23 +49,6 @@ from .stages import (
     make_examples,
     mask_clip,
 )
-
-EXAMPLES = """examples:
-  vidfill encode CLEVRER runs/clevrer --size 128 --masks "stationary variable" --masks_per_clip 2
-      CLEVRER with the paper's autoencoder, each clip under both of the paper's masks
-  vidfill launch "encode CLEVRER runs/clevrer" --gpus_per_node 8 --out node
-  accelerate launch --config_file node.yaml -m vidfill.data.encode \\
-      CLEVRER runs/clevrer --size 128 --precision bfloat16
-      the same shards on 8 GPUs, as the first command describes them to Accelerate
-  vidfill encode runs/videos runs/shards --autoencoder shipped
-      synthetic videos: the package's own small autoencoder, which needs no download
-  vidfill encode DAVIS runs/davis --size 432x240 --masks own
-      folders of frames, each with the masks that come with it
-  vidfill encode runs/videos runs/mixed --masks "stationary box:2" --held_out_masks strokes
-      a mix for training; a family that training never sees for the other splits
-  vidfill encode runs/videos runs/moments --posterior moments --max_skipped 10
-      for fresh latents in every epoch; up to ten videos may be unusable
-"""
 
 CHANGEABLE = ("max_skipped", "videos", "mask_files", "device")  # when a job is continued
 
@@ -397,5 +380,4 @@ def _write_manifests(config: EncodeConfig, plan: ShardPlan, autoencoder: Autoenc
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    examples = f"{EXAMPLES}\nfamilies of masks:\n{describe_families()}\n"
-    return jobs.main(EncodeConfig, encode, argv, verb="encode", examples=examples)
+    return jobs.main(EncodeConfig, encode, argv, verb="encode", examples=EXAMPLES)

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ... import options
 from ...errors import BadInput
 from ...modeling.settings import PAPERS, Precision
 from ...options import NonNegativeInt, PositiveFloat, PositiveInt
-from ..masks import Colour, Mix
+from ..masks import Colour, Mix, describe_families
 from ..videos import Fit, FrameSize
+
+EXAMPLES = f"""examples:
+  vidfill encode CLEVRER runs/clevrer --size 128 --masks "stationary variable" --masks_per_clip 2
+      CLEVRER with the paper's autoencoder, each clip under both of the paper's masks
+  vidfill launch "encode CLEVRER runs/clevrer" --gpus_per_node 8 --out node
+  accelerate launch --config_file node.yaml -m vidfill.data.encode \\
+      CLEVRER runs/clevrer --size 128 --precision bfloat16
+      the same shards on 8 GPUs, as the first command describes them to Accelerate
+  vidfill encode runs/videos runs/shards --autoencoder shipped
+      synthetic videos: the package's own small autoencoder, which needs no download
+  vidfill encode DAVIS runs/davis --size 432x240 --masks own
+      folders of frames, each with the masks that come with it
+  vidfill encode runs/videos runs/mixed --masks "stationary box:2" --held_out_masks strokes
+      a mix for training; a family that training never sees for the other splits
+  vidfill encode runs/videos runs/moments --posterior moments --max_skipped 10
+      for fresh latents in every epoch; up to ten videos may be unusable
+
+families of masks:
+{describe_families()}
+"""
 
 
 @dataclass(frozen=True)
@@ -24,6 +44,16 @@ class EncodeConfig:
     than a clip, gives no clip: it is counted and listed, and more of them than `max_skipped` end
     the job.
     """
+
+    ESSENTIAL: ClassVar = (
+        "autoencoder",
+        "frames",
+        "size",
+        "masks",
+        "mask_files",
+        "pixels",
+        "device",
+    )
 
     videos: Path
     """Folder of videos, searched to the bottom."""

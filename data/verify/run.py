@@ -13,7 +13,6 @@ import itertools
 import os
 import tempfile
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from ... import jobs, options
 from ...errors import BadInput, say
 from ...files import PARTIAL, in_threads
 from ...modeling.autoencoder import Autoencoder, load_autoencoder, refuse_another
-from ...options import NonNegativeInt
 from ...processes import choose_device
 from ...progress import show_progress
 from ...records import load_json, parse_json, read_small
@@ -38,44 +36,12 @@ from ..storage.names import INDEX_SUFFIX, MANIFEST, SKIPPED, index_name, shard_n
 from ..storage.store import CacheConfig, LocalStore, Store, open_store
 from .defects import ANEW, ORIGINAL, REPAIR, Inspection, is_sound, show
 from .samples import choose_samples, encode_again, find_frames
+from .settings import EXAMPLES, VerifyConfig
 from .shards import ShardSummary, inspect_shard
-
-EXAMPLES = """examples:
-  vidfill verify runs/shards
-  vidfill verify runs/shards --repair
-      what is damaged or missing is encoded again
-  vidfill verify s3://bucket/shards --split validation --videos CLEVRER --samples 64
-      shards behind a URL, and more of their clips compared with the videos
-"""
 
 JOB = "job.json"
 READERS = 8  # threads that read shards, at most; hashing and inflating release Python's lock
 READ_AHEAD = 64  # shards that the threads are given at a time
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """Check a data set of shards: its files, checksums and values, and a sample of its clips.
-
-    A few clips of each split are encoded again if their videos are at hand, and compared.
-    Nothing is written without `repair`. The exit status is 0 if all is well, 1 if something is
-    wrong and 2 if nothing could be checked.
-    """
-
-    dataset: str
-    """The folder that `vidfill encode` wrote, or its URL."""
-    split: str = ""
-    """One split; empty checks all."""
-    videos: Path | None = None
-    """The folder of videos; null looks where they were when they were encoded."""
-    samples: NonNegativeInt = 8
-    """Clips of a split to encode again and compare; 0 loads no autoencoder."""
-    repair: bool = False
-    """Encode what is damaged or missing again, with the same options, then check once more."""
-    autoencoder: str = ""
-    """Where the autoencoder is now; empty looks where it was."""
-    device: str = "auto"
-    """Where the autoencoder runs: "cpu", "cuda", "cuda:1"…; "auto" is a GPU if there is one."""
 
 
 def verify(config: VerifyConfig) -> list[Inspection]:

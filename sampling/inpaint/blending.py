@@ -11,7 +11,6 @@ from jaxtyping import Float
 from ...data.videos import Frames, Mask, Masks, Pixels
 
 RING = 16  # pixels around the hole whose colour is matched
-FEATHER = 4  # pixels
 
 
 class BorderSteps(NamedTuple):

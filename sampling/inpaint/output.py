@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
@@ -17,10 +17,10 @@ from ...data.videos import Mask, Pixels
 from ...errors import BadInput
 from ...files import aside
 from .pixel_formats import choose_format, chroma_block, composite, convert
+from .settings import Codec
 from .video import Footage, Picture, read_pictures, saying
 
 WriteFrame = Callable[[Picture, Pixels, Mask], None]
-Codec = Literal["", "ffv1", "h264", "h265", "vp9"]
 
 # Each with FFmpeg's name and options. x264's macroblock tree would make the bytes of small frames
 # vary from run to run; x265 would write to the terminal, and with B-frames gives short videos

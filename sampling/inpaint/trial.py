@@ -16,8 +16,9 @@ import numpy as np
 from ...data import videos
 from ...errors import BadInput
 from ...files import fresh_partial_of, remove
-from .output import CODECS, KEPT_TAGS, Codec, add_tracks, open_output, written_tags
+from .output import CODECS, KEPT_TAGS, add_tracks, open_output, written_tags
 from .pixel_formats import chroma_block, has_alpha
+from .settings import Codec
 from .video import Footage, open_footage, read_pictures, saying
 
 TRIAL = 5  # frames; encoders reorder fewer

@@ -27,10 +27,10 @@ from ..capacity import largest_batch
 from ..metrics.pixels import composite
 from ..sampler import Known, Request, sample
 from ..schedules.program import Program
-from .blending import FEATHER, BorderSteps, feather, match_colour, measure_border
+from .blending import BorderSteps, feather, match_colour, measure_border
 from .boxes import Box, choose_box, choose_size
+from .settings import FEATHER, SCHEDULE
 
-SCHEDULE = "ddim:20"  # where neither the user nor the model gives one
 GREY = (128, 128, 128)  # fills the hole of a window in which nothing is visible
 
 

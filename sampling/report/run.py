@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ... import jobs
@@ -13,31 +12,7 @@ from ...progress import show_progress
 from ..sweep.results import Sweep, read_sweep
 from .drawings import OPTIONAL, plan_drawings
 from .page import render_page
-
-EXAMPLES = """examples:
-  vidfill report runs/sweep
-  vidfill report runs/sweep --out paper/figures --clip video_10003_00000_stationary
-"""
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Write a page and figures for print from a finished sweep.
-
-    OUT/index.html is self-contained: it can be mailed or opened on a phone, a reader can sort and
-    filter its tables, and the kept examples play in it. The figures are PNGs at 300 dpi: front (the
-    Pareto front of quality against cost), figure2 and figure3 (masked, true and generated frames,
-    for stationary and for variable masks), figure4 (a row for each number of resamplings) and
-    quality-nfe.
-    """
-
-    sweep: Path
-    """The output folder of `vidfill sweep`; nothing else is read."""
-    out: Path | None = None
-    """Where to write; by default, the folder `report` inside the sweep's."""
-    clip: str = ""
-    """The kept example to show in the figures of its mask family; by default, of each family the
-    one whose hole hides the most, whatever the results on it."""
+from .settings import EXAMPLES, ReportConfig
 
 
 def report(config: ReportConfig) -> Path:

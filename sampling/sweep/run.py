@@ -29,7 +29,7 @@ from ..sampler import Request, sample
 from . import baselines
 from .averages import TRUTH, Measurements, compare_all
 from .baselines import BASELINES
-from .inputs import SweepConfig, SweepInputs, identify, make_requests, open_inputs
+from .inputs import SweepInputs, identify, make_requests, open_inputs
 from .kept import (
     CompletionKey,
     SweepFolder,
@@ -50,19 +50,8 @@ from .results import (
     SweepRecord,
     write_table,
 )
+from .settings import EXAMPLES, SweepConfig
 from .show import show_plan, show_results
-
-EXAMPLES = """examples:
-  vidfill sweep runs/train runs/shards runs/sweep
-      the paper's n = 0, 4, 6, 10 with 50 diffusion steps, and 50 DDIM steps
-  vidfill sweep runs/train runs/shards runs/paper --examples 4 --plan \\
-      --schedules "ddpm:1000 ddpm:1000+resample(n=4)"
-      what two of the paper's own settings would cost; nothing is written
-  vidfill launch "sweep runs/train runs/shards runs/sweep" --gpus_per_node 8 --out node
-  accelerate launch --config_file node.yaml -m vidfill.sampling.sweep \\
-      runs/train runs/shards runs/sweep --examples 0
-      the same results on 8 GPUs, as the first command describes them to Accelerate
-"""
 
 # When a sweep is continued; of what may have moved, the content is compared.
 SWEEP_MAY_CHANGE = ("reference", "model", "autoencoder", "shards")

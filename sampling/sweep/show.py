@@ -12,6 +12,7 @@ from ...errors import say
 from ..capacity import find_capacity, share_capacity, time_evaluation
 from .baselines import BASELINES
 from .inputs import SweepInputs, make_requests
+from .results import Sweep
 
 TABLE_WIDTH = 200  # characters, where there is no terminal to ask
 
@@ -64,3 +65,18 @@ def show_results(rows: Sequence[Mapping[str, str]]) -> None:
 def _console() -> Console:
     console = Console()
     return console if console.is_terminal else Console(width=TABLE_WIDTH)
+
+
+WITHOUT_NETWORK = ("fill", "classic", "flow")  # baselines
+
+
+def describe_gain(swept: Sweep) -> str:
+    """The best schedule beside the best baseline without a network."""
+    plain = [row for row in swept.baselines if row.name in WITHOUT_NETWORK]
+    rival = max(plain, key=lambda row: row["psnr_hole"])
+    best = swept.best
+    gain = best["psnr_hole"] - rival["psnr_hole"]
+    return (
+        f"best schedule: {best.name}, {best['psnr_hole']:.2f} dB in the hole, {gain:+.2f} dB "
+        f"against {rival.name}, the best without a network"
+    )

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vidfill.data import masks
 from vidfill.data.masks import FAMILIES, OWN, Mix, draw_mask
 from vidfill.errors import BadInput
+from vidfill.modeling.autoencoder import latent_mask
 
 GRIDS = ("stationary", "variable")
 WHOLE_FRAMES = ("prediction", "infilling")
@@ -399,7 +400,7 @@ def test_every_machine_and_version_chooses_these_families() -> None:
 
 def test_latent_mask_is_the_hidden_share_of_each_area() -> None:
     mask = draw_mask("strokes", 3, 32, 48, (0, "clip"))
-    shares = masks.latent_mask(mask, 8, 6)
+    shares = latent_mask(mask, 8, 6)
     assert shares.shape == (3, 1, 8, 6)
     expected = mask.reshape(3, 8, 4, 6, 8).mean(axis=(2, 4))
     np.testing.assert_allclose(shares[:, 0].numpy(), expected, atol=1e-6)

@@ -9,8 +9,8 @@ from torch import Tensor
 from vidfill.errors import BadInput
 from vidfill.modeling.blocks import timestep_embedding
 from vidfill.modeling.cost import cost_table, measure
-from vidfill.modeling.settings import PRESETS, build
-from vidfill.modeling.unet import VideoUNet
+from vidfill.modeling.settings import PRESETS
+from vidfill.modeling.unet import VideoUNet, build
 
 
 # The paper's with 8 channels in and 4 out; ours as documented.

@@ -17,15 +17,17 @@ from vidfill.data.encode.run import encode
 from vidfill.data.encode.settings import EncodeConfig
 from vidfill.data.shards.format import Example
 from vidfill.data.storage.names import shard_name
-from vidfill.data.verify.run import VerifyConfig, verify
+from vidfill.data.verify.run import verify
+from vidfill.data.verify.settings import VerifyConfig
 from vidfill.modeling.autoencoder import Autoencoder
 from vidfill.modeling.denoiser import Denoiser, LatentSpace
 from vidfill.modeling.settings import DiffusionConfig
 from vidfill.modeling.unet import VideoUNet
-from vidfill.sampling.inpaint.run import InpaintConfig, inpaint
+from vidfill.sampling.inpaint.run import inpaint
+from vidfill.sampling.inpaint.settings import InpaintConfig
 from vidfill.sampling.pipeline import VideoInpaintPipeline
-from vidfill.sampling.sweep.inputs import SweepConfig
 from vidfill.sampling.sweep.run import sweep
+from vidfill.sampling.sweep.settings import SweepConfig
 from vidfill.train.autoencoder import AutoencoderTraining, train_autoencoder
 
 FRAMES, SIZE, CHANNELS = 3, 16, 4  # of the smallest clips; their latents are 4x4

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from vidfill.data.encode.run import encode
-from vidfill.data.verify.run import VerifyConfig, verify
+from vidfill.data.verify.run import verify
+from vidfill.data.verify.settings import VerifyConfig
 from vidfill.errors import BadInput
 from vidfill.sampling.inpaint.run import inpaint
 from vidfill.sampling.sweep.run import sweep

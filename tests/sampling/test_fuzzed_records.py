@@ -23,14 +23,16 @@ from vidfill.data.encode.plan import PLAN
 from vidfill.data.shards.reading import ShardedDataset
 from vidfill.data.storage.names import MANIFEST, SKIPPED, index_name
 from vidfill.data.verify.defects import is_sound
-from vidfill.data.verify.run import VerifyConfig, verify
+from vidfill.data.verify.run import verify
+from vidfill.data.verify.settings import VerifyConfig
 from vidfill.errors import BadInput, describe, printable
 from vidfill.jobs import MARK
 from vidfill.modeling.autoencoder import SHIPPED_WEIGHTS, load_autoencoder
 from vidfill.modeling.denoiser import Denoiser
 from vidfill.modeling.run_folder import CHECKPOINTS, STATE, _digest, seal
 from vidfill.sampling.pipeline import VideoInpaintPipeline
-from vidfill.sampling.report.run import ReportConfig, report
+from vidfill.sampling.report.run import report
+from vidfill.sampling.report.settings import ReportConfig
 
 TRIES = int(os.environ.get("VIDFILL_FUZZED", "25"))
 

@@ -32,7 +32,6 @@ MODULES = {
     "train": ["vidfill.train"],
     "sweep": ["vidfill.sampling.sweep"],
     "inpaint": ["vidfill", "inpaint"],
-    "recipe": ["vidfill.train.autoencoder"],
 }
 MADE = (".png", ".tar", ".mp4", ".safetensors")  # without a place, a time or a duration
 

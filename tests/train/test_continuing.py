@@ -21,8 +21,8 @@ from vidfill.errors import BadInput
 from vidfill.launch.launch import LaunchConfig, read_tasks
 from vidfill.modeling.denoiser import Denoiser
 from vidfill.modeling.settings import DiffusionConfig
-from vidfill.train.config import RUN_MAY_CHANGE, EvaluationConfig, TrainConfig
-from vidfill.train.export import ExportConfig, export
+from vidfill.train.config import RUN_MAY_CHANGE, EvaluationConfig, ExportConfig, TrainConfig
+from vidfill.train.export import export
 from vidfill.train.loop import train
 from vidfill.train.preflight.doctor import doctor
 

@@ -17,8 +17,8 @@ from vidfill.modeling.autoencoder import load_autoencoder
 from vidfill.modeling.denoiser import Denoiser
 from vidfill.modeling.run_folder import newest_first
 from vidfill.sampling.pipeline import VideoInpaintPipeline
-from vidfill.sampling.sweep.inputs import SweepConfig
 from vidfill.sampling.sweep.run import sweep
+from vidfill.sampling.sweep.settings import SweepConfig
 from vidfill.train.config import (
     EvaluationConfig,
     ModelConfig,

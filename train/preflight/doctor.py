@@ -33,19 +33,11 @@ from ...files import PARTIAL
 from ...modeling.attention import attention_backend
 from ...modeling.denoiser import Denoiser
 from ...modeling.settings import Precision
+from ..config import DOCTOR_EXAMPLES as EXAMPLES
 from ..config import ModelConfig, TrainConfig, check, find_recipe
 from ..state import load_start, make_accelerator, make_denoiser, make_state
 from ..step import train_step
 from .plan import in_words
-
-EXAMPLES = """\
-examples:
-  vidfill doctor shards run --config base
-  vidfill launch "train shards run --config base" --gpus_per_node 8 --out node
-  accelerate launch --config_file node.yaml -m vidfill.train.preflight \\
-      shards run --config base --zero_stage 2
-      on 8 GPUs, as the first command describes them to Accelerate
-"""
 
 WAIT = 10.0  # seconds until a shared folder must show a file to another node
 DOCTOR_WIDTH = 110  # columns where there is no terminal

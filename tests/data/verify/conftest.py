@@ -72,7 +72,8 @@ def _hash_files() -> Callable[[Path], dict[str, str]]:
 @pytest.fixture(scope="session")
 def find() -> Callable[..., tuple[dict[str, int], str]]:
     """Verify a data set: how much is wrong, by check, and the defects in one text."""
-    from vidfill.data.verify.run import VerifyConfig, verify
+    from vidfill.data.verify.run import verify
+    from vidfill.data.verify.settings import VerifyConfig
 
     def find(root: Path, **options: Any) -> tuple[dict[str, int], str]:
         before = hash_files(root)

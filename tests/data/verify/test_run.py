@@ -18,7 +18,8 @@ from vidfill.data.encode.settings import EncodeConfig
 from vidfill.data.shards.reading import ShardedDataset
 from vidfill.data.storage.names import MANIFEST, shard_name
 from vidfill.data.verify.defects import MOST_LISTED, is_sound
-from vidfill.data.verify.run import VerifyConfig, main, verify
+from vidfill.data.verify.run import main, verify
+from vidfill.data.verify.settings import VerifyConfig
 from vidfill.errors import BadInput
 
 Find = Callable[..., tuple[dict[str, int], str]]

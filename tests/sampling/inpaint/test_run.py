@@ -18,14 +18,8 @@ from vidfill.modeling.autoencoder import Autoencoder, load_autoencoder
 from vidfill.modeling.denoiser import Denoiser
 from vidfill.sampling.inpaint import run
 from vidfill.sampling.inpaint.blending import measure_border
-from vidfill.sampling.inpaint.run import (
-    WORK_SUFFIX,
-    InpaintConfig,
-    count_windows,
-    inpaint,
-    main,
-    open_inputs,
-)
+from vidfill.sampling.inpaint.run import WORK_SUFFIX, count_windows, inpaint, main, open_inputs
+from vidfill.sampling.inpaint.settings import InpaintConfig
 from vidfill.sampling.inpaint.unfinished import UnfinishedWork
 from vidfill.sampling.inpaint.windows import FilledWindow, fill_windows
 

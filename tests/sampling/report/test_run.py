@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 from vidfill.errors import BadInput
-from vidfill.sampling.report.run import ReportConfig, main, report
+from vidfill.sampling.report.run import main, report
+from vidfill.sampling.report.settings import ReportConfig
 from vidfill.sampling.sweep.results import read_sweep
 
 MakeSweep = Callable[..., Path]

@@ -11,8 +11,8 @@ from vidfill.data.shards.format import Example, Manifest, ShardTable, family_of
 from vidfill.data.shards.writing import latent_moments, write_shard
 from vidfill.data.storage.names import MANIFEST
 from vidfill.modeling.denoiser import Denoiser
-from vidfill.sampling.sweep.inputs import SweepConfig
 from vidfill.sampling.sweep.run import sweep
+from vidfill.sampling.sweep.settings import SweepConfig
 
 SCHEDULES = "ddim:2 ddpm:3+resample(n=1)"
 EXAMPLES = [f"video_{n}_00000_stationary" for n in range(3)]

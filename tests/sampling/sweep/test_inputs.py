@@ -10,8 +10,9 @@ import pytest
 from vidfill.data.shards.format import Example
 from vidfill.errors import BadInput
 from vidfill.modeling.autoencoder import Autoencoder
-from vidfill.sampling.sweep.inputs import DEFAULT_SCHEDULES, SweepConfig, read_schedules
+from vidfill.sampling.sweep.inputs import read_schedules
 from vidfill.sampling.sweep.run import main, sweep
+from vidfill.sampling.sweep.settings import DEFAULT_SCHEDULES, SweepConfig
 
 SHA = "f" * 64
 

@@ -17,8 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from vidfill.sampling.sweep.inputs import SweepConfig
 from vidfill.sampling.sweep.run import sweep
+from vidfill.sampling.sweep.settings import SweepConfig
 from vidfill.seeding import derive_seed
 
 pytestmark = pytest.mark.slow

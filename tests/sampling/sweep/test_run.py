@@ -23,10 +23,11 @@ from vidfill.sampling.metrics.clip import Judges, score_clip
 from vidfill.sampling.metrics.pixels import psnr_hole
 from vidfill.sampling.sampler import sample
 from vidfill.sampling.sweep import run as sweep_module
-from vidfill.sampling.sweep.inputs import SweepConfig, make_requests, open_inputs
+from vidfill.sampling.sweep.inputs import make_requests, open_inputs
 from vidfill.sampling.sweep.kept import CompletionKey, read_strip, slug
 from vidfill.sampling.sweep.results import read_sweep
 from vidfill.sampling.sweep.run import main, sweep
+from vidfill.sampling.sweep.settings import SweepConfig
 from vidfill.sampling.sweep.show import show_results
 
 SHARED = Path(__file__).parents[4] / "shared" / "weights"
