@@ -303,14 +303,15 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=<<warning>>
 
 on_node() {
     # A killed process can leave a lock in a cache, on which all later ones would wait: each start
-    # of the job has empty caches of its own.
+    # of the job has empty caches of its own, where nobody else can put code.
     local caches=${TMPDIR:-/tmp}/vidfill-$(id -un)-$SLURM_JOB_ID-$SLURM_NODEID
     rm -rf "$caches"
+    mkdir -m 700 "$caches" || exit
     export TORCH_EXTENSIONS_DIR=$caches/extensions TORCHINDUCTOR_CACHE_DIR=$caches/inductor
     export TRITON_CACHE_DIR=$caches/triton
     trap '' USR1 # the launcher would die of it; the training processes catch it
     if [ "$PROCESSES" = 1 ]; then exec <<container>>python -m "$@"; fi
-    exec <<container>>accelerate launch \
+    exec <<container>>python -m vidfill.launch.start \
         --multi_gpu --mixed_precision no --dynamo_backend no \
         --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
         --num_processes "$PROCESSES" \

@@ -168,7 +168,7 @@ def test_a_script_asks_for_what_was_asked(here: Path) -> None:
     )
     assert "#SBATCH --mem=0 '--comment=a b'\n" in script
     assert "\nmodule load cuda\nsource env/bin/activate\n" in script
-    assert "exec apptainer exec --nv 'my image.sif' accelerate launch" in script
+    assert "exec apptainer exec --nv 'my image.sif' python -m vidfill.launch.start" in script
     assert "PROCESSES_PER_NODE:-2}" in script
     subprocess.run(["bash", "-n", "job.sbatch"], check=True)
 

@@ -270,10 +270,12 @@ def test_a_job_that_fails_ends_and_only_a_failure_that_a_signal_made_is_mended(
 
 
 def test_a_cancelled_job_saves_and_does_not_come_back(submit: Submit, make_folder: Folder) -> None:
-    job = submit(make_folder("run", steps=10**6), "gpu")
+    job = submit(make_folder("run", steps=10**6), "nodes", "--nodes", "2")
     job.wait_for(lambda: job.saved)
     ask("scancel", job.number)
     assert job.end() == "CANCELLED", job.log
+    assert "ended by SIGTERM" in job.log
+    assert "Traceback" not in job.log, job.log
     marker = json.loads((job.run / "stopped.json").read_text())
     assert marker["step"] == job.saved
     assert "queue" not in job.log

@@ -116,7 +116,8 @@ def test_an_interrupted_job_says_so_in_a_line_and_goes_on_to_what_it_makes_alone
         about = f"{kind} after {delay:.2f} s by {sent.name}: {status}\n{said}"
         assert status in (0, -sent, 128 + sent), about
         for trace in ("Traceback", "Exception ignored", "Fatal", "leaked"):
-            assert trace not in said, about
+            # Python's own tracker says what a killed process has left, and removes it.
+            assert trace not in said or (trace, sent) == ("leaked", signal.SIGKILL), about
         if sent != signal.SIGKILL and status != -sent:
             assert not list(scratch.iterdir()), about
         if read(out) != made or status != 0:
