@@ -41,7 +41,8 @@ def _calls(nfes: Sequence[int], slots: int) -> int:
 
 
 def share_capacity(capacity: int, requests: Sequence[Request], processes: int) -> int:
-    """The slots for one of several processes: no more than leave work for the others."""
+    """The slots for a process: no more than it needs, and than leave work for the others."""
+    capacity = min(capacity, max(1, len(requests)))
     if processes == 1 or not requests:
         return capacity
     nfes = [request.program.nfe for request in requests]
