@@ -269,7 +269,7 @@ def _remove_work(folder: Path) -> None:
 def _write_record(out: Path, job: JobRecord, before: JobRecord | None) -> None:
     content = json.dumps(job.model_dump(), indent=2).encode()
     if before:
-        if gone := sorted(_flatten(before.config).keys() - _flatten(job.config).keys()):
+        if gone := sorted(flatten(before.config).keys() - flatten(job.config).keys()):
             say(f"vidfill {job.verb}: options that are no more: {', '.join(gone)}")
         write_atomically(out / MARK, content)
     elif not write_new(out / MARK, content):
@@ -286,10 +286,10 @@ def changed_options(before: Mapping[str, Any], config: Any) -> dict[str, list[An
 
     An option that did not exist when that was written had what is now its default.
     """
-    was = {**_flatten(_defaults(type(config))), **_flatten(before)}
+    was = {**flatten(_defaults(type(config))), **flatten(before)}
     return {
         name: [was.get(name), value]
-        for name, value in sorted(_flatten(record_of(config)).items())
+        for name, value in sorted(flatten(record_of(config)).items())
         if was.get(name) != value
     }
 
@@ -365,7 +365,7 @@ def _refuse_another_job(
 
 def _refuse_another_base(out: Path, before: JobRecord, now: JobRecord) -> None:
     """Refuse to continue on something else; an older version may have recorded less of it."""
-    was, wanted = _flatten(before.stands_on or {}), _flatten(now.stands_on or {})
+    was, wanted = flatten(before.stands_on or {}), flatten(now.stands_on or {})
     compared = set(was)
     if before.stands_on and before.version == now.version:
         compared |= set(wanted)
@@ -399,11 +399,12 @@ def _defaults(config_class: type) -> dict[str, Any]:
     return _plain(found)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree's values by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key.rstrip("_")] = value
     return flat

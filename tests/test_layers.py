@@ -38,7 +38,7 @@ FLOORS = (
     ("sampling.sampler", "sampling.capacity", "sampling.examples"),
     ("sampling.inpaint", "sampling.sweep"),
     ("sampling.pipeline", "sampling.report"),
-    ("train.config", "train.deepspeed", "train.monitor.profiling"),
+    ("train.config", "train.deepspeed", "train.monitor.profiling", "train.monitor.trackers"),
     ("train.card", "train.control", "train.state", "train.step", "train.checkpoints"),
     ("train.monitor", "train.export"),
     ("train.preflight",),

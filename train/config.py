@@ -214,8 +214,11 @@ class TrainConfig:
     the first. Each is listed in OUT/not-finite.jsonl."""
     timeout: Minutes = 10.0
     """Minutes that a process waits for the others before it gives up."""
+    trackers: str = "tensorboard"
+    """Where figures go, separated by spaces: tensorboard, and others that Accelerate knows and are
+    installed, as wandb or mlflow. Pictures go to TensorBoard alone."""
     log_every: PositiveInt = 10
-    """Optimizer steps between TensorBoard scalars."""
+    """Optimizer steps between figures."""
     checkpoint_every: PositiveInt = 1000
     """Optimizer steps between checkpoints; the last step always writes one."""
     keep_checkpoints: PositiveInt = 2
@@ -293,6 +296,7 @@ RUN_MAY_CHANGE = (  # options, and whole groups of them, that a run may continue
     *RATE_OPTIONS,
     "model.attention_backend",
     "model.gradient_checkpointing",
+    "trackers",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",

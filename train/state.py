@@ -37,6 +37,7 @@ from ..modeling.settings import SHIPPED
 from ..modeling.unet import VideoUNet, build
 from .config import RATE_OPTIONS, TrainConfig
 from .deepspeed import deepspeed_config
+from .monitor.trackers import other_trackers
 
 FIRST_SCALE = 65536.0  # of float16's loss
 # Options whose changes leave no trace.
@@ -122,11 +123,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may choose
     torch.use_deterministic_algorithms(config.deterministic)
     timeout = datetime.timedelta(minutes=config.timeout)
+    trackers = other_trackers(config)
     if config.zero_stage == 0:
         # Explicitly "no", or a default of the user's own Accelerate configuration would win.
         return Accelerator(
             cpu=on_cpu,
             mixed_precision="no",
+            log_with=trackers or None,
+            project_dir=config.out,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timeout),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -145,6 +149,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     backend = "gloo" if on_cpu else "nccl"
     return Accelerator(
         mixed_precision="no",
+        log_with=trackers or None,
+        project_dir=config.out,
         deepspeed_plugin=DeepSpeedPlugin(
             hf_ds_config=deepspeed_config(config, processes),
             zero3_init_flag=False,

@@ -34,6 +34,7 @@ from ...modeling.unet import VideoUNet
 from ..config import TrainConfig
 from ..state import TrainState, describe_event, located
 from ..step import StepResult
+from . import trackers
 from .previews import PreviewClips, film_of, picture_of, png_of
 from .profiling import Profile, profiled_steps
 from .rates import peak_rate
@@ -141,7 +142,9 @@ class Monitor:
         self._writer: FileWriter | None = None
         self._profile: Profile | None = None
         if accelerator.is_main_process:
-            self._writer = _open_writer(config, state)
+            if trackers.TENSORBOARD in config.trackers:
+                self._writer = _open_writer(config, state)
+            trackers.begin(config, accelerator, state.began)
             self._profile = Profile(profiled_steps(config.profile), config.out / "profile")
             self._peak = peak_rate(accelerator.device, config.precision)
             frames, _, height, width = denoiser.space.shape
@@ -218,8 +221,11 @@ class Monitor:
         self._write(step, {"time/checkpoint_seconds": seconds})
 
     def written(self, step: int, seconds: float) -> None:
-        """Log how long a checkpoint took to be on disk; any thread may call this."""
-        self._write(step, {"time/checkpoint_written_seconds": seconds})
+        """Log how long a checkpoint took to be on disk; any thread may call this.
+
+        To TensorBoard alone: other trackers take steps only in their order.
+        """
+        self._write_events(step, {"time/checkpoint_written_seconds": seconds})
 
     def _lap(self) -> float:
         """Seconds since the last lap."""
@@ -247,7 +253,7 @@ class Monitor:
         rows = self._accelerator.gather(row[None].to(self._accelerator.device))
         # What every process measured, by name.
         of_all = dict(zip(measured, rows.T.tolist(), strict=True))
-        if not self._writer:
+        if not self._accelerator.is_main_process:
             return
         since, config, processes = self._since_log, self._config, len(rows)
         speed = since.steps * config.batch_size / since.seconds
@@ -306,6 +312,11 @@ class Monitor:
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         """Write scalars, on the first process."""
+        if self._accelerator.is_main_process:
+            self._accelerator.log(dict(values), step=step)
+        self._write_events(step, values)
+
+    def _write_events(self, step: int, values: Mapping[str, float]) -> None:
         if not self._writer:
             return
         summary = Summary()
