@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+from annotated_types import Len
 from pydantic import BaseModel, StrictBool, StrictStr, StringConstraints, model_validator
 
 from ...files import INSIDE, PLAIN, Fingerprint, in_threads, is_same
@@ -97,6 +98,7 @@ _Split = Annotated[StrictStr, PLAIN]
 _FrameRate = Annotated[StrictStr, StringConstraints(pattern=r"^\d{1,18}(/[1-9]\d{0,17})?$")]
 _HeaderFields = tuple[PositiveCount, PositiveCount, PositiveCount, _FrameRate]
 _Label = Annotated[Name, INSIDE]
+_Ranges = Annotated[list[tuple[Count, Count, Count | None]], Len(1)]  # of a shard
 _Seen = Count | tuple[Count, StrictStr, StrictStr]
 
 
@@ -108,7 +110,7 @@ class _PlanRecord(BaseModel):
             _Label, Key, _Split, _Label | None, StrictBool, _Seen, _HeaderFields | None, StrictStr
         ]
     ]
-    shards: dict[_Split, list[list[tuple[Count, Count, Count | None]]]]
+    shards: dict[_Split, Annotated[list[_Ranges], Len(1)]]
 
     @model_validator(mode="after")
     def _check(self) -> _PlanRecord:

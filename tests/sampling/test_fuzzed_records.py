@@ -106,7 +106,7 @@ def alter_sealed(source: random.Random, content: bytes) -> bytes:
     try:
         tree = json.loads(altered)
         tree.pop("digest", None)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return altered
     return json.dumps(tree | {"digest": _digest(tree)}).encode()
 
