@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -62,7 +62,7 @@ def interruptible() -> Iterator[Interrupt]:
         interrupt.number = signal.Signals(number)
         raise Interrupted
 
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in ENDING}
     ending = (_leave, signal.default_int_handler, signal.SIG_DFL)
     answered = [number for number, handler in before.items() if handler in ending]
     if threading.current_thread() is not threading.main_thread():

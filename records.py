@@ -24,7 +24,7 @@ from .errors import BadInput, describe
 
 Record = TypeVar("Record")
 Text = str | bytes
-Shape = Sequence[int | None]  # None is any length
+Lengths = Sequence[int | None]  # None is any length
 
 LARGEST = 2**25  # bytes of a record; a manifest has about a hundred for each of its shards
 _HEADER = 2**14  # bytes that may precede an array's values
@@ -99,7 +99,7 @@ def _naming_fields() -> Iterator[None]:
         raise Malformed(describe(error)) from None
 
 
-def read_array(content: bytes, dtype: type[np.generic], shape: Shape) -> np.ndarray:
+def read_array(content: bytes, dtype: type[np.generic], shape: Lengths) -> np.ndarray:
     """The array of a .npy.
 
     Raises:
@@ -125,7 +125,7 @@ def read_array(content: bytes, dtype: type[np.generic], shape: Shape) -> np.ndar
 
 
 def read_archived(
-    content: bytes, name: str, dtype: type[np.generic], shape: Shape, most: int | None = None
+    content: bytes, name: str, dtype: type[np.generic], shape: Lengths, most: int | None = None
 ) -> np.ndarray:
     """The array `name` of a .npz; where a length may be any, it has `most` values at most.
 

@@ -33,7 +33,7 @@ from vidfill.files import (
     write_atomically,
     write_new,
 )
-from vidfill.interrupts import SIGNALS
+from vidfill.interrupts import ENDING
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def test_the_end_of_memory_is_one_line(
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", ENDING)
 @pytest.mark.parametrize("instead", [None, ValueError, ImportError])
 def test_a_signal_ends_a_job_and_what_it_left_open(
     number: signal.Signals, instead: type[Exception] | None, capsys: pytest.CaptureFixture[str]

@@ -37,7 +37,7 @@ from .measures import (
 _TEXTS = ("schedule", "clip", "masks", "reference", "measure", "verdict")
 _COUNTS = ("completion", "nfe", "clips")
 
-COSTS = ("nfe", "seconds_per_clip")
+OF_COST = ("nfe", "seconds_per_clip")
 FARTHEST = 1e12  # from zero that anything measured lies
 
 Line = TypeVar("Line", bound=BaseModel)
@@ -113,7 +113,7 @@ class ComparisonRow(BaseModel):
         return {column: format_value(value) for column, value in self.model_dump().items()}
 
 
-LINE = 2**16  # characters of a table's line, at most
+LONGEST_LINE = 2**16  # characters of a table's line, at most
 COMPARISON_COLUMNS = list(ComparisonRow.model_fields)
 
 
@@ -124,15 +124,15 @@ class _Record(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-Side = Annotated[int, Interval(ge=1, le=2**16)]
+FrameSide = Annotated[int, Interval(ge=1, le=2**16)]
 
 
 class ClipSize(_Record):
     """Of each example."""
 
-    frames: Side
-    height: Side
-    width: Side
+    frames: FrameSide
+    height: FrameSide
+    width: FrameSide
 
 
 class ScheduleRecord(_Record):
@@ -258,7 +258,7 @@ def _read(folder: Path) -> Sweep:
         if name not in results:
             raise BadInput(f"results.csv has no row {name}")
     for name in schedules:
-        if not all(results[name][column] > 0 for column in COSTS):
+        if not all(results[name][column] > 0 for column in OF_COST):
             raise BadInput(f"results.csv: {name} costs nothing")
     if more := results.keys() - {*about.baselines, *schedules}:
         raise BadInput(f"results.csv has a row {min(more)}, of which sweep.json knows nothing")
@@ -306,9 +306,9 @@ def _read_csv(
 ) -> tuple[list[dict[str, str]], list[Line]]:
     """The lines of a table, as texts and as records."""
     with _reading(path.name), path.open(newline="") as file:
-        if file.readline(LINE).rstrip("\r\n") != ",".join(columns):
+        if file.readline(LONGEST_LINE).rstrip("\r\n") != ",".join(columns):
             raise BadInput(f"the columns of {path.name} are not {','.join(columns)}")
-        rows = iter(lambda: file.readline(LINE), "")
+        rows = iter(lambda: file.readline(LONGEST_LINE), "")
         read = list(parse_table(rows, columns, model))
         return [texts for texts, _ in read], [record for _, record in read]
 

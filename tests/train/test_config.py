@@ -22,7 +22,7 @@ def parse(*words: str) -> TrainConfig:
         (["--learning_rate", "1"], "did you mean optimizer.learning_rate?"),
         (["--precision", "bf16"], "give one of 'float32', 'bfloat16', 'float16'. Got value: bf16"),
         (["--steps", "many"], "give a value of type int. Got value: many"),
-        (["--config", "nothing.yaml"], "File does not exist"),
+        (["--config", "nothing.yaml"], "No such file"),
     ],
 )
 def test_an_unknown_or_impossible_option_is_named_with_the_nearest_right_one(
