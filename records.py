@@ -26,7 +26,7 @@ Record = TypeVar("Record")
 Text = str | bytes
 Lengths = Sequence[int | None]  # None is any length
 
-LARGEST = 2**25  # bytes of a record; a manifest has about a hundred for each of its shards
+LARGEST = 2**27  # bytes of a record; a manifest has about a hundred for each of its shards
 _HEADER = 2**14  # bytes that may precede an array's values
 
 # NumPy parses headers as Python, which Python 3.11 cannot do in two threads at once: SystemError.

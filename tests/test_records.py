@@ -121,7 +121,7 @@ def sparse(path: Path) -> None:
 def test_a_record_that_never_ends_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     path = tmp_path / "record.json"
     make(path)
-    with pytest.raises(Malformed, match=r"record\.json (is no file|has more than 32 MiB)"):
+    with pytest.raises(Malformed, match=r"record\.json (is no file|has more than 128 MiB)"):
         read_small(path)
 
 

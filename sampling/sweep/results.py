@@ -291,13 +291,20 @@ def _check_comparison(
     pairs = {(line["schedule"], line["reference"]) for line in lines}
     known = {own.schedule for own in about.schedules}
     columns = {line["measure"] for line in lines}
-    wanted = set(itertools.product(about.masks, pairs, columns))
+    families = {line["masks"] for line in lines}  # of the examples that were filled
+    wanted = set(itertools.product(families, pairs, columns))
     found = {
         (line["masks"], (line["schedule"], line["reference"]), line["measure"]) for line in lines
     }
     there = {measure.column for measure in measures}
     lacks = lines and there.intersection(LEADING) - columns
-    if found != wanted or lacks or columns - there or not known.issuperset(itertools.chain(*pairs)):
+    if (
+        found != wanted
+        or families.difference(about.masks)
+        or lacks
+        or columns - there
+        or not known.issuperset(itertools.chain(*pairs))
+    ):
         raise BadInput("comparison.csv has other rows than sweep.json's schedules and masks")
 
 

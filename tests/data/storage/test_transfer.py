@@ -487,9 +487,9 @@ def hostile() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("endless", "has more than 32 MiB"),
-        ("ranged", "has more than 32 MiB"),
-        ("gzip", "has more than 32 MiB"),
+        ("endless", "has more than 128 MiB"),
+        ("ranged", "has more than 128 MiB"),
+        ("gzip", "has more than 128 MiB"),
         ("file", "see that the URL is right"),
         ("circle", "see that the URL is right"),
     ],
