@@ -248,6 +248,9 @@ def _read(folder: Path) -> Sweep:
     with _reading("sweep.json"):
         about = parse_strictly(SweepRecord, read_small(folder / "sweep.json"))
     schedules = [own.schedule for own in about.schedules]
+    for names in ((*about.baselines, *schedules), about.kept, about.masks, about.networks):
+        if len(set(names)) != len(names):
+            raise BadInput("sweep.json names something twice")
     if about.reference not in schedules:
         raise BadInput(f"sweep.json: reference is {about.reference!r}, which is no schedule of it")
     measures = measures_with(about.networks, about.completions)
