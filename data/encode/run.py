@@ -104,6 +104,8 @@ def encode(config: EncodeConfig, again: Collection[ShardId] = ()) -> Timings | N
             return None
         _refuse_rewritten(config, plan)
         _write_manifests(config, plan, autoencoder)
+        if whole := crew.add("without a hole", 0):
+            say(f"vidfill encode: {whole} example(s) made now have a mask that hides nothing")
         say(f"vidfill encode: {timings}")
     return timings
 
@@ -350,6 +352,7 @@ def _collect(
             _count_skipped(label, result.reason, config, crew)
             yield Skipped(label, result.reason)
         else:
+            crew.add("without a hole", sum(not example.mask.any() for example in held))
             yield from held
         crew.add("clips", clips)
         tally.add(plan.count_range(result.part) - clips)  # those that there will never be

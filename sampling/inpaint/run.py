@@ -287,7 +287,8 @@ def choose(config: InpaintConfig, footage: Footage, work: UnfinishedWork) -> Seq
 def write_all(
     config: InpaintConfig, footage: Footage, work: UnfinishedWork, outs: dict[int, Path]
 ) -> None:
-    """Write the videos of the chosen samples."""
+    """Write the videos of the chosen samples; say where there was nothing to fill."""
+    hides = False
     with contextlib.ExitStack() as stack:
         writers = {
             k: stack.enter_context(open_output(footage, out, config.codec))
@@ -298,9 +299,15 @@ def write_all(
         for picture, mask, filled in work.restore(_read_pairs(config, footage), files):
             for k, write in writers.items():
                 write(picture, filled[k], mask)
+            hides = hides or bool(mask.any())
             shown.advance()
         _refuse_rewritten(config, work)
         work.promise(outs.values())
+    if not hides:
+        say(
+            f"vidfill inpaint: mask is {config.mask}, which hides nothing in any frame, so nothing "
+            "was filled: white is the hole, --invert takes black for it"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

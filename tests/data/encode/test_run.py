@@ -297,26 +297,31 @@ def test_own_masks_are_not_asked_for_where_the_mix_has_none(
     assert ShardedDataset(config.out, "validation").keys == ["cat_00000_own"]
 
 
-def test_a_mask_that_leaves_no_colour_spoils_its_video_alone(
-    configure: Configure, tmp_path: Path, write_video: Callable[..., None]
+def test_a_mask_that_leaves_no_colour_spoils_its_video_alone_and_one_that_hides_nothing_is_said(
+    configure: Configure,
+    tmp_path: Path,
+    write_video: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for name in ("a", "b"):
+    for name in ("a", "b", "c"):
         write_video(tmp_path / "videos" / f"{name}.mp4", 0)
     (tmp_path / "masks").mkdir()
     white = Image.new("L", (SIDE, SIDE), 255)
     white.save(tmp_path / "masks" / "a.png")
     white.paste(0, (0, 0, 9, 9))
     white.save(tmp_path / "masks" / "b.png")
+    Image.new("L", (SIDE, SIDE), 0).save(tmp_path / "masks" / "c.png")
     config = configure(
         tmp_path / "videos", masks="own", mask_files=tmp_path / "masks", max_skipped=1
     )
     encode(config)
-    assert ShardedDataset(config.out, "train").keys == ["b_00000_own"]
+    assert ShardedDataset(config.out, "train").keys == ["b_00000_own", "c_00000_own"]
+    assert " 1 example(s) made now have a mask that hides nothing" in capsys.readouterr().err
     (skip,) = (config.out / "train" / "skipped.jsonl").read_text().splitlines()
     assert "leaves no colour" in skip
     coloured = dataclasses.replace(config, fill="0,0,0", out=tmp_path / "coloured")
     encode(coloured)
-    assert len(ShardedDataset(coloured.out, "train")) == 2
+    assert len(ShardedDataset(coloured.out, "train")) == 3
 
 
 @pytest.fixture

@@ -114,13 +114,26 @@ def test_a_video_file_keeps_what_is_not_in_its_hole(
     assert (after != before).any(axis=(1, 2, 3)).all()
 
 
-def test_without_a_hole_the_network_does_not_run(
-    configure: InpaintConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_hole_the_network_does_not_run_and_that_is_said(
+    configure: InpaintConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(Denoiser, "denoise", None)
     mask = make_masks(tmp_path / "masks", rectangle(19) * 0)
     inpaint(dataclasses.replace(configure, mask=mask))
+    assert f"mask is {mask}, which hides nothing in any frame" in capsys.readouterr().err
     np.testing.assert_array_equal(read(tmp_path / "filled"), read(configure.video))
+
+
+def test_a_hole_in_one_frame_is_a_hole(
+    configure: InpaintConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masks = rectangle(19)
+    masks[:-1] = 0
+    inpaint(dataclasses.replace(configure, mask=make_masks(tmp_path / "masks", masks)))
+    assert "hides nothing" not in capsys.readouterr().err
 
 
 def test_a_mask_may_hide_everything(configure: InpaintConfig, tmp_path: Path) -> None:
