@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d
 
 from ..errors import BadInputEverywhere, describe
 from ..files import write_atomically
+from ..interrupts import status_of
 from .config import MARKER
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -31,7 +32,7 @@ class StoppedBySignal(SystemExit):
     """The run was told to end before its last step; its state is saved."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(128 + signal_number)
+        super().__init__(status_of(signal_number))
 
 
 class Control:

@@ -142,7 +142,7 @@ class Monitor:
         self._writer: FileWriter | None = None
         self._profile: Profile | None = None
         if accelerator.is_main_process:
-            if trackers.TENSORBOARD in config.trackers:
+            if trackers.TENSORBOARD in trackers.names_in(config):
                 self._writer = _open_writer(config, state)
             trackers.begin(config, accelerator, state.began)
             self._profile = Profile(profiled_steps(config.profile), config.out / "profile")

@@ -19,6 +19,11 @@ PROJECT = "vidfill"
 TENSORBOARD = "tensorboard"  # whose events are written here, not by Accelerate
 
 
+def names_in(config: TrainConfig) -> list[str]:
+    """The trackers that a run was told of, each once."""
+    return list(dict.fromkeys(config.trackers.replace(",", " ").split()))
+
+
 def other_trackers(config: TrainConfig) -> list[str]:
     """The names in `config.trackers` that Accelerate opens.
 
@@ -27,7 +32,7 @@ def other_trackers(config: TrainConfig) -> list[str]:
     """
     known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
     installed = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    names = list(dict.fromkeys(config.trackers.replace(",", " ").split()))
+    names = names_in(config)
     for name in names:
         if name not in known:
             raise BadInputEverywhere(f"trackers has {name!r}: give some of {', '.join(known)}")
